@@ -1,0 +1,58 @@
+"""`pytest benchmarks/`: the measured floor, the table at the end, and the record."""
+
+from __future__ import annotations
+
+import measure
+import pytest
+
+RESULTS = pytest.StashKey[list]()
+BANDWIDTH = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="write the results to benchmarks/records/")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture(scope="session")
+def bandwidth(request):
+    """Copy bandwidth of the device, bytes a second."""
+    request.config.stash[BANDWIDTH] = measured = measure.copy_bandwidth()
+    return measured
+
+
+@pytest.fixture
+def results(request):
+    """The list that every benchmark appends its result to."""
+    return request.config.stash[RESULTS]
+
+
+def _optional(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = config.stash[RESULTS]
+    if not found:
+        return
+    bandwidth = config.stash[BANDWIDTH]
+    where = measure.environment()
+    write = terminalreporter.write_line
+    write("")
+    write(f"{where['device']}, torch {where['torch']}: copies {bandwidth / 1e9:.0f} GB/s")
+    write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} {'eager':>7} {'compile':>7}")
+    for result in found:
+        ours = result["seconds"]["ours"]
+        label = f"{result['operator']} {result['direction']} {result['shape']} {result['dtype']}"
+        write(
+            f"{label:62} {ours['median'] * 1e6:9.1f} {(ours['high'] - ours['low']) / 2e-6:8.1f} "
+            f"{_optional(result['gb_per_second'], '7.0f'):>7} {_optional(result['share_of_floor'], '6.0%'):>6} "
+            f"{result['times_faster_than']['eager']:6.2f}x "
+            f"{_optional(result['times_faster_than'].get('compile'), '6.2f'):>6}{'x' if where['cuda'] else ' '}"
+        )
+    if not config.getoption("--record"):
+        return
+    write(f"recorded in {measure.write_record(bandwidth, found)}")

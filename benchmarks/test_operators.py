@@ -1,0 +1,387 @@
+"""Every operator of unite_kernels against eager PyTorch and torch.compile, forward and backward.
+
+Shapes: B images, N tokens, C width, H heads, d head width, F hidden width, K latents of D channels, S draws. On a GPU
+those of training at 256×256: 544 tokens (32 context, 256 latents, 256 patches) and 64 images, or 288 tokens (without
+patches) and 192 images, which are 64 images in three draws.
+
+The bytes beside an operator are its floor: every input that the mathematics needs read once, every output written once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import measure
+import pytest
+import torch
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_kernels.adaln import adaln_reference
+from unite_kernels.flow import flow_noise_reference
+from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mix_reference
+from unite_kernels.philox import normals
+from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
+from unite_kernels.qk_rope import qk_norm_rope_reference
+from unite_kernels.swiglu import swiglu_reference
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+ON_GPU = measure.DEVICE == "cuda"
+# A CPU multiplies and rounds bfloat16 far slower than float32; nobody trains on one in bfloat16.
+LOW = torch.bfloat16 if ON_GPU else torch.float32
+
+
+class Stream(NamedTuple):
+    """Sizes of a transformer's stream."""
+
+    batch: int
+    tokens: int
+    width: int
+    heads: int
+
+
+if ON_GPU:
+    STREAMS = [Stream(b, n, c, h) for c, h in ((768, 12), (1024, 16)) for b, n in ((64, 544), (192, 288))]
+    BATCHES, IMAGES, SIDE = [64, 192], [64], 256
+    BLOCKS, MATRICES = [12], [(12, 768)]
+    MAPS = [(16, 64, 256), (64, 512, 16)]  # VGG16's first map and its last: images, channels, side
+else:
+    STREAMS = [Stream(2, 136, 768, 12), Stream(6, 72, 768, 12)]
+    BATCHES, IMAGES, SIDE = [4], [2], 64
+    BLOCKS, MATRICES = [1], [(4, 128)]
+    MAPS = [(2, 64, 32), (2, 512, 4)]
+CONTEXT, LATENTS, CHANNELS, DRAWS = 32, 256, 32, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape.
+
+    Attributes:
+        shape: for the table.
+        ours, eager: functions of `inputs` with one meaning; eager is plain PyTorch.
+        inputs: tensors (those that take gradients require them) or None.
+        floor: bytes of each direction that is timed; None where arithmetic, not memory, decides.
+        compiled: whether torch.compile of eager is a rival on a GPU.
+    """
+
+    shape: str
+    ours: Callable
+    eager: Callable
+    inputs: tuple[Tensor | None, ...]
+    floor: dict[str, int | None]
+    compiled: bool = True
+
+
+def normal(*shape: int, dtype: torch.dtype = LOW, grad: bool = True) -> Tensor:
+    return torch.randn(shape, device=measure.DEVICE).to(dtype).requires_grad_(grad)
+
+
+def size(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def adaln(function: Callable, *, gated=False, closing=False, weighted=False, layer=False) -> Callable:
+    """The case of an adaptive norm; the function takes the arguments that its form has."""
+
+    def case(stream: Stream) -> Case:
+        batch, tokens, width, _ = stream
+        x = normal(batch, tokens, width)
+        branch, gate = (normal(*x.shape), normal(batch, width)) if gated else (None, None)
+        closing_weight = normal(width, dtype=torch.float32) if closing else None
+        weight = normal(width, dtype=torch.float32) if weighted else None
+        shift, scale = normal(batch, width), normal(batch, width)
+        inputs = (x, branch, gate, closing_weight, weight, None, shift, scale)
+
+        def ours(x, branch, gate, closing_weight, weight, bias, shift, scale):
+            front = (x, branch, gate) if gated else (x,)
+            norms = (closing_weight, weight) if closing else (weight, bias) if layer else (weight,)
+            return function(*front, *norms, shift, scale)
+
+        vectors = size(gate, closing_weight, weight, shift, scale)
+        # Forward: x (and branch) read, normed (and residual) written. Backward: the gradients of the outputs, the
+        # stream (and branch) read; the gradients of x (and branch) written; vectors read and their gradients
+        # written.
+        return Case(
+            f"{batch}x{tokens}x{width}",
+            ours,
+            lambda *inputs: adaln_reference(*inputs, 1e-6, layer),
+            inputs,
+            {
+                FORWARD: (4 if gated else 2) * size(x) + vectors,
+                BACKWARD: (6 if gated else 3) * size(x) + 2 * vectors,
+            },
+        )
+
+    return case
+
+
+def qk_norm_rope(stream: Stream) -> Case:
+    batch, tokens, width, heads = stream
+    d = width // heads
+    qkv = normal(batch, tokens, 3, heads, d)
+    weights = normal(d, dtype=torch.float32), normal(d, dtype=torch.float32)
+    angles = torch.rand(tokens - CONTEXT, d // 2, device=measure.DEVICE)
+    tables = angles.cos(), angles.sin()
+    vectors = size(*weights, *tables)
+    # Forward: qkv read and written, v with it, as the output is a new tensor. Backward: the gradient, q and k read,
+    # the gradient of qkv written.
+    return Case(
+        f"{batch}x{tokens}x3x{heads}x{d}",
+        lambda *inputs: uk.qk_norm_rope(*inputs, CONTEXT),
+        lambda *inputs: qk_norm_rope_reference(*inputs, CONTEXT, 1e-6),
+        (qkv, *weights, *tables),
+        {FORWARD: 2 * size(qkv) + vectors, BACKWARD: 8 * size(qkv) // 3 + vectors + size(*weights)},
+    )
+
+
+def swiglu(stream: Stream) -> Case:
+    batch, tokens, width, _ = stream
+    hidden = 8 * width // 3
+    x = normal(batch, tokens, 2 * hidden)
+    # Forward: 2F read, F written. Backward: F and 2F read, 2F written.
+    floor = {FORWARD: 3 * size(x) // 2, BACKWARD: 5 * size(x) // 2}
+    return Case(f"{batch}x{tokens}x{2 * hidden}", uk.swiglu, swiglu_reference, (x,), floor)
+
+
+def flow_noise(batch: int) -> Case:
+    z = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
+    drawn, times = DRAWS * size(z), DRAWS * batch * 4
+    # Forward: z read, z_t and t written. Backward: the gradient of z_t and t read, that of z written.
+    return Case(
+        f"{DRAWS}x{batch}x{LATENTS}x{CHANNELS}",
+        lambda z: uk.flow_noise(z, DRAWS, 0, 0),
+        lambda z: flow_noise_reference(z, DRAWS, 0, 0, 0, "logit_normal", 0.5, 0),
+        (z,),
+        {FORWARD: size(z) + drawn + times, BACKWARD: drawn + times + size(z)},
+    )
+
+
+def philox_normal(batch: int) -> Case:
+    shape = (batch, LATENTS, CHANNELS)
+    count = batch * LATENTS * CHANNELS
+    draw = torch.zeros(1, dtype=torch.int64, device=measure.DEVICE)
+    # Written alone.
+    return Case(
+        "x".join(map(str, shape)),
+        lambda: uk.philox_normal(shape, 0, 0, 0, device=measure.DEVICE),
+        lambda: normals(count, draw, 0, 0, 0).view(shape),
+        (),
+        {FORWARD: count * 4},
+    )
+
+
+def latent_norm_mix(batch: int) -> Case:
+    z = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
+    noise = normal(*z.shape, dtype=torch.float32, grad=False)
+    weight, bias = (normal(CHANNELS, dtype=torch.float32) for _ in range(2))
+    mask = torch.arange(batch, device=measure.DEVICE) % 2 == 0
+    t = torch.rand(batch, device=measure.DEVICE)
+    # Forward: z and the noise of the mixed half read, both outputs written. Backward: two gradients and z read, one
+    # gradient written.
+    return Case(
+        f"{batch}x{LATENTS}x{CHANNELS}",
+        lambda z, weight, bias, mask, t, noise: uk.latent_norm_mix(z, weight, bias, mask=mask, t=t, noise=noise),
+        lambda *inputs: latent_norm_mix_reference(*inputs, 1e-5),
+        (z, weight, bias, mask, t, noise),
+        {FORWARD: 3 * size(z) + size(noise) // 2, BACKWARD: 4 * size(z)},
+    )
+
+
+def latent_norm_flow_loss(batch: int) -> Case:
+    pred = normal(DRAWS, batch, LATENTS, CHANNELS, dtype=torch.float32)
+    z1 = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
+    t = torch.rand(DRAWS, batch, device=measure.DEVICE)
+    weight, bias = (normal(CHANNELS, dtype=torch.float32) for _ in range(2))
+    # Both directions as one, since the forward pass makes the gradients: pred, z1 and t read, two gradients
+    # written.
+    return Case(
+        f"{DRAWS}x{batch}x{LATENTS}x{CHANNELS}",
+        uk.latent_norm_flow_loss,
+        lambda *inputs: latent_norm_flow_loss_reference(*inputs, 0.05, True, 1e-5),
+        (pred, z1, t, weight, bias),
+        {BOTH: 2 * size(pred, z1) + size(t)},
+    )
+
+
+def patch_l1(batch: int) -> Case:
+    patch = 16
+    images = torch.rand(batch, 3, SIDE, SIDE, device=measure.DEVICE)
+    tokens = normal(batch, (SIDE // patch) ** 2, patch * patch * 3)
+    # Forward: tokens and images read, the image written. Backward: image, images and the image's gradient read, that of
+    # the tokens written.
+    return Case(
+        f"{batch}x3x{SIDE}x{SIDE}",
+        lambda tokens, images: uk.patch_l1(tokens, images, patch),
+        lambda tokens, images: patch_l1_reference(tokens, images, patch),
+        (tokens, images),
+        {FORWARD: 2 * size(tokens) + size(images), BACKWARD: 3 * size(tokens) + size(images)},
+    )
+
+
+def lpips_distance(features: tuple[int, int, int]) -> Case:
+    batch, channels, side = features
+    a, b = (
+        normal(batch, side, side, channels, grad=False).permute(0, 3, 1, 2).requires_grad_(wanted)
+        for wanted in (False, True)
+    )
+    weight = torch.rand(channels, device=measure.DEVICE)
+    # Forward: both maps read. Backward: both read, the gradient of the reconstruction's written.
+    return Case(
+        f"{batch}x{channels}x{side}x{side}",
+        uk.lpips_distance,
+        lpips_distance_reference,
+        (a, b, weight),
+        {FORWARD: 2 * size(a), BACKWARD: 3 * size(a)},
+    )
+
+
+def ema_update_(blocks: int) -> Case:
+    width, hidden = 768, 2048
+    shapes = [(3 * width, width), (width, width), (2 * hidden, width), (width, hidden), (width,), (width,)]
+    weights = [torch.randn(shape, device=measure.DEVICE) for _ in range(blocks) for shape in shapes]
+    averages = [weight.clone() for weight in weights]
+
+    def one_by_one():
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1e-4)
+
+    # Both read, the average written.
+    return Case(
+        f"{sum(w.numel() for w in weights) / 1e6:.0f}M weights",
+        lambda: uk.ema_update_(averages, weights, 0.9999),
+        one_by_one,
+        (),
+        {FORWARD: 3 * size(*weights)},
+    )
+
+
+def newton_schulz(sizes: tuple[int, int]) -> Case:
+    matrices, side = sizes
+    g = torch.randn(matrices, side, side, device=measure.DEVICE)
+    # Matrix products decide, so no floor of bytes; the rival takes the matrices one by one, as torch.optim.Muon does.
+    return Case(
+        f"{matrices}x{side}x{side}",
+        uk.newton_schulz,
+        lambda g: [uk.newton_schulz(matrix[None]) for matrix in g],
+        (g,),
+        {FORWARD: None},
+        compiled=False,
+    )
+
+
+OPERATORS = {
+    "rms_norm_modulate": (adaln(uk.rms_norm_modulate, weighted=True), STREAMS),
+    "gated_residual_rms_norm_modulate": (
+        adaln(uk.gated_residual_rms_norm_modulate, gated=True, weighted=True),
+        STREAMS,
+    ),
+    "block_boundary": (adaln(uk.block_boundary, gated=True, closing=True, weighted=True), STREAMS),
+    "layer_norm_modulate": (adaln(uk.layer_norm_modulate, layer=True), STREAMS),
+    "gated_residual_layer_norm_modulate": (
+        adaln(uk.gated_residual_layer_norm_modulate, gated=True, layer=True),
+        STREAMS,
+    ),
+    "qk_norm_rope": (qk_norm_rope, STREAMS),
+    "swiglu": (swiglu, STREAMS),
+    "flow_noise": (flow_noise, BATCHES),
+    "philox_normal": (philox_normal, BATCHES),
+    "latent_norm_mix": (latent_norm_mix, BATCHES),
+    "latent_norm_flow_loss": (latent_norm_flow_loss, BATCHES),
+    "patch_l1": (patch_l1, IMAGES),
+    "lpips_distance": (lpips_distance, MAPS),
+    "ema_update_": (ema_update_, BLOCKS),
+    "newton_schulz": (newton_schulz, MATRICES),
+}
+FORWARD_ONLY = {"philox_normal", "ema_update_", "newton_schulz"}
+
+
+def directions(operator: str) -> tuple[str, ...]:
+    if operator == "latent_norm_flow_loss":
+        return (BOTH,)
+    return (FORWARD,) if operator in FORWARD_ONLY else (FORWARD, BACKWARD)
+
+
+SELECTED = [
+    pytest.param(operator, size, direction, id=f"{operator}-{index}-{direction}")
+    for operator, (_, sizes) in OPERATORS.items()
+    for index, size in enumerate(sizes)
+    for direction in directions(operator)
+]
+
+
+def prepared(function: Callable, case: Case, direction: str) -> Callable[[], Callable[[], object]]:
+    """A function that makes ready what is not timed and returns the call that is."""
+    leaves = [x for x in case.inputs if x is not None and x.requires_grad]
+    grads: list[Tensor] = []
+
+    def forward() -> list[Tensor]:
+        out = function(*case.inputs)
+        out = [out] if isinstance(out, Tensor) else out or []
+        return [x for x in out if x is not None and x.requires_grad]
+
+    def backward(outputs: list[Tensor]):
+        if not grads:
+            grads.extend(torch.randn_like(x) for x in outputs)
+        return torch.autograd.grad(outputs, leaves, grads)
+
+    def prepare() -> Callable[[], object]:
+        if direction == FORWARD:
+            return forward
+        if direction == BOTH:
+            return lambda: backward(forward())
+        outputs = forward()
+        return lambda: backward(outputs)
+
+    return prepare
+
+
+@pytest.mark.parametrize("operator, sizes, direction", SELECTED)
+@pytest.mark.benchmark(timer=measure.CLOCK)
+def test_operator(operator, sizes, direction, benchmark, bandwidth, results):
+    torch.manual_seed(0)
+    case = OPERATORS[operator][0](sizes)
+    contenders = {"ours": case.ours, "eager": case.eager}
+    if ON_GPU and case.compiled:
+        # Of this shape alone: the shapes before must not turn it into a kernel for any shape.
+        torch.compiler.reset()
+        contenders["compile"] = torch.compile(case.eager, dynamic=False)
+    prepare = {name: prepared(function, case, direction) for name, function in contenders.items()}
+    for _ in range(3):
+        for ready in prepare.values():
+            ready()()
+    times = {name: [] for name in contenders}
+
+    # Who goes first alternates, and each timed call follows one of its own kind that is not: what it finds in the
+    # allocator and the caches is then its own doing.
+    orders = itertools.cycle((list(contenders), list(reversed(contenders))))
+
+    def one_round():
+        for name in next(orders):
+            prepare[name]()()
+            run = prepare[name]()
+            time = measure.CLOCK.advance if name == "ours" else measure.CLOCK.seconds
+            times[name].append(time(run))
+            del run
+
+    benchmark.pedantic(one_round, rounds=measure.ROUNDS[measure.DEVICE])
+    seconds = {name: measure.spread(samples) for name, samples in times.items()}
+    median = seconds["ours"]["median"]
+    floor = case.floor[direction]
+    result = {
+        "operator": operator,
+        "direction": direction,
+        "shape": case.shape,
+        "dtype": str(case.inputs[0].dtype if case.inputs else torch.float32).removeprefix("torch."),
+        "rounds": len(times["ours"]),
+        "seconds": seconds,
+        "bytes": floor,
+        "gb_per_second": None if floor is None else floor / median / 1e9,
+        "share_of_floor": None if floor is None else floor / median / bandwidth,
+        "times_faster_than": {name: seconds[name]["median"] / median for name in contenders if name != "ours"},
+    }
+    benchmark.extra_info.update(result)
+    results.append(result)

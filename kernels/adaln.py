@@ -1,0 +1,268 @@
+"""Adaptive norms (adaLN, Peebles and Xie 2022, "Scalable diffusion models with transformers") and what stands before
+them: the gated residual, and at a block boundary the norm that closes the block.
+
+Shapes: B batch, N tokens, C width. Modulation is [B, C], one row a sample, broadcast over its tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unite_kernels import adaln_kernels
+from unite_kernels.dispatch import check_contiguous, check_floats, check_like, check_parameter, use_triton
+from unite_kernels.rms import unit_rms
+
+MAX_WIDTH = 2048
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+    """All functions of this file in plain PyTorch: (residual or None, normed), float32 inside.
+
+    Absent terms are None; layer chooses LayerNorm over RMSNorm.
+    """
+    dtype = x.dtype
+    residual = None
+    if branch is not None:
+        residual = torch.addcmul(x.float(), gate[:, None].float(), branch.float())
+        if closing_weight is not None:
+            residual = unit_rms(residual, eps) * closing_weight.float()
+        # The norm reads the rounded stream, as the next operator will.
+        residual = x = residual.to(dtype)
+    factor = 1 + scale[:, None].float()
+    if layer:
+        normed = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
+    else:
+        normed = unit_rms(x.float(), eps)
+        # On [B, 1, C], so that the tokens are multiplied once.
+        factor = factor if weight is None else factor * weight.float()
+    normed = normed * factor if shift is None else torch.addcmul(shift[:, None].float(), normed, factor)
+    return residual, normed.to(dtype)
+
+
+@torch.library.custom_op("unite_kernels::adaln", mutates_args=())
+def _operator(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    closing_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    eps: float,
+    layer: bool,
+) -> tuple[Tensor, Tensor]:
+    """(residual, normed); residual is empty where there is no branch."""
+    residual, normed = adaln_kernels.forward(
+        x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer
+    )
+    return _present(residual, x), normed
+
+
+@_operator.register_fake
+def _(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+    return x.new_empty(0) if branch is None else torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("unite_kernels::adaln_backward", mutates_args=())
+def _backward_operator(
+    grad_residual: Tensor | None,
+    grad_normed: Tensor,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    closing_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    eps: float,
+    layer: bool,
+) -> list[Tensor]:
+    """Gradients of x to scale; empty for those that are None."""
+    grads = adaln_kernels.backward(
+        None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
+        x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer,
+    )  # fmt: skip
+    return [_present(grad, x) for grad in grads]
+
+
+@_backward_operator.register_fake
+def _(grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+    inputs = (x, branch, gate, closing_weight, weight, bias, shift, scale)
+    return [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _present(tensor: Tensor | None, x: Tensor) -> Tensor:
+    """Operators return tensors only: an empty one stands for None."""
+    return x.new_empty(0) if tensor is None else tensor
+
+
+def _save(ctx, inputs, output):
+    x, branch, gate, closing_weight, weight, bias, shift, scale, ctx.eps, ctx.layer = inputs
+    stream = output[0] if branch is not None and closing_weight is None else x
+    ctx.save_for_backward(stream, branch, gate, closing_weight, weight, bias, shift, scale)
+    # Where the residual goes nowhere, as behind the last block, no zeros are made and read for its gradient.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_residual, grad_normed):
+    tensors = ctx.saved_tensors
+    if grad_normed is None:
+        if grad_residual is None:
+            return (None,) * 10
+        grad_normed = torch.zeros_like(tensors[0])
+    if tensors[1] is None:
+        grad_residual = None
+    grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.eps, ctx.layer)
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+    check_floats(operator, "x", x)
+    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
+        raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
+    check_contiguous(operator, "x", x)
+    batch, _, width = x.shape
+    if branch is not None:
+        check_like(operator, "branch", branch, "x", x)
+    for name, vector in (("closing_weight", closing_weight), ("weight", weight), ("bias", bias)):
+        check_parameter(operator, name, vector, (width,), "x", x)
+    for name, term in (("gate", gate), ("shift", shift), ("scale", scale)):
+        check_parameter(operator, name, term, (batch, width), "x", x)
+    compute = _operator if use_triton(x) else adaln_reference
+    return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer)
+
+
+def rms_norm_modulate(
+    x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """RMSNorm(x) · weight · (1 + scale) + shift.
+
+    Args:
+        x: [B, N, C] contiguous, C ≤ 2048, float32, float16 or bfloat16.
+        weight: [C], or None for 1.
+        shift, scale: [B, C], each float32 or x's dtype, rows of any stride; shift may be None for 0.
+        eps: added to the mean square.
+
+    Returns:
+        [B, N, C] of x's dtype. Statistics are float32.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or strides other than these.
+    """
+    return _adaln("rms_norm_modulate", x, None, None, None, weight, None, shift, scale, eps, False)[1]
+
+
+def gated_residual_rms_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """residual = x + gate · branch; normed = RMSNorm(residual) · weight · (1 + scale) + shift.
+
+    Args:
+        x, branch: [B, N, C] contiguous, of one dtype.
+        gate: [B, C].
+        weight, shift, scale, eps: as in `rms_norm_modulate`.
+
+    Returns:
+        (residual, normed), each [B, N, C] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm_modulate`.
+    """
+    return _adaln(
+        "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, eps, False
+    )
+
+
+def block_boundary(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    closing_weight: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The end of a block that closes with a norm, and the start of the next (UNITE, arXiv 2603.22283, the block).
+
+    x_next = RMSNorm(x + gate · branch) · closing_weight; normed = RMSNorm(x_next) · weight · (1 + scale) + shift.
+
+    Args:
+        x, branch: [B, N, C] contiguous, of one dtype.
+        gate: [B, C].
+        closing_weight: [C].
+        weight, shift, scale: the next block's opening norm, as in `rms_norm_modulate`.
+        eps: added to the mean square, in both norms.
+
+    Returns:
+        (x_next, normed), each [B, N, C] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm_modulate`.
+    """
+    return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, eps, False)
+
+
+def layer_norm_modulate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, scale: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """(LayerNorm(x) · weight + bias) · (1 + scale) + shift, the form of DiT, SiT and JiT blocks.
+
+    Args:
+        x: [B, N, C] contiguous, C ≤ 2048, float32, float16 or bfloat16.
+        weight, bias: [C], or None for 1 and 0.
+        shift, scale, eps: as in `rms_norm_modulate`.
+
+    Returns:
+        [B, N, C] of x's dtype. Statistics are float32.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm_modulate`.
+    """
+    return _adaln("layer_norm_modulate", x, None, None, None, weight, bias, shift, scale, eps, True)[1]
+
+
+def gated_residual_layer_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """residual = x + gate · branch; normed = (LayerNorm(residual) · weight + bias) · (1 + scale) + shift.
+
+    Args:
+        x, branch: [B, N, C] contiguous, of one dtype.
+        gate: [B, C].
+        weight, bias, shift, scale, eps: as in `layer_norm_modulate`.
+
+    Returns:
+        (residual, normed), each [B, N, C] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm_modulate`.
+    """
+    return _adaln("gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, eps, True)

@@ -1,0 +1,374 @@
+"""The Triton kernels of `adaln`, their launches and what is compiled of them ahead of time.
+
+One forward and one backward kernel serve every form; absent pointers are None and their code is not compiled.
+A tile is ROWS tokens of BLOCK_C numbers, BLOCK_C the power of two from C on: lanes beyond C cost registers, no bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unite_kernels.dispatch import device_of
+from unite_kernels.specialisation import Specialisation
+from unite_kernels.toolchain import tl, triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch choices for one width.
+
+    Attributes:
+        block: BLOCK_C.
+        warps: 8 numbers a thread and row in a 2-byte dtype, one 16-byte access, so that the vectors a program keeps
+            (factor, offset, gate, running sums) cost 8 registers each. Rows of 768 and 1024 take 4 warps, 1152 takes 8.
+        forward_rows, backward_rows: ROWS of a tile. Forward, 16 numbers a thread and tensor. Backward, 8: four tensors
+            and up to four running sums at 16 numbers a thread need 190 registers, which halves the programs that fit.
+    """
+
+    block: int
+    warps: int
+    forward_rows: int
+    backward_rows: int
+
+
+# Tokens a forward program walks through: the modulation it loads once (two or three float32 vectors) is then 12 to 19 %
+# of the bytes of its tokens, and comes from the L2 cache.
+FORWARD_CHUNK = 16
+# The chunk that is compiled ahead of time, see `backward_chunk`. It is a constant of the kernel: as a run-time argument
+# it takes the block boundary from 128 to 140 registers, and of 8 warps then one program fits a multiprocessor, not two.
+AHEAD_CHUNK = 32
+# Columns and chunks of a tile of the kernel that adds up the partial sums.
+SUM_COLUMNS, SUM_CHUNKS = 64, 16
+
+
+def launch_of(width: int) -> Launch:
+    """The launch of rows of this width."""
+    block = max(64, triton.next_power_of_2(width))
+    warps = 8 if block == 2048 else 4
+    return Launch(block, warps, max(1, 16 * 32 * warps // block), max(1, 8 * 32 * warps // block))
+
+
+def backward_chunk(batch: int, tokens: int) -> int:
+    """Tokens whose sums one backward program keeps in registers before it writes them, 8 to 64.
+
+    As many as leave 1024 programs, about two waves of an H100; 32 at 64 images of 544 tokens. The partial sums are then
+    at most 8 % of the bytes moved, and mostly stay in the L2 cache until they are added up. The choice depends on the
+    shape alone, so that every device adds in the same order.
+    """
+    chunk = 64
+    while chunk > 8 and batch * tokens < 1024 * chunk:
+        chunk //= 2
+    return chunk
+
+
+@triton.jit
+def _statistics(v, inside, eps, C: tl.constexpr, LAYER: tl.constexpr):
+    """Rows without mean (LayerNorm alone) over their standard deviation or root mean square, and its inverse."""
+    if LAYER:
+        v = tl.where(inside, v - (tl.sum(v, axis=1) / C)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(v * v, axis=1) / C + eps)[:, None]
+    return v * inverse, inverse
+
+
+@triton.jit
+def _statistics_backward(grad, unit, inverse, C: tl.constexpr, LAYER: tl.constexpr):
+    """Gradient of a row from that of its unit row; both zero beyond C (the mean's share is masked by the store)."""
+    inner = grad - unit * (tl.sum(grad * unit, axis=1) / C)[:, None]
+    if LAYER:
+        inner -= (tl.sum(grad, axis=1) / C)[:, None]
+    return inner * inverse
+
+
+@triton.jit
+def _vector(pointer, column, width):
+    return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def _forward_kernel(
+    x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed,
+    tokens, chunks, gate_stride, shift_stride, scale_stride, eps,
+    C: tl.constexpr, LAYER: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * CHUNK
+    column = tl.arange(0, BLOCK_C)
+    # normed = unit · factor + offset
+    modulation = 1.0 + _vector(scale + sample * scale_stride, column, C)
+    factor = modulation
+    if weight is not None:
+        factor *= _vector(weight, column, C)
+    if bias is not None:
+        offset = _vector(bias, column, C) * modulation
+        if shift is not None:
+            offset += _vector(shift + sample * shift_stride, column, C)
+    elif shift is not None:
+        offset = _vector(shift + sample * shift_stride, column, C)
+    if branch is not None:
+        gating = _vector(gate + sample * gate_stride, column, C)[None, :]
+    if closing_weight is not None:
+        closing = _vector(closing_weight, column, C)[None, :]
+    base = (sample * tokens + first) * C
+    for step in tl.range(0, CHUNK // ROWS, num_stages=2):
+        row = step * ROWS + tl.arange(0, ROWS)
+        inside = (first + row < tokens)[:, None] & (column < C)[None, :]
+        place = base + row[:, None] * C + column[None, :]
+        v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if branch is not None:
+            v += gating * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+            if closing_weight is not None:
+                v, _ = _statistics(v, inside, eps, C, False)
+                v *= closing
+            # The norm reads the rounded stream, as the backward pass and the next operator will.
+            rounded = v.to(x.dtype.element_ty)
+            tl.store(residual + place, rounded, mask=inside)
+            v = rounded.to(tl.float32)
+        v, _ = _statistics(v, inside, eps, C, LAYER)
+        v *= factor[None, :]
+        if bias is not None or shift is not None:
+            v += offset[None, :]
+        tl.store(normed + place, v, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def _backward_kernel(
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch, partials,
+    tokens, chunks, gate_stride, scale_stride, eps,
+    C: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """x is the normed stream (the residual, where there is a gate), or with a closing norm the stream before the gate:
+    that stream lives anyway, as the input of an earlier operator, and the gated sum is cheaper to repeat than to keep.
+    """
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * CHUNK
+    column = tl.arange(0, BLOCK_C)
+    factor = 1.0 + _vector(scale + sample * scale_stride, column, C)
+    if weight is not None:
+        factor *= _vector(weight, column, C)
+    unit_sum = tl.zeros([BLOCK_C], tl.float32)  # Σ grad · unit: scale and weight
+    if OFFSET:
+        grad_sum = tl.zeros([BLOCK_C], tl.float32)  # Σ grad: shift and bias
+    if branch is not None:
+        gating = _vector(gate + sample * gate_stride, column, C)[None, :]
+        gate_sum = tl.zeros([BLOCK_C], tl.float32)
+    if closing_weight is not None:
+        closing = _vector(closing_weight, column, C)[None, :]
+        closing_sum = tl.zeros([BLOCK_C], tl.float32)
+    base = (sample * tokens + first) * C
+    for step in tl.range(0, CHUNK // ROWS, num_stages=2):
+        row = step * ROWS + tl.arange(0, ROWS)
+        inside = (first + row < tokens)[:, None] & (column < C)[None, :]
+        place = base + row[:, None] * C + column[None, :]
+        v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
+        if branch is not None:
+            b = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+            if grad_residual is not None:
+                stream = tl.load(grad_residual + place, mask=inside, other=0.0).to(tl.float32)
+        if closing_weight is not None:
+            closed_unit, closed_inverse = _statistics(v + gating * b, inside, eps, C, False)
+            v = (closed_unit * closing).to(x.dtype.element_ty).to(tl.float32)
+        unit, inverse = _statistics(v, inside, eps, C, LAYER)
+        unit_sum += tl.sum(grad * unit, axis=0)
+        if OFFSET:
+            grad_sum += tl.sum(grad, axis=0)
+        grad = _statistics_backward(grad * factor[None, :], unit, inverse, C, LAYER)
+        if branch is not None:
+            if grad_residual is not None:
+                grad += stream
+            if closing_weight is not None:
+                # Lanes beyond C hold no mean here: a closing norm is an RMSNorm, and so is the norm behind it.
+                closing_sum += tl.sum(grad * closed_unit, axis=0)
+                grad = _statistics_backward(grad * closing, closed_unit, closed_inverse, C, False)
+            gate_sum += tl.sum(grad * b, axis=0)
+            tl.store(grad_branch + place, grad * gating, mask=inside)
+        tl.store(grad_x + place, grad, mask=inside)
+    partials += tl.program_id(0).to(tl.int64) * (PARTS * C) + column
+    tl.store(partials, unit_sum, mask=column < C)
+    if branch is not None:
+        tl.store(partials + C, gate_sum, mask=column < C)
+    if closing_weight is not None:
+        tl.store(partials + 2 * C, closing_sum, mask=column < C)
+    if OFFSET:
+        tl.store(partials + (PARTS - 1) * C, grad_sum, mask=column < C)
+
+
+@triton.jit
+def _chunk_sum(partials, chunks, column, width, PARTS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sum over the chunks of one sample and part, in their order: [columns]."""
+    total = tl.zeros(column.shape, tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        inside = (chunk < chunks)[:, None] & (column < width)[None, :]
+        tile = tl.load(partials + chunk[:, None] * (PARTS * width) + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(tile, axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _sum_kernel(
+    partials, weight, bias, scale, grad_gate, grad_shift, grad_scale, per_sample, chunks, width, scale_stride,
+    CLOSING: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Per-sample gradients of the modulation, and each sample's share [B, 3, C] of weight, closing weight and bias."""
+    blocks = tl.cdiv(width, COLUMNS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    partials += sample * chunks * (PARTS * width)
+    place = sample * width + column
+    unit_sum = _chunk_sum(partials, chunks, column, width, PARTS, CHUNKS)
+    slope = unit_sum
+    if weight is not None:
+        slope *= _vector(weight, column, width)
+    if per_sample is not None:
+        modulation = 1.0 + _vector(scale + sample * scale_stride, column, width)
+        per_sample += sample * (3 * width) + column
+        tl.store(per_sample, unit_sum * modulation, mask=inside)
+    if OFFSET:
+        grad_sum = _chunk_sum(partials + (PARTS - 1) * width, chunks, column, width, PARTS, CHUNKS)
+        if grad_shift is not None:
+            tl.store(grad_shift + place, grad_sum, mask=inside)
+        if bias is not None:
+            slope += grad_sum * _vector(bias, column, width)
+            tl.store(per_sample + 2 * width, grad_sum * modulation, mask=inside)
+    tl.store(grad_scale + place, slope, mask=inside)
+    if grad_gate is not None:
+        tl.store(grad_gate + place, _chunk_sum(partials + width, chunks, column, width, PARTS, CHUNKS), mask=inside)
+    if CLOSING:
+        closing_sum = _chunk_sum(partials + 2 * width, chunks, column, width, PARTS, CHUNKS)
+        tl.store(per_sample + width, closing_sum, mask=inside)
+
+
+def _stride(term: Tensor | None) -> int:
+    return 0 if term is None else term.stride(0)
+
+
+def forward(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer) -> tuple[Tensor | None, Tensor]:
+    """(residual or None, normed), as `adaln_reference`."""
+    batch, tokens, width = x.shape
+    residual = None if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    launch = launch_of(width)
+    chunk = max(FORWARD_CHUNK, launch.forward_rows)
+    chunks = triton.cdiv(tokens, chunk)
+    if normed.numel():
+        with device_of(x):
+            _forward_kernel[(batch * chunks,)](
+                x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed,
+                tokens, chunks, _stride(gate), _stride(shift), _stride(scale), eps,
+                C=width, LAYER=layer, BLOCK_C=launch.block, ROWS=launch.forward_rows, CHUNK=chunk,
+                num_warps=launch.warps,
+            )  # fmt: skip
+    return residual, normed
+
+
+def backward(grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+    """Gradients of (x, branch, gate, closing_weight, weight, bias, shift, scale), None for those that are None.
+
+    x is the normed stream, or the stream before the gate where there is a closing norm.
+    """
+    batch, tokens, width = x.shape
+    launch = launch_of(width)
+    chunk = max(backward_chunk(batch, tokens), launch.backward_rows)
+    chunks = triton.cdiv(tokens, chunk)
+    offset = bias is not None or shift is not None
+    parts = 1 + (gate is not None) + (closing_weight is not None) + offset
+    grad_x = torch.empty_like(x)
+    grad_branch = None if branch is None else torch.empty_like(x)
+    terms = [None if term is None else torch.empty_like(term, memory_format=torch.contiguous_format)
+             for term in (gate, shift, scale)]  # fmt: skip
+    partials = x.new_empty(batch, chunks, parts, width, dtype=torch.float32)
+    vectors = (weight, closing_weight, bias)
+    per_sample = None
+    if any(vector is not None for vector in vectors):
+        per_sample = x.new_empty(batch, 3, width, dtype=torch.float32)
+    with device_of(x):
+        if grad_x.numel():
+            _backward_kernel[(batch * chunks,)](
+                grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch,
+                partials, tokens, chunks, _stride(gate), _stride(scale), eps,
+                C=width, LAYER=layer, OFFSET=offset, PARTS=parts, BLOCK_C=launch.block, ROWS=launch.backward_rows,
+                CHUNK=chunk, num_warps=launch.warps,
+            )  # fmt: skip
+        if batch:
+            _sum_kernel[(batch * triton.cdiv(width, SUM_COLUMNS),)](
+                partials, weight, bias, scale, *terms, per_sample, chunks, width, _stride(scale),
+                CLOSING=closing_weight is not None, OFFSET=offset, PARTS=parts,
+                COLUMNS=SUM_COLUMNS, CHUNKS=SUM_CHUNKS, num_warps=4,
+            )  # fmt: skip
+    # The sum over samples is PyTorch's, which is deterministic too.
+    sums = None if per_sample is None else per_sample.sum(0)
+    grad_weight, grad_closing, grad_bias = (
+        None if vector is None else sums[index].to(vector.dtype, copy=True) for index, vector in enumerate(vectors)
+    )
+    grad_gate, grad_shift, grad_scale = terms
+    return grad_x, grad_branch, grad_gate, grad_closing, grad_weight, grad_bias, grad_shift, grad_scale
+
+
+def aot_specialisations() -> list[Specialisation]:
+    """bfloat16 with float32 weights: the RMS forms at C = 768, 1024 and 1152, the LayerNorm forms (without weight and
+    bias, as in DiT) at 1152. A form's sum kernel takes any width."""
+    forms = {
+        "rms_norm": {"widths": (768, 1024, 1152)},
+        "gated_rms_norm": {"widths": (768, 1024, 1152), "gated": True},
+        "block_boundary": {"widths": (768, 1024, 1152), "gated": True, "closing": True},
+        "layer_norm": {"widths": (1152,), "layer": True},
+        "gated_layer_norm": {"widths": (1152,), "layer": True, "gated": True},
+    }
+    return [entry for name, form in forms.items() for entry in _specialise(name, **form)]
+
+
+def _specialise(form: str, widths: tuple[int, ...], *, layer=False, gated=False, closing=False) -> list[Specialisation]:
+    streams = ("x", "branch", "residual", "normed", "grad_residual", "grad_normed", "grad_x", "grad_branch")
+    terms = ("gate", "shift", "scale", "grad_gate", "grad_shift", "grad_scale")
+    types = dict.fromkeys(streams + terms, "*bf16")
+    types |= dict.fromkeys(("closing_weight", "weight", "bias", "partials", "per_sample"), "*fp32")
+    types |= dict.fromkeys(("tokens", "chunks", "width"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32")
+    absent = {"bias"}
+    if layer:
+        absent |= {"weight", "per_sample"}
+    if not gated:
+        absent |= {"branch", "gate", "residual", "grad_residual", "grad_branch", "grad_gate"}
+    if not closing:
+        absent |= {"closing_weight"}
+
+    def entry(name, kernel, constants, **options):
+        constants = constants | {argument: None for argument in kernel.arg_names if argument in absent}
+        arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+        aligned = tuple(a for a, t in arguments.items() if t.startswith("*") or a.endswith("_stride") or a == "width")
+        return Specialisation(f"{form}_{name}", kernel, arguments, constants, aligned=aligned, **options)
+
+    sums = {"OFFSET": True, "PARTS": 2 + gated + closing}
+    columns = {"CLOSING": closing, "COLUMNS": SUM_COLUMNS, "CHUNKS": SUM_CHUNKS}
+    found = [entry("sum_bf16", _sum_kernel, columns | sums, num_warps=4, max_registers=64, store_bytes=2)]
+    for width in widths:
+        launch = launch_of(width)
+        norm = {"C": width, "LAYER": layer, "BLOCK_C": launch.block}
+        forward_tile = {"ROWS": launch.forward_rows, "CHUNK": FORWARD_CHUNK}
+        backward_tile = {"ROWS": launch.backward_rows, "CHUNK": AHEAD_CHUNK}
+        # Prediction for an H200: 6 programs of 4 warps a multiprocessor at 80 registers, 4 at 128; with one tile
+        # fetched ahead they have 32 KiB and more in flight, where 4.3 TB/s at 0.8 µs, read and written, need 26.
+        found += [
+            entry(
+                f"forward_bf16_{width}",
+                _forward_kernel,
+                norm | forward_tile,
+                num_warps=launch.warps,
+                max_registers=80,
+            ),
+            entry(
+                f"backward_bf16_{width}",
+                _backward_kernel,
+                norm | sums | backward_tile,
+                num_warps=launch.warps,
+                max_registers=128,
+            ),
+        ]
+    return found

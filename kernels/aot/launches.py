@@ -1,0 +1,96 @@
+"""How C launches each kernel: its grid, and arguments that follow from others.
+
+The expressions are C and Python at once, in the kernel's run-time arguments, its constants, the rule's own parameters
+and `cdiv`; the tests evaluate them against the launches that the Python operators make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Attributes:
+    grid: expressions of the programs along x and y.
+    about: what the function computes, for the header; `{…}` are constants of the kernel.
+    sizes: int32 parameters of the C function that the kernel does not take.
+    derived: kernel arguments that the C function computes, with their expressions.
+    """
+
+    grid: tuple[str, str]
+    about: str
+    sizes: tuple[str, ...] = ()
+    derived: dict[str, str] = field(default_factory=dict)
+
+
+_ADALN = (
+    "x, branch and the residual are [batch, tokens, {C}]; weight and closing_weight are [{C}]; gate, shift and scale "
+    "are [batch, {C}] with rows *_stride elements apart. "
+)
+
+# By module and function of the kernel.
+RULES = {
+    "adaln_kernels._forward_kernel": Rule(
+        grid=("batch * chunks", "1"),
+        sizes=("batch",),
+        derived={"chunks": "cdiv(tokens, CHUNK)"},
+        about=_ADALN + "With a branch, residual = x + gate * branch; with a closing_weight, residual = "
+        "RMSNorm(x + gate * branch) * closing_weight; without either, residual is x and not written. "
+        "normed = norm(residual) * weight * (1 + scale) + shift.",
+    ),
+    "adaln_kernels._backward_kernel": Rule(
+        grid=("batch * chunks", "1"),
+        sizes=("batch",),
+        derived={"chunks": "cdiv(tokens, CHUNK)"},
+        about=_ADALN + "x is what was normed: the residual where there is a gate, but the stream before it where there "
+        "is a closing_weight. partials is float32 scratch of batch * ceil(tokens / {CHUNK}) * {PARTS} * {C} numbers, "
+        "which the form's sum function adds up.",
+    ),
+    "adaln_kernels._sum_kernel": Rule(
+        grid=("batch * cdiv(width, COLUMNS)", "1"),
+        sizes=("batch", "tokens"),
+        derived={"chunks": "cdiv(tokens, AHEAD_CHUNK)"},
+        about="Second half of the backward pass, from the partials of the first: gradients of gate, shift and scale "
+        "[batch, width], and per_sample [batch, 3, width] float32, whose sums over the batch are the gradients of "
+        "weight and (in the second row, written where the form has one) of closing_weight.",
+    ),
+    "flow._forward_kernel": Rule(
+        grid=("cdiv(WIDTH, 4 * COUNTERS)", "batch"),
+        about="z [batch, {WIDTH}]; z_t [draws, batch, {WIDTH}] = t z + (1 - t) noise; t_out [draws, batch]; "
+        "step_pointer is the device address of one int64, stream a number such as the rank. u = sigmoid(normal), t = shift u / (1 + (shift - 1) u), from Philox "
+        "at (seed, step, stream, draw).",
+    ),
+    "flow._backward_kernel": Rule(
+        grid=("cdiv(WIDTH, BLOCK)", "batch"),
+        about="grad_z [batch, {WIDTH}] = sum over draws of t * grad_z_t.",
+    ),
+    "qk_rope._forward_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "1"),
+        sizes=("batch",),
+        derived={"rows": "batch * tokens * H"},
+        about="qkv and out are [batch, tokens, 3, {H}, {D}]: RMSNorm of every head of q and k, then rotation of its "
+        "pairs (2i, 2i + 1); v is copied. cos and sin are [at least tokens - unrotated, {D} / 2]; the first `unrotated` "
+        "tokens are normed but not rotated.",
+    ),
+    "qk_rope._backward_kernel": Rule(
+        grid=("cdiv(rows, ROWS * STEPS)", "1"),
+        sizes=("batch",),
+        derived={"rows": "batch * tokens * H"},
+        about="Gradient grad_qkv [batch, tokens, 3, {H}, {D}], and partials [ceil(batch * tokens * {H} / ({ROWS} * "
+        "{STEPS})), 2, {D}] float32, whose sums over the first dimension are the gradients of q_weight and k_weight.",
+    ),
+    "swiglu._forward_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "cdiv(F, BLOCK_F)"),
+        about="out [rows, {F}] = silu(first half) * second half of x [rows, 2 * {F}].",
+    ),
+    "swiglu._backward_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "cdiv(F, BLOCK_F)"),
+        about="grad_x [rows, 2 * {F}], from grad [rows, {F}] and the x of the forward pass.",
+    ),
+}
+
+
+def rule_name(kernel) -> str:
+    """The key of a kernel in RULES: module and function, without the package."""
+    return f"{kernel.__module__.removeprefix('unite_kernels.')}.{kernel.__name__}"

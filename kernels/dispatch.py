@@ -1,0 +1,121 @@
+"""Which implementation serves a call, and the checks of arguments that all operators share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from unite_kernels.toolchain import AVAILABLE
+
+BACKENDS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Read once: Triton itself reads the variable when a kernel is decorated, so a later change has no effect there either.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes, for the whole process.
+
+    Args:
+        name: "auto" takes the Triton kernels for CUDA tensors and plain PyTorch elsewhere; "torch" takes plain PyTorch
+            everywhere; "triton" takes the kernels everywhere, and on a CPU that needs Triton's interpreter
+            (TRITON_INTERPRET=1 before the first import of triton).
+
+    Raises:
+        ValueError: any other name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"set_backend: {name!r} is no backend; choose one of {', '.join(BACKENDS)}")
+    _backend = name
+
+
+def get_backend() -> str:
+    """The name last given to `set_backend`, "auto" at first."""
+    return _backend
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels serve this tensor.
+
+    Raises:
+        RuntimeError: backend "triton" without Triton, or with a tensor that is not on CUDA and no interpreter.
+    """
+    if _backend == "torch" or (_backend == "auto" and not AVAILABLE):
+        return False
+    if not AVAILABLE:
+        raise RuntimeError("unite_kernels: backend 'triton' needs Triton: pip install triton, or set_backend('auto')")
+    if x.is_cuda:
+        return True
+    if _backend == "triton":
+        if not INTERPRETED:
+            raise RuntimeError(
+                f"unite_kernels: backend 'triton' cannot serve a tensor on {x.device}; move it to CUDA, choose "
+                "set_backend('auto'), or set TRITON_INTERPRET=1 before importing triton"
+            )
+        return True
+    return False
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes x's device current for a launch: Triton launches on the current device, whatever its pointers say."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def check_floats(operator: str, name: str, x: Tensor) -> None:
+    """Refuse a dtype the operators do not compute in."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{operator}: {name} is {x.dtype}; it must be float32, float16 or bfloat16")
+
+
+def check_contiguous(operator: str, name: str, x: Tensor) -> None:
+    """Refuse strides that a kernel's 16-byte accesses cannot follow."""
+    if not x.is_contiguous():
+        raise ValueError(
+            f"{operator}: {name} has strides {tuple(x.stride())}; it must be contiguous, call .contiguous()"
+        )
+
+
+def check_like(operator: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    """x must agree with the operator's first tensor in shape, dtype and device, and be contiguous."""
+    if x.shape != first.shape:
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(x.shape)}; {first_name} has {tuple(first.shape)}, they must agree"
+        )
+    if x.dtype != first.dtype:
+        raise TypeError(f"{operator}: {name} is {x.dtype} and {first_name} {first.dtype}; cast one of them")
+    check_device(operator, name, x, first_name, first)
+    check_contiguous(operator, name, x)
+
+
+def check_parameter(
+    operator: str, name: str, x: Tensor | None, shape: tuple[int, ...], first_name: str, first: Tensor
+) -> None:
+    """A weight, table or modulation (None passes): its shape, float32 or the first tensor's dtype, its device, and
+    neighbours in memory along the last dimension."""
+    if x is None:
+        return
+    if x.shape != shape:
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(x.shape)}; it must be {tuple(shape)} for this {first_name}"
+        )
+    if x.dtype != torch.float32 and x.dtype != first.dtype:
+        raise TypeError(
+            f"{operator}: {name} is {x.dtype}; it must be float32 or {first_name}'s dtype, here {first.dtype}"
+        )
+    check_device(operator, name, x, first_name, first)
+    if x.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(
+            f"{operator}: {name} has strides {tuple(x.stride())}; its last dimension must be dense, call .contiguous()"
+        )
+
+
+def check_device(operator: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    """Refuse tensors on different devices."""
+    if x.device != first.device:
+        raise ValueError(f"{operator}: {name} is on {x.device} and {first_name} on {first.device}; move one of them")

@@ -1,0 +1,93 @@
+"""Optimizer side: the moving average of all weights and Muon's orthogonalisation, each over many tensors at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+@torch.library.custom_op("unite_kernels::ema_update_", mutates_args=("ema",))
+def _ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
+    # No kernel of our own: on CUDA foreach moves the floor of 12 bytes a float32 weight (two reads, one write), packing
+    # up to 64 tensors a launch; the 218 M weights of preset B are some ten launches of about 60 µs each on a device
+    # that copies 4.3 TB/s, and a launch costs 3 µs. On a CPU it runs one vectorised loop a tensor.
+    torch._foreach_lerp_(ema, params, 1.0 - decay)
+
+
+@torch.no_grad()
+def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · params, in place.
+
+    Args:
+        ema, params: tensors pairwise of one shape, dtype and device; float32 masters, as an average of low-precision
+            weights would round the 1 − decay share away.
+        decay: in [0, 1].
+
+    Raises:
+        ValueError: different lengths, a pair that does not match, or a decay outside [0, 1].
+    """
+    if len(ema) != len(params):
+        raise ValueError(f"ema_update_: ema has {len(ema)} tensors and params {len(params)}; give one of each a weight")
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"ema_update_: decay is {decay}; it must lie in [0, 1]")
+    for index, (average, parameter) in enumerate(zip(ema, params, strict=True)):
+        for name in ("shape", "dtype", "device"):
+            if getattr(average, name) != getattr(parameter, name):
+                raise ValueError(
+                    f"ema_update_: tensor {index} has {name} {getattr(average, name)} in ema and "
+                    f"{getattr(parameter, name)} in params; they must match"
+                )
+    if ema:
+        _ema_update_(ema, params, decay)
+
+
+@torch.library.custom_op("unite_kernels::newton_schulz", mutates_args=())
+def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
+    # bfloat16 has the accuracy the iteration needs (it ends in a band of singular values, not in a point) and the
+    # tensor cores' speed. CPUs without matrix instructions for it multiply it 100 times slower than float32.
+    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
+    tall = g.shape[1] > g.shape[2]
+    if tall:
+        x = x.mT  # the Gram matrix is then the smaller of the two
+    with torch.autocast(g.device.type, enabled=False):
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # ‖·‖_F bounds the spectral norm
+        for _ in range(steps):
+            gram = torch.bmm(x, x.mT)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x.mT if tall else x).to(g.dtype).contiguous()
+
+
+@_newton_schulz.register_fake
+def _(g: Tensor, steps: int, eps: float) -> Tensor:
+    return torch.empty_like(g, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7) -> Tensor:
+    """Approximate orthogonalisation of a batch of matrices, U Vᵀ of g = U S Vᵀ with singular values near 1.
+
+    X ← g / max(‖g‖_F, eps); `steps` times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X with (a, b, c) = (3.4445, −4.7750, 2.0315);
+    a matrix with more rows than columns is iterated transposed (Jordan et al. 2024, as torch.optim.Muon does it).
+
+    Args:
+        g: [n, r, c], n matrices of one shape; each is normalised on its own.
+        steps: iterations, 5 in the published recipe.
+        eps: floor of the Frobenius norm.
+
+    Returns:
+        [n, r, c] in g's dtype; computed in bfloat16 on CUDA and in float32 elsewhere.
+
+    Raises:
+        ValueError: g is not three-dimensional, or steps is negative.
+        TypeError: g is not of a floating dtype.
+    """
+    if g.dim() != 3:
+        raise ValueError(f"newton_schulz: g has shape {tuple(g.shape)}; it must be [n, rows, columns]")
+    if steps < 0:
+        raise ValueError(f"newton_schulz: steps is {steps}; it must not be negative")
+    if not g.is_floating_point():
+        raise TypeError(f"newton_schulz: g is {g.dtype}; it must be a floating dtype")
+    return _newton_schulz(g, steps, eps)

@@ -1,0 +1,46 @@
+"""Packages: `unite_fast` (the trainer) and `unite_kernels` (the folder kernels/, usable on its own)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The kernels need torch and Triton and nothing else; everything the trainer needs is an extra.
+KERNELS = [
+    "torch>=2.11,<=2.13.0",
+    "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
+TRAIN = [
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "pydantic>=2.7",
+    "typer>=0.12",
+    "rich>=13",
+    "safetensors>=0.4.3",
+    "tensorboard>=2.16",
+    "torchdiffeq>=0.2.4",
+    "torchmetrics>=1.4",
+    "matplotlib>=3.8",
+    "scikit-learn>=1.4",
+    "scipy>=1.11",
+]
+DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4"]
+
+setup(
+    name="unite_fast",
+    version="0.1.0",
+    description="One-stage training of image tokenizer and latent generator (UNITE), built for speed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
+    package_dir={"unite_kernels": "kernels"},
+    install_requires=KERNELS,
+    extras_require={
+        "train": TRAIN,
+        "deepspeed": [*TRAIN, *DEEPSPEED],
+        "flash": ["flash-attn>=2.6"],
+        "test": [*TRAIN, *DEEPSPEED, *TEST],
+    },
+    entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
+)
