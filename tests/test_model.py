@@ -1,0 +1,116 @@
+"""Sizes of the presets, free sizes, and the public methods' contracts."""
+
+import pytest
+import torch
+
+from unite_fast import ModelConfig, Unite, generate
+from unite_fast.config import ENCODER_PRESETS
+from unite_fast.model.conditioning import rotary_tables
+
+TINY = dict(
+    image_size=16, patch_size=4, registers=16, latent_dim=4, depth=3, width=16, heads=2, num_classes=3,
+    context_len=2, context_start=1, decoder=dict(depth=1, width=16, heads=2, inner=16),
+)  # fmt: skip
+
+
+def tiny(**sizes) -> Unite:
+    torch.manual_seed(0)
+    model = Unite(ModelConfig(**{**TINY, **sizes}))
+    with torch.no_grad():  # the layers that start at zero would hide everything behind them
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("preset", "decoder", "parameters"),
+    [("B", "B", 217_643_616), ("M", "B", 318_821_456), ("L", "B", 545_528_384), ("L", "L", 763_177_536), ("XL", "B", 762_776_352)],
+)
+def test_presets_have_the_published_parameter_counts(preset, decoder, parameters):
+    with torch.device("meta"):
+        model = Unite(ModelConfig(preset=preset, decoder=dict(preset=decoder)))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    if preset == "B":
+        assert len(model.matrix_parameters()) == 115
+        # The published encoder's count leaves the register positions out, the decoder's the first lift.
+        assert sum(p.numel() for p in model.encoder.parameters()) - model.encoder.register_position.numel() == 130_593_056
+        assert sum(p.numel() for p in model.decoder.parameters()) - model.decoder.lift.weight.numel() - 768 == 86_237_952
+
+
+def test_presets_are_the_documented_sizes():
+    assert ENCODER_PRESETS["XL"] == dict(depth=28, width=1152, heads=16)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(),
+        dict(registers=5),
+        dict(context_len=0),
+        dict(context_start=0),
+        dict(context_start=2),
+        dict(depth=1, context_start=0),
+        dict(shared=False),
+        dict(image_size=12, patch_size=2, latent_dim=7, registers=36),
+    ],
+)
+def test_free_sizes(sizes):
+    model = tiny(**sizes)
+    config = model.config
+    images = torch.rand(2, 3, config.image_size, config.image_size)
+    z0 = model.tokenize(images)
+    assert z0.shape == (2, config.registers, config.latent_dim)
+    assert model.denoise(z0, torch.rand(2), torch.tensor([0, 3])).shape == z0.shape
+    assert model.decode(z0).shape == images.shape
+    assert generate(model, torch.tensor([0, 2, 1]), solver="euler", steps=3, guidance=2.0).shape[0] == 3
+
+
+def test_context_changes_denoising_and_tables_match_their_formula():
+    model = tiny()
+    z, t, labels = torch.randn(2, 16, 4), torch.rand(2), torch.tensor([0, 1])
+    before = model.denoise(z, t, labels)
+    with torch.no_grad():
+        model.encoder.context += 1
+    assert not torch.allclose(before, model.denoise(z, t, labels))
+    cos, sin = rotary_tables(7, 6)
+    assert torch.allclose(cos[3], torch.cos(3 * 10_000.0 ** (-torch.tensor([0.0, 2.0, 4.0]) / 6)))
+    assert torch.allclose(cos**2 + sin**2, torch.ones_like(cos))
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    models = [tiny(), tiny(checkpoint_activations=True)]
+    for model in models:
+        model.denoise(torch.ones(1, 16, 4), torch.tensor([0.3]), torch.tensor([1])).square().sum().backward()
+    for a, b in zip(*(model.encoder.parameters() for model in models)):
+        assert a.grad is None and b.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 16), (2, 1, 16, 16), (3, 16, 16)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]"):
+        tiny().tokenize(torch.rand(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (dict(solver="rk99"), "euler, heun, dopri5"),
+        (dict(steps=1), "at least 2"),
+        (dict(noise=torch.zeros(1, 2, 3)), r"\[1, 16, 4\]"),
+        (dict(labels=torch.tensor([9])), r"0\.\.3"),
+    ],
+)
+def test_generate_refuses(options, word):
+    with pytest.raises(ValueError, match=word):
+        generate(tiny(), **{"labels": torch.tensor([0]), **options})
+
+
+def test_solvers_agree_on_a_smooth_field_and_guidance_one_is_the_class_prediction():
+    model, labels, noise = tiny(), torch.tensor([0, 1]), torch.randn(2, 16, 4)
+    truth = generate(model, labels, noise=noise, solver="dopri5", steps=20, return_latents=True)[1]
+    heun = generate(model, labels, noise=noise, solver="heun", steps=200, return_latents=True)[1]
+    euler = generate(model, labels, noise=noise, solver="euler", steps=200, return_latents=True)[1]
+    error = lambda z: float((z - truth).norm() / truth.norm())  # noqa: E731
+    assert error(heun) < 0.01 and error(heun) < error(euler) < 0.1
+    outside = generate(model, labels, noise=noise, solver="heun", steps=200, guidance=3.0, interval=(0.4, 0.4), return_latents=True)[1]
+    assert torch.equal(outside, heun)

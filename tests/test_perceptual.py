@@ -1,0 +1,103 @@
+"""LPIPS against a straightforward reading of its definition, on random weights; and what it says when files are wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unite_fast.config import LpipsConfig
+from unite_fast.errors import UserError
+from unite_fast.objective.perceptual import CHANNELS, STAGES, Lpips
+from unite_fast.weights import write_tensors
+
+
+def weights() -> tuple[dict, dict]:
+    generator = torch.Generator().manual_seed(0)
+    vgg, inputs = {}, 3
+    for indices, channels in zip(STAGES, CHANNELS):
+        for index in indices:
+            vgg[f"features.{index}.weight"] = torch.randn(channels, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            vgg[f"features.{index}.bias"] = torch.randn(channels, generator=generator) * 0.1
+            inputs = channels
+    vgg["classifier.0.weight"] = torch.zeros(1)  # the files carry more than LPIPS reads
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=generator) for i, c in enumerate(CHANNELS)}
+    return vgg, linear
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lpips")
+    vgg, linear = weights()
+    write_tensors(vgg, folder / "vgg.safetensors")
+    torch.save(linear, folder / "linear.pth")
+    return folder
+
+
+def configured(files, **options) -> Lpips:
+    return Lpips.from_config(
+        LpipsConfig(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"), **options)
+    )
+
+
+def straightforward(a, b) -> torch.Tensor:
+    vgg, linear = weights()
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    x, y = (a - shift) / scale, (b - shift) / scale
+    total = torch.zeros(len(a))
+    for stage, indices in enumerate(STAGES):
+        if stage:
+            x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
+        for index in indices:
+            w, bias = vgg[f"features.{index}.weight"], vgg[f"features.{index}.bias"]
+            x, y = F.relu(F.conv2d(x, w, bias, padding=1)), F.relu(F.conv2d(y, w, bias, padding=1))
+        unit = [f / (f.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y)]
+        total += F.conv2d((unit[0] - unit[1]) ** 2, linear[f"lin{stage}.model.1.weight"]).mean((1, 2, 3))
+    return total.mean()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_distance_and_gradient(files, rescale):
+    # Fixed numbers: where rounding puts an activation on the other side of a ReLU, the gradient jumps (3e-3, rarely).
+    torch.manual_seed(0)
+    model = configured(files, rescale=rescale)
+    a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    c = b.detach().clone().requires_grad_()
+    found = model(a, b)
+    expected = straightforward(2 * a - 1, 2 * c - 1) if rescale else straightforward(a, c)
+    assert torch.allclose(found, expected, rtol=1e-4)
+    found.backward()
+    expected.backward()
+    assert float((b.grad - c.grad).norm() / c.grad.norm()) < 1e-3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert float(model(a, a)) == 0
+
+
+def test_bf16_autocast_changes_the_distance_by_rounding_only(files):
+    model = configured(files)
+    a, b = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(a, b)
+    # Thirteen layers of 2^-9 each, unit-normalised: well under 5 %.
+    assert abs(float(rounded / model(a, b)) - 1) < 0.05
+
+
+def test_dropout_keeps_the_expectation(files):
+    torch.manual_seed(0)
+    plain, dropped = configured(files), configured(files, dropout=True)
+    a, b = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    values = torch.stack([dropped(a, b) for _ in range(20)])
+    assert values.std() > 0 and abs(float(values.mean() / plain(a, b)) - 1) < 0.05
+
+
+def test_missing_weights_name_the_path_and_the_key_that_turns_the_term_off(files, tmp_path):
+    good = dict(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"))
+    (tmp_path / "broken.pth").write_bytes(b"not a file of weights")
+    for change, words in (
+        (dict(vgg=None), ["objective.lpips.vgg", "not set"]),
+        (dict(linear=str(tmp_path / "none.pth")), ["objective.lpips.linear", "none.pth"]),
+        (dict(vgg=good["linear"]), ["features.0.weight"]),
+        (dict(linear=str(tmp_path / "broken.pth")), ["broken.pth"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            Lpips.from_config(LpipsConfig(**{**good, **change}))
+        assert all(word in str(caught.value) for word in [*words, "objective.lpips.weight = 0"])

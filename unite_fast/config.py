@@ -1,0 +1,341 @@
+"""The whole configuration of a run: typed, frozen, validated; JSON in, JSON out.
+
+Every key is checked while parsing: an unknown key is reported with its nearest valid neighbour, an impossible
+size with the numbers that clash. `Config.load` reads a file and applies `key=value` overrides; the resolved
+configuration is written into the run folder and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unite_fast.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+# Published sizes (UNITE, arXiv 2603.22283): depth L, width C, heads H.
+ENCODER_PRESETS = {
+    "B": dict(depth=12, width=768, heads=12),
+    "M": dict(depth=12, width=1024, heads=16),
+    "L": dict(depth=24, width=1024, heads=16),
+    "XL": dict(depth=28, width=1152, heads=16),
+}
+DECODER_PRESETS = {
+    "S": dict(depth=12, width=384, heads=6),
+    "B": dict(depth=12, width=768, heads=12),
+    "L": dict(depth=24, width=1024, heads=16),
+}
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str = "configuration") -> Self:
+        """Validate a dictionary.
+
+        Raises:
+            UserError: every problem on a line of its own, with the key, the value and what is valid.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(f"{source} is not valid:\n" + "\n".join(_explain(cls, e) for e in error.errors())) from None
+
+
+def _fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
+    """Fill the sizes that a named preset stands for; a size given beside the preset wins."""
+    if isinstance(values, dict) and values.get("preset") in presets:
+        filled = dict(presets[values["preset"]])
+        filled.update({k: v for k, v in values.items() if v is not None})
+        return filled
+    return values
+
+
+class DecoderConfig(Section):
+    """Pixel decoder: a pre-norm vision transformer over the registers."""
+
+    preset: Literal["S", "B", "L"] | None = Field(None, description="named size; fills depth, width and heads")
+    depth: PositiveInt = Field(12, description="transformer blocks")
+    width: PositiveInt = Field(768, description="hidden width, divisible by heads and by 4")
+    heads: PositiveInt = Field(12, description="attention heads")
+    inner: PositiveInt = Field(768, description="width between the two Linears that lift a latent to the decoder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _fill_preset(values, DECODER_PRESETS)
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        if self.width % self.heads:
+            raise ValueError(f"decoder width {self.width} is not divisible by its {self.heads} heads")
+        if self.width % 4:
+            raise ValueError(f"decoder width {self.width} is not divisible by 4 (2-D sin-cos positions need it)")
+        return self
+
+
+class ModelConfig(Section):
+    """Sizes of the Generative Encoder and the decoder."""
+
+    preset: Literal["B", "M", "L", "XL"] | None = Field(None, description="named size; fills depth, width and heads")
+    depth: PositiveInt = Field(12, description="encoder blocks L")
+    width: PositiveInt = Field(768, description="encoder width C, divisible by heads, head width even")
+    heads: PositiveInt = Field(12, description="encoder attention heads H")
+    image_size: PositiveInt = Field(256, description="side of the square image in pixels, divisible by patch_size")
+    patch_size: PositiveInt = Field(16, description="side of a square patch in pixels")
+    registers: PositiveInt = Field(256, description="latent tokens K; with K = patches each register decodes into its patch, else patch queries read them")
+    latent_dim: PositiveInt = Field(32, description="channels D of a latent token")
+    num_classes: PositiveInt = Field(1000, description="labels; one more row serves as the null label")
+    context_len: Annotated[int, Field(ge=0)] = Field(32, description="context tokens; 0 turns them off")
+    context_start: Annotated[int, Field(ge=0)] = Field(4, description="block before which the context is prepended")
+    decoder: DecoderConfig = Field(DecoderConfig(), description="the pixel decoder")
+    shared: bool = Field(True, description="one set of weights for tokenization and denoising; false trains two")
+    checkpoint_activations: bool = Field(False, description="recompute block activations in the backward pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _fill_preset(values, ENCODER_PRESETS)
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if (self.width // self.heads) % 2:
+            raise ValueError(f"head width {self.width // self.heads} is odd; rotary embedding rotates pairs")
+        if self.width % 2:
+            raise ValueError(f"width {self.width} is odd; sin-cos register positions need an even width")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if self.context_len and self.context_start >= self.depth:
+            raise ValueError(f"context_start {self.context_start} is not below depth {self.depth}")
+        return self
+
+    @property
+    def patches(self) -> int:
+        """P, patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class LpipsConfig(Section):
+    """Perceptual term of the reconstruction loss (LPIPS, VGG16)."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(1.0, description="lambda_p; 0 turns the term off")
+    vgg: str | None = Field(None, description="VGG16 weights: torchvision's state dict, .pth or .safetensors")
+    linear: str | None = Field(None, description="LPIPS 1x1 weights (lin0..lin4), .pth or .safetensors")
+    rescale: bool = Field(False, description="feed [-1, 1] as LPIPS was made for; false feeds [0, 1] as published")
+    dropout: bool = Field(False, description="dropout 1/2 inside the 1x1 layers, as in the published run")
+
+
+class ObjectiveConfig(Section):
+    """The two-pass objective (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
+
+    flow_draws: PositiveInt = Field(3, description="S, flow draws per image and step; their losses are summed")
+    draws_per_chunk: PositiveInt = Field(1, description="draws in one forward and backward; memory grows with it, not with S")
+    flow_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the flow loss")
+    l1_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the pixel L1")
+    lpips: LpipsConfig = Field(LpipsConfig(), description="perceptual term")
+    stop_gradient: bool = Field(True, description="detach z0 in the flow loss")
+    tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this)")
+    label_drop: Fraction = Field(0.1, description="share of labels replaced by the null label in the flow pass")
+    time_law: Literal["logit_normal", "uniform"] = Field("logit_normal", description="law of flow times; uniform is the paper's form")
+    time_shift: Annotated[float, Field(gt=0)] = Field(0.5, description="alpha of t = alpha u / (1 + (alpha-1) u); applies to logit_normal and to sampling")
+    weighting: Literal["velocity", "none"] = Field("velocity", description="flow error divided by max(1-t, t_floor), or the paper's unweighted form")
+    t_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="floor of 1-t where it divides")
+    decoder_noise: Literal["mix", "additive", "none"] = Field("mix", description="noise on z0 before decoding: published mix, the paper's additive form, or none")
+    mix_probability: Fraction = Field(0.5, description="share of samples that the mix touches")
+    mix_t_min: Fraction = Field(0.7, description="mix draws t from U(this, 1)")
+    additive_sigma: Annotated[float, Field(ge=0)] = Field(0.7, description="standard deviation of the additive form")
+
+
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule (UNITE, optimisation). Epochs are real passes over the data."""
+
+    kind: Literal["muon", "adamw"] = Field("muon", description="muon: Muon on matrices, AdamW on the rest; adamw: AdamW on all")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate at lr_batch; scales with the global batch")
+    lr_batch: PositiveInt | None = Field(384, description="global batch that lr stands for; null uses lr as it is")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="AdamW epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled decay, AdamW and Muon alike")
+    momentum: Fraction = Field(0.95, description="Muon momentum (Nesterov)")
+    newton_schulz_steps: PositiveInt = Field(5, description="Muon orthogonalisation steps")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(3.0, description="global gradient norm clip, before Muon; null turns it off")
+    ema_decay: Fraction = Field(0.9978, description="EMA of the weights, every optimizer step")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="linear warm-up from 0")
+    hold_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="constant until here")
+    cosine_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="cosine from the hold to final_ratio until here, constant after; 0 turns the decay off")
+    final_ratio: Fraction = Field(0.5, description="learning rate after the cosine, as a share of the peak")
+
+    @model_validator(mode="after")
+    def _order(self):
+        if self.cosine_until_epoch and self.cosine_until_epoch < max(self.hold_until_epoch, self.warmup_epochs):
+            raise ValueError(
+                f"cosine_until_epoch {self.cosine_until_epoch} lies before the end of warm-up and hold "
+                f"({max(self.hold_until_epoch, self.warmup_epochs)})"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Length, batch, precision and bookkeeping of a run."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the data; give this or steps")
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps; give this or epochs")
+    global_batch: PositiveInt | None = Field(None, description="images an optimizer step over all ranks")
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(None, description="images a rank and backward; auto finds the largest that fits")
+    accumulation: PositiveInt | None = Field(None, description="micro-batches an optimizer step; two of the three batch keys fix the third")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of weights, data order and every random draw")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA and PyTorch elsewhere")
+    log_every: PositiveInt = Field(10, description="optimizer steps between log records")
+    checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
+    keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if sum(v is not None for v in (self.global_batch, self.micro_batch, self.accumulation)) < 2:
+            raise ValueError("give two of global_batch, micro_batch and accumulation; the third follows")
+        return self
+
+
+class DataConfig(Section):
+    """Class-folder image data: one sub-folder a class, sorted by name."""
+
+    path: str = Field(..., description="training images, class folders")
+    val_path: str | None = Field(None, description="held-out images, the same class folders")
+    crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
+    flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
+    workers: Annotated[int, Field(ge=0)] = Field(8, description="loader processes a rank; 0 loads in the training process")
+    prefetch: PositiveInt = Field(4, description="micro-batches each worker keeps ready")
+    max_bad_share: Fraction = Field(0.01, description="share of unreadable images that stops the run")
+    cache: bool = Field(False, description="keep decoded images in memory (small data sets)")
+
+
+class SamplingConfig(Section):
+    """How images are drawn (UNITE, sampling)."""
+
+    solver: Literal["euler", "heun", "dopri5"] = Field("dopri5", description="ODE solver")
+    steps: Annotated[int, Field(ge=2)] = Field(50, description="time points, shifted by objective.time_shift")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="w of null + w (class - null)")
+    interval: tuple[Fraction, Fraction] = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
+
+
+class EvaluationConfig(Section):
+    """What is measured at the end of a run and every so often."""
+
+    every: PositiveInt | None = Field(None, description="optimizer steps between sample and reconstruction sheets; null: only at the end")
+    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class that small-data metrics judge at the end; 0 turns them off")
+    reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics are measured on, at most")
+    sheet_classes: PositiveInt = Field(10, description="classes (rows) on the sample sheet")
+    sheet_columns: PositiveInt = Field(10, description="images a class on the sample sheet")
+    batch: PositiveInt = Field(64, description="images a forward pass in evaluation")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, used for its folder")
+    runs: str = Field("runs", description="folder that holds run folders")
+    model: ModelConfig = Field(ModelConfig(), description="network sizes")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
+    train: TrainConfig = Field(..., description="length, batch, precision")
+    data: DataConfig = Field(..., description="images")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="defaults of sampling")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="sheets and metrics")
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.optimizer.kind == "muon" and self.train.zero_stage == 3:
+            raise ValueError(
+                "Muon needs whole matrices and ZeRO 3 shards them: "
+                "set train.zero_stage to 2 or optimizer.kind to adamw"
+            )
+        if self.evaluation.samples_per_class and self.data.val_path is None:
+            raise ValueError(
+                "evaluation.samples_per_class judges against held-out images: set data.val_path, or set it to 0"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+        """Read a JSON file and apply `key.path=value` overrides (JSON values; anything else is a string).
+
+        Raises:
+            UserError: missing file, broken JSON (with its line), unknown key, wrong type, impossible sizes.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read configuration {path}: {error.strerror or error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"configuration {path} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"configuration {path} must be a JSON object, found {type(data).__name__}")
+        for override in overrides:
+            _apply_override(data, override)
+        return cls.parse(data, source=f"configuration {path}")
+
+    def to_json(self) -> str:
+        """The resolved configuration, every key present."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    node[last] = value
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section class behind a field's annotation, or None where the field is a plain value."""
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _explain(section: type[Section], error: Any) -> str:
+    """One line for one validation error: dotted key, what is wrong, what is valid."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        for part in location[:-1]:
+            section = section_of(section.model_fields[part].annotation) or section
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(location[-1], valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "valid keys: " + ", ".join(valid)
+        return f"  {key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"  {key}: {message}" if key else f"  {message}"
+    if error["type"] == "missing":
+        return f"  {key}: required key is missing"
+    return f"  {key}: {message} (got {error['input']!r})"

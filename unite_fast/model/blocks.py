@@ -1,0 +1,100 @@
+"""The transformer block of the Generative Encoder, cut where its fused operators meet.
+
+The paper's block k reads x += gate1·Attention(norm1(x)), x += gate2·SwiGLU(norm2(x)), x = norm3(x), each inner norm
+modulated. Its last line and norm1 of block k+1 touch the same rows, so one operator does both: a block here runs
+from its own modulated input h to the *next* block's modulated input and owns that norm's weight.
+Shapes: B batch, N tokens, C width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_fast.model.attention import attend
+
+
+class Modulation(NamedTuple):
+    """adaLN terms of one block, each [B, C] (order of the published Linear)."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class Rotary(NamedTuple):
+    """Tables [R, d/2] and how many leading tokens stay unrotated."""
+
+    cos: Tensor
+    sin: Tensor
+    unrotated: int
+
+
+def swiglu_hidden(width: int) -> int:
+    """int(2/3 · 4C): 2048 at C = 768."""
+    return int(2 / 3 * 4 * width)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU of block k, its closing norm, and the opening norm of block k+1 (or of the final layer)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        hidden = swiglu_hidden(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Parameter(torch.ones(width // heads))
+        self.k_norm = nn.Parameter(torch.ones(width // heads))
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.Parameter(torch.ones(width))
+        self.mlp_in = nn.Linear(width, 2 * hidden)
+        self.mlp_out = nn.Linear(hidden, width)
+        self.norm3 = nn.Parameter(torch.ones(width))
+        self.next_norm = nn.Parameter(torch.ones(width))
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        modulation: Modulation,
+        next_shift: Tensor,
+        next_scale: Tensor,
+        rotary: Rotary,
+        keep: slice | None = None,
+        prepend: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One block.
+
+        Args:
+            x: [B, N, C] residual stream.
+            h: [B, N, C] RMSNorm1(x)·(1+scale1)+shift1.
+            modulation: this block's terms.
+            next_shift, next_scale: [B, C] opening modulation of what follows.
+            rotary: tables for the N tokens.
+            keep: tokens that anything after this block reads; the rest is dropped as soon as attention has used it.
+            prepend: [B, M, C] context tokens that join in front after this block.
+
+        Returns:
+            The next residual stream and its modulated norm, each [B, N', C].
+        """
+        batch, tokens, width = x.shape
+        qkv = self.qkv(h).view(batch, tokens, 3, self.heads, width // self.heads)
+        attended = attend(uk.qk_norm_rope(qkv, self.q_norm, self.k_norm, *rotary))
+        if keep is not None:
+            x, attended = x[:, keep].contiguous(), attended[:, keep].contiguous()
+        x, h = uk.gated_residual_rms_norm_modulate(
+            x, self.attention_out(attended), modulation.gate1, self.norm2, modulation.shift2, modulation.scale2
+        )
+        branch = self.mlp_out(uk.swiglu(self.mlp_in(h)))
+        x, h = uk.block_boundary(x, branch, modulation.gate2, self.norm3, self.next_norm, next_shift, next_scale)
+        if prepend is not None:
+            opened = uk.rms_norm_modulate(prepend, self.next_norm, next_shift, next_scale)
+            x, h = torch.cat([prepend, x], dim=1), torch.cat([opened, h], dim=1)
+        return x, h

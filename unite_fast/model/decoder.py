@@ -1,0 +1,76 @@
+"""The pixel decoder: a pre-norm vision transformer from latents to patches of pixels.
+
+Shapes: B batch, K registers, D latent channels, P patches, Cd width, p patch side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from unite_fast.config import ModelConfig
+from unite_fast.model.attention import attend
+from unite_fast.model.conditioning import sincos_1d, sincos_2d
+
+LAYER_NORM_EPS = 1e-12
+
+
+class DecoderBlock(nn.Module):
+    """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)), exact GELU, width 4Cd."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        x = x + self.attention_out(attend(qkv))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, K, D] -> pixel tokens [B, P, p·p·3], channels ordered (row, column, colour).
+
+    With K = P (the published form) register i becomes patch i. With any other K, P copies of a learned query stand
+    behind the registers and read them; their outputs become the patches.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        sizes = config.decoder
+        self.patches = config.patches
+        self.lift = nn.Linear(config.latent_dim, sizes.inner)
+        self.embed = nn.Linear(sizes.inner, sizes.width)
+        self.token = nn.Parameter(torch.zeros(sizes.width))
+        grid = sincos_2d(math.isqrt(config.patches), sizes.width)
+        extra = torch.zeros(1, sizes.width)
+        if config.registers == config.patches:
+            position = torch.cat([extra, grid])
+        else:
+            self.query = nn.Parameter(torch.randn(sizes.width) * 0.02)
+            position = torch.cat([extra, sincos_1d(torch.arange(config.registers), sizes.width), grid])
+        self.register_buffer("position", position[None], persistent=False)
+        self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.pixels = nn.Linear(sizes.width, config.patch_size**2 * 3)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.embed(self.lift(latent))
+        pieces = [self.token.to(x.dtype).expand(x.shape[0], 1, -1), x]
+        if hasattr(self, "query"):
+            pieces.append(self.query.to(x.dtype).expand(x.shape[0], self.patches, -1))
+        x = torch.cat(pieces, dim=1) + self.position.to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.pixels(self.norm(x[:, -self.patches :]))

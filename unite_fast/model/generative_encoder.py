@@ -1,0 +1,100 @@
+"""The Generative Encoder: one transformer, two modes (UNITE, arXiv 2603.22283).
+
+With patch tokens it tokenizes (registers read the image); without, it denoises (registers alone, under a label).
+Shapes: B batch, K registers, D latent channels, P patches, C width, M context tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import unite_kernels as uk
+from unite_fast.config import ModelConfig
+from unite_fast.model.blocks import Block, Modulation, Rotary
+from unite_fast.model.conditioning import TimeEmbedding, rotary_tables, sincos_1d
+
+
+class GenerativeEncoder(nn.Module):
+    """GE(latent [B,K,D], t [B], label [B], patches [B,P,C] or none) -> [B,K,D], before the latent LayerNorm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.width
+        self.registers = config.registers
+        self.null_label = config.num_classes
+        self.context_start = config.context_start if config.context_len else None
+        self.checkpoint_activations = config.checkpoint_activations
+        self.register_in = nn.Linear(config.latent_dim, width)
+        self.register_position = nn.Parameter(sincos_1d(torch.arange(config.registers), width)[None])
+        self.time = TimeEmbedding(width)
+        # One row a class, the null label, and a last row that published checkpoints carry unused.
+        self.label = nn.Embedding(config.num_classes + 2, width)
+        if config.context_len:
+            self.context = nn.Parameter(torch.empty(1, config.context_len, width))
+        self.modulation = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.opening_norm = nn.Parameter(torch.ones(width))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.final = nn.Linear(width, config.latent_dim)
+        cos, sin = rotary_tables(config.registers + config.patches, width // config.heads)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        for weight in (self.time.lift.weight, self.time.project.weight, self.label.weight):
+            nn.init.normal_(weight, std=0.02)
+        if self.context_start is not None:
+            nn.init.normal_(self.context, std=0.02)
+        for linear in (*self.modulation, self.final_modulation, self.final):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, latent: Tensor, t: Tensor, labels: Tensor, patches: Tensor | None = None) -> Tensor:
+        """One evaluation in either mode.
+
+        Args:
+            latent: [B, K, D] noise (tokenization) or noised latents (denoising).
+            t: [B] times in [0, 1]; 1 is clean.
+            labels: [B] int64; `null_label` stands for no class.
+            patches: [B, P, C] patch tokens, given in tokenization mode only.
+        """
+        label = self.label(labels)
+        condition = F.silu(self.time(t) + label)
+        modulation = [Modulation(*linear(condition).chunk(6, dim=-1)) for linear in self.modulation]
+        final_shift, final_scale = self.final_modulation(condition).chunk(2, dim=-1)
+        following = [(m.shift1, m.scale1) for m in modulation[1:]] + [(final_shift, final_scale)]
+
+        x = self.register_in(latent)
+        x = x + self.register_position.to(x.dtype)
+        if patches is not None:
+            x = torch.cat([x, patches.to(x.dtype)], dim=1)
+        rotary = Rotary(self.rotary_cos, self.rotary_sin, 0)
+        context = None
+        if self.context_start is not None:
+            context = (label[:, None] + self.context).to(x.dtype)
+            with_context = Rotary(self.rotary_cos, self.rotary_sin, context.shape[1])
+        if self.context_start == 0:
+            x, rotary = torch.cat([context, x], dim=1), with_context
+
+        h = uk.rms_norm_modulate(x, self.opening_norm, modulation[0].shift1, modulation[0].scale1)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            prepend = context if index + 1 == self.context_start else None
+            keep = slice(rotary.unrotated, rotary.unrotated + self.registers) if index == last else None
+            arguments = (x, h, modulation[index], *following[index], rotary, keep, prepend)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, h = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, h = block(*arguments)
+            if prepend is not None:
+                rotary = with_context
+        return self.final(h)

@@ -1,0 +1,199 @@
+"""Names of the published checkpoints' weights and ours, both ways.
+
+Ours cut a block where the fused operators meet (see blocks.py): the norm that opens block k+1 lives in block k, the
+one that opens block 0 in the encoder, the final layer's in the last block.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import DECODER_PRESETS, DecoderConfig, ModelConfig
+from unite_fast.errors import UserError
+from unite_fast.model.conditioning import rotary_tables, sincos_2d
+from unite_fast.model.unite import Unite
+
+_FIXED = {
+    "latent_tokens": "encoder.register_position",
+    "patch_embed.patch_embeddings.projection": "patches",
+    "encoder_layer_norm": "latent_norm",
+    "up_sample_decoder": "decoder.lift",
+    "encoder.up_sample": "encoder.register_in",
+    "encoder.t_embedder.W": "encoder.time.frequencies",
+    "encoder.t_embedder.special_time_emb": "encoder.time.special",
+    "encoder.t_embedder.mlp.0": "encoder.time.lift",
+    "encoder.t_embedder.mlp.2": "encoder.time.project",
+    "encoder.y_embedder.embedding_table": "encoder.label",
+    "encoder.in_context_posemb": "encoder.context",
+    "encoder.final_layer.adaLN_modulation.1": "encoder.final_modulation",
+    "encoder.final_layer.linear": "encoder.final",
+    "decoder.decoder_embed": "decoder.embed",
+    "decoder.trainable_cls_token": "decoder.token",
+    "decoder.decoder_norm": "decoder.norm",
+    "decoder.decoder_pred": "decoder.pixels",
+}
+_ENCODER_BLOCK = {
+    "attn.qkv": "qkv",
+    "attn.q_norm.weight": "q_norm",
+    "attn.k_norm.weight": "k_norm",
+    "attn.proj": "attention_out",
+    "norm2.weight": "norm2",
+    "mlp.w12": "mlp_in",
+    "mlp.w3": "mlp_out",
+    "norm3.weight": "norm3",
+}
+_DECODER_BLOCK = {
+    "layernorm_before": "norm1",
+    "qkv": "qkv",
+    "attn_proj": "attention_out",
+    "layernorm_after": "norm2",
+    "ffn_up": "mlp_in",
+    "ffn_down": "mlp_out",
+}
+_IGNORED = ("encoder.feat_rope", "lpips_loss.")
+_UNUSED = ("encoder.pos_embed", "patch_embed.position_embeddings")
+
+
+def published_names(config: ModelConfig) -> dict[str, str]:
+    """Prefix of a published name -> prefix of ours, for a model of this depth."""
+    names = dict(_FIXED)
+    for k in range(config.depth):
+        names |= {f"encoder.blocks.{k}.{theirs}": f"encoder.blocks.{k}.{ours}" for theirs, ours in _ENCODER_BLOCK.items()}
+        names[f"encoder.blocks.{k}.adaLN_modulation.1"] = f"encoder.modulation.{k}"
+        opened_by = "encoder.opening_norm" if k == 0 else f"encoder.blocks.{k - 1}.next_norm"
+        names[f"encoder.blocks.{k}.norm1.weight"] = opened_by
+    names["encoder.final_layer.norm_final.weight"] = f"encoder.blocks.{config.depth - 1}.next_norm"
+    for k in range(config.decoder.depth):
+        names |= {
+            f"decoder.decoder_layers.{k}.{theirs}": f"decoder.blocks.{k}.{ours}" for theirs, ours in _DECODER_BLOCK.items()
+        }
+    return names
+
+
+def _renamed(name: str, names: dict[str, str]) -> str | None:
+    if name in names:
+        return names[name]
+    stem, _, leaf = name.rpartition(".")
+    return f"{names[stem]}.{leaf}" if stem in names else None
+
+
+def from_published(
+    weights: dict[str, Tensor],
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    context_start: int = 4,
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Sizes and our state dict of a published weight dictionary.
+
+    Args:
+        weights: published name -> tensor; `decoder._orig_mod.` prefixes of compiled decoders are accepted.
+        heads: encoder heads, not recorded in any shape beyond the q norm's width; None infers them from it.
+        decoder_heads: decoder heads; None takes the preset of that width, else the encoder's head width.
+        context_start: block before which the context joins, recorded in no shape; 4 in the published models.
+
+    Raises:
+        UserError: names that are missing or unknown, shapes that contradict each other.
+    """
+    weights = {name.replace("decoder._orig_mod.", "decoder."): tensor for name, tensor in weights.items()}
+    config = _infer_sizes(weights, heads, decoder_heads, context_start)
+    names = published_names(config)
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in weights.items():
+        target = _renamed(name, names)
+        if target is not None:
+            ours[target] = tensor
+        elif not name.startswith((*_IGNORED, *_UNUSED, "decoder.decoder_pos_embed")):
+            unknown.append(name)
+    expected = Unite.state_shapes(config)
+    missing = sorted(set(expected) - set(ours))
+    if unknown or missing:
+        raise UserError(
+            "these are not the weights of a UNITE model: "
+            + "; ".join(
+                f"{what} {len(found)} entries, first {found[0]!r}"
+                for what, found in (("unknown", unknown), ("missing", missing))
+                if found
+            )
+        )
+    wrong = [name for name in expected if tuple(ours[name].shape) != expected[name]]
+    if wrong:
+        name = wrong[0]
+        raise UserError(f"{name} has shape {list(ours[name].shape)}, sizes inferred from the other weights need {list(expected[name])}")
+    return config, ours
+
+
+def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under the published names, the entries we do not need recomputed (fixed positions, rotary tables, zeros).
+
+    Raises:
+        UserError: a model the published naming cannot hold (separate weights, registers other than patches).
+    """
+    if not config.shared:
+        raise UserError("the published naming holds one encoder; this model was trained with model.shared = false")
+    if config.registers != config.patches:
+        raise UserError(
+            f"the published naming needs one register a patch; this model has {config.registers} registers and "
+            f"{config.patches} patches"
+        )
+    back = {ours: theirs for theirs, ours in published_names(config).items()}
+    published = {}
+    for name, tensor in state.items():
+        published[_renamed(name, back) or name] = tensor
+    width, head = config.width, config.width // config.heads
+    published["encoder.pos_embed"] = sincos_2d(math.isqrt(config.patches), width)[None]
+    published["patch_embed.position_embeddings"] = torch.zeros(1, config.patches + 1, width)
+    published["decoder.decoder_pos_embed"] = Unite(config).decoder.position.clone()
+    cos, sin = (table.repeat_interleave(2, dim=-1) for table in rotary_tables(config.registers + config.patches, head))
+    published |= {"encoder.feat_rope.freqs_cos": cos, "encoder.feat_rope.freqs_sin": sin}
+    if config.context_len:
+        still = torch.ones(config.context_len, head)
+        published["encoder.feat_rope_incontext.freqs_cos"] = torch.cat([still, cos])
+        published["encoder.feat_rope_incontext.freqs_sin"] = torch.cat([torch.zeros_like(still), sin])
+    return published
+
+
+def _infer_sizes(
+    weights: dict[str, Tensor], heads: int | None, decoder_heads: int | None, context_start: int
+) -> ModelConfig:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in weights:
+            raise UserError(f"these are not the weights of a UNITE model: {name!r} is missing")
+        return tuple(weights[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in weights if (match := re.match(pattern, name))})
+
+    width, latent_dim = shape("encoder.up_sample.weight")
+    patch = shape("patch_embed.patch_embeddings.projection.weight")[-1]
+    patches = shape("decoder.decoder_pos_embed")[1] - 1
+    side = int(patches**0.5 + 0.5) * patch
+    decoder_width, inner = shape("decoder.decoder_embed.weight")
+    context = weights.get("encoder.in_context_posemb")
+    from_norm = width // shape("encoder.blocks.0.attn.q_norm.weight")[0]
+    if heads is not None and heads != from_norm:
+        raise UserError(f"--heads {heads} contradicts the q norm's width, which says {from_norm} heads")
+    known = {sizes["width"]: sizes["heads"] for sizes in DECODER_PRESETS.values()}
+    return ModelConfig(
+        depth=count(r"encoder\.blocks\.(\d+)\."),
+        width=width,
+        heads=from_norm,
+        image_size=side,
+        patch_size=patch,
+        registers=shape("latent_tokens")[1],
+        latent_dim=latent_dim,
+        num_classes=shape("encoder.y_embedder.embedding_table.weight")[0] - 2,
+        context_len=0 if context is None else context.shape[1],
+        context_start=context_start,
+        decoder=DecoderConfig(
+            depth=count(r"decoder\.decoder_layers\.(\d+)\."),
+            width=decoder_width,
+            heads=decoder_heads or known.get(decoder_width, max(1, decoder_width * from_norm // width)),
+            inner=inner,
+        ),
+    )

@@ -1,0 +1,178 @@
+"""UNITE as one module: tokenizer, generator and decoder (arXiv 2603.22283).
+
+Shapes: B batch, K registers, D latent channels, P patches, H×H image, S flow draws.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_fast.config import ModelConfig
+from unite_fast.model.decoder import Decoder
+from unite_fast.model.generative_encoder import GenerativeEncoder
+
+TOKENIZE_T_MAX = 0.01  # tokenization times are U(0, 0.01): the registers are all but pure noise
+LATENT_NORM_EPS = 1e-5
+
+
+class PatchEmbedding(nn.Module):
+    """Stride-p convolution as one matrix product on unfolded patches: [B, 3, H, H] -> [B, P, C]."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        convolution = nn.Conv2d(3, width, patch_size, patch_size)  # for its default initialisation
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        width, colours, p, _ = self.weight.shape
+        batch, _, height, _ = images.shape
+        grid = height // p
+        unfolded = images.view(batch, colours, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(unfolded.reshape(batch, grid * grid, colours * p * p), self.weight.flatten(1), self.bias)
+
+
+class LatentNorm(nn.Module):
+    """LayerNorm over the D latent channels in float32; outside the encoder, in both modes."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(latent_dim))
+        self.bias = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return F.layer_norm(latent.float(), self.weight.shape, self.weight, self.bias, LATENT_NORM_EPS)
+
+    def mix(self, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(z0, decoder input): where mask [B], the input is t·z0 + (1−t)·noise."""
+        return uk.latent_norm_mix(
+            latent.float(), self.weight, self.bias, mask=mask, t=t, noise=noise, eps=LATENT_NORM_EPS
+        )
+
+    def flow_loss(self, latent: Tensor, z1: Tensor, t: Tensor, *, weighting: bool, floor: float) -> Tensor:
+        """Σ over draws of mean(((z1 − LatentNorm(latent)) / max(1−t, floor))²); undivided without weighting."""
+        return uk.latent_norm_flow_loss(
+            latent.float(), z1, t, self.weight, self.bias, floor=floor, weighting=weighting, eps=LATENT_NORM_EPS
+        )
+
+
+class Unite(nn.Module):
+    """Generative Encoder, latent norm and decoder.
+
+    With `config.shared` one encoder serves both modes; otherwise `denoiser` is a second encoder with a latent norm
+    of its own (the paper's separate-weights ablation).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.patches = PatchEmbedding(config.patch_size, config.width)
+        self.encoder = GenerativeEncoder(config)
+        self.latent_norm = LatentNorm(config.latent_dim)
+        if not config.shared:
+            self.denoiser = GenerativeEncoder(config)
+            self.denoiser_norm = LatentNorm(config.latent_dim)
+        self.decoder = Decoder(config)
+
+    @staticmethod
+    def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every entry of the state dict, without allocating the weights."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in Unite(config).state_dict().items()}
+
+    @property
+    def null_label(self) -> int:
+        """Label that stands for no class."""
+        return self.config.num_classes
+
+    def latent_noise(self, batch: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """N(0, 1) of shape [B, K, D] on the model's device."""
+        weight = self.latent_norm.weight
+        shape = (batch, self.config.registers, self.config.latent_dim)
+        return torch.randn(shape, device=weight.device, generator=generator)
+
+    def tokenize(self, images: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Images to latents.
+
+        Args:
+            images: [B, 3, H, H] in [0, 1].
+            noise: [B, K, D] register noise; drawn from N(0, 1) if None.
+            t: [B] tokenization times; drawn from U(0, 0.01) if None.
+
+        Returns:
+            z0 [B, K, D] float32.
+
+        Raises:
+            ValueError: images of another size or number of channels.
+        """
+        self._check_images(images)
+        if noise is None:
+            noise = self.latent_noise(images.shape[0])
+        if t is None:
+            t = torch.rand(images.shape[0], device=images.device) * TOKENIZE_T_MAX
+        return self.latent_norm(self._encode(images, noise, t))
+
+    def denoise(self, z_t: Tensor, t: Tensor, labels: Tensor, *, normalise: bool = True) -> Tensor:
+        """Prediction of clean latents: z_t [B, K, D], t [B], labels [B] -> ẑ0 [B, K, D] float32.
+
+        `normalise=False` leaves the latent LayerNorm out, the form that the published unguided sampler integrates.
+        """
+        encoder, norm = self._denoiser()
+        latent = encoder(z_t, t, labels)
+        return norm(latent) if normalise else latent.float()
+
+    def decode(self, z0: Tensor) -> Tensor:
+        """Latents [B, K, D] -> images [B, 3, H, H], nominally in [0, 1], not clipped."""
+        p = self.config.patch_size
+        grid = self.config.image_size // p
+        pixels = self.decoder(z0).float().view(-1, grid, grid, p, p, 3)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * p, grid * p)
+
+    def forward(self, phase: str, **inputs):
+        """The training passes, `reconstruct` and `flow`; one entry point so that a wrapper's hooks see both."""
+        return {"reconstruct": self._reconstruct, "flow": self._flow}[phase](**inputs)
+
+    def _reconstruct(self, images, noise, t, mix=None, added_noise=None):
+        """(z0 [B,K,D], mean |x̂ − x|, x̂ [B,3,H,H]) with the decoder's noise: `mix` = (mask, t, ε), or added_noise."""
+        latent = self._encode(images, noise, t)
+        if mix is not None:
+            z0, decoder_input = self.latent_norm.mix(latent, *mix)
+        else:
+            z0 = self.latent_norm(latent)
+            decoder_input = z0 if added_noise is None else z0 + added_noise
+        l1, reconstruction = uk.patch_l1(self.decoder(decoder_input), images, self.config.patch_size)
+        return z0, l1, reconstruction
+
+    def _flow(self, z_t, t, labels, z1, weighting, floor):
+        """Flow loss of s draws: z_t [s,B,K,D], t [s,B], labels [s,B], z1 [B,K,D] -> scalar, summed over draws."""
+        encoder, norm = self._denoiser()
+        latent = encoder(z_t.flatten(0, 1), t.flatten(), labels.flatten())
+        return norm.flow_loss(latent.view_as(z_t), z1, t, weighting=weighting, floor=floor)
+
+    def _encode(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        null = torch.full((images.shape[0],), self.null_label, device=images.device)
+        return self.encoder(noise, t, null, self.patches(images))
+
+    def _denoiser(self) -> tuple[GenerativeEncoder, LatentNorm]:
+        return (self.encoder, self.latent_norm) if self.config.shared else (self.denoiser, self.denoiser_norm)
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(f"images must be [B, 3, {side}, {side}], got {list(images.shape)}")
+
+    def matrix_parameters(self) -> set[str]:
+        """Names of the parameters that Muon updates (UNITE, optimisation).
+
+        Everything with two or more dimensions except the patch convolution, the final layer, the context vectors
+        and the register positions.
+        """
+        excluded = (".patches.", ".final.", ".final_modulation.", ".context", ".register_position")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim >= 2 and not any(part in f".{name}" for part in excluded)
+        }

@@ -1,0 +1,132 @@
+"""LPIPS on VGG16 features (Zhang et al. 2018), the perceptual term of the reconstruction loss.
+
+The network is ours, its weights are files: torchvision's VGG16 state dict (`features.N.weight`) and the LPIPS 1×1
+layers (`lin0.model.1.weight` …). Images enter in [0, 1] as the published configuration feeds them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_fast.config import LpipsConfig
+from unite_fast.errors import UserError
+from unite_fast.weights import read_tensors
+
+# VGG16's convolutions by their index in torchvision's `features`, grouped by the maps LPIPS reads:
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A 2×2 maximum pool stands between the groups.
+STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+CHANNELS = (64, 128, 256, 512, 512)
+# LPIPS's ScalingLayer: ImageNet statistics expressed for images in [-1, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class VggFeatures(nn.Module):
+    """The five rectified maps of VGG16: [B, 3, H, W] -> list of [B, c, H/2^s, W/2^s], channels-last."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList()
+        inputs = 3
+        for indices, channels in zip(STAGES, CHANNELS, strict=True):
+            stage = nn.ModuleList()
+            for _ in indices:
+                stage.append(nn.Conv2d(inputs, channels, 3, padding=1))
+                inputs = channels
+            self.convolutions.append(stage)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = images.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for index, stage in enumerate(self.convolutions):
+            if index:
+                x = F.max_pool2d(x, 2)
+            for convolution in stage:
+                x = F.relu(convolution(x))
+            maps.append(x)
+        return maps
+
+
+class Lpips(nn.Module):
+    """LPIPS distance: unit-normalised feature differences, squared, weighted by channel, averaged over space, summed."""
+
+    def __init__(self, *, rescale: bool = False, dropout: bool = False):
+        super().__init__()
+        self.rescale = rescale
+        self.dropout = dropout
+        self.features = VggFeatures()
+        self.weights = nn.ParameterList(torch.ones(channels) for channels in CHANNELS)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, config: LpipsConfig) -> Lpips:
+        """Build and load the weights that the configuration names.
+
+        Raises:
+            UserError: a path that is not given, missing, unreadable or holds other weights; the message names the
+                key that turns the term off.
+        """
+        off = "set objective.lpips.weight = 0 to train without the perceptual term"
+        model = cls(rescale=config.rescale, dropout=config.dropout)
+        for key, path in (("vgg", config.vgg), ("linear", config.linear)):
+            if path is None:
+                raise UserError(f"objective.lpips.{key} is not set; give the path of the weights, or {off}")
+            if not Path(path).is_file():
+                raise UserError(f"objective.lpips.{key}: no file {path}; {off}")
+        try:
+            model.load_vgg(read_tensors(config.vgg))
+            model.load_linear(read_tensors(config.linear))
+        except UserError as error:
+            raise UserError(f"objective.lpips: {error}; {off}") from None
+        return model.to(memory_format=torch.channels_last)
+
+    def load_vgg(self, state: dict[str, Tensor]) -> None:
+        """Take the convolutions of a torchvision VGG16 state dict."""
+        for stage, indices in zip(self.features.convolutions, STAGES, strict=True):
+            for convolution, index in zip(stage, indices, strict=True):
+                _assign(convolution.weight, state, f"features.{index}.weight")
+                _assign(convolution.bias, state, f"features.{index}.bias")
+
+    def load_linear(self, state: dict[str, Tensor]) -> None:
+        """Take the 1×1 layers of an LPIPS state dict, `lin0.model.1.weight` [1, c, 1, 1] … `lin4.model.1.weight`."""
+        for index, weight in enumerate(self.weights):
+            _assign(weight, state, f"lin{index}.model.1.weight")
+
+    def forward(self, target: Tensor, image: Tensor) -> Tensor:
+        """Mean distance of two batches [B, 3, H, W] in [0, 1]; the gradient flows into `image` only."""
+        with torch.no_grad():
+            target_maps = self.features(self._scaled(target))
+        total = torch.zeros((), device=image.device)
+        for index, (a, b) in enumerate(zip(target_maps, self.features(self._scaled(image)), strict=True)):
+            weight = self.weights[index]
+            if self.dropout:
+                difference = (_unit(a) - _unit(b)).square()
+                total = total + F.conv2d(F.dropout(difference, 0.5), weight.view(1, -1, 1, 1)).mean()
+            else:
+                total = total + uk.lpips_distance(a, b, weight).mean()
+        return total
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        return ((2 * images - 1 if self.rescale else images) - self.shift) / self.scale
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features over their channel norm; 1e-10 is LPIPS's own."""
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+def _assign(parameter: Tensor, state: dict[str, Tensor], name: str) -> None:
+    if name not in state:
+        raise UserError(f"{name!r} is missing from the weights")
+    value = state[name]
+    if value.numel() != parameter.numel():
+        raise UserError(f"{name!r} has shape {list(value.shape)}, expected {list(parameter.shape)}")
+    parameter.data.copy_(value.reshape(parameter.shape))

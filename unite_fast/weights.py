@@ -1,0 +1,102 @@
+"""Reading and writing tensors without ever executing code from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unite_fast.errors import UserError
+
+
+def read_file(path: str | Path) -> Any:
+    """Content of a `.safetensors` file (a dict of tensors) or of a PyTorch file loaded with weights only.
+
+    Raises:
+        UserError: missing, truncated, or holding anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a PyTorch weights file, or it holds objects other than tensors and plain containers, "
+            f"which are refused because loading them can run code"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, struct.error) as error:
+        raise UserError(f"{path} is truncated or not a PyTorch file: {(str(error) or 'it is empty').splitlines()[0]}") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Flat name -> tensor dictionary of a weights file.
+
+    Raises:
+        UserError: as `read_file`, and for a file that holds something else.
+    """
+    content = read_file(path)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} does not hold a flat dictionary of tensors")
+    return content
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors under a temporary name, flush to disk, rename.
+
+    Raises:
+        UserError: full disk or unwritable folder; an existing file stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        _discard(temporary)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text file under a temporary name and rename it.
+
+    Raises:
+        UserError: full disk or unwritable folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        _discard(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # a parent that is a file, a folder that turned read-only
+        temporary.unlink()
+
+
+def write_json(value: Any, path: str | Path) -> None:
+    """Write indented JSON atomically; see `write_text`."""
+    write_text(json.dumps(value, indent=2) + "\n", path)
