@@ -1,0 +1,148 @@
+"""Class-folder image trees: one sub-folder a class, sorted names are labels 0, 1, 2, …"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from unite_fast.data.crop import MAX_FILE_BYTES
+from unite_fast.errors import UserError
+
+EXTENSIONS = frozenset(".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+# Listing a folder waits for the file system, on a network one for milliseconds, so folders are listed side by side.
+SCAN_THREADS = 16
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
+
+class ImageFolder:
+    """The images of a class-folder tree, ordered by class and then by path inside the class.
+
+    Hidden files and folders (leading dot) are ignored, sub-folders of a class belong to it, symbolic links are
+    followed. File names sit in one byte buffer: a million Python strings would be copied into every worker process.
+
+    Attributes:
+        root: the tree.
+        classes: sorted class names; the position of a name is its label.
+        labels: [n] int64.
+    """
+
+    def __init__(self, path: str | Path, num_classes: int):
+        """Scan the tree.
+
+        Args:
+            path: folder of class folders.
+            num_classes: how many classes there must be.
+
+        Raises:
+            UserError: missing, not a folder, unreadable, no class folders, one class only, a class without images,
+                or another number of classes than `num_classes`.
+        """
+        self.root = Path(path)
+        self.classes = _class_names(self.root, num_classes)
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            files = list(pool.map(lambda name: _image_names(self.root / name), self.classes))
+        empty = [name for name, names in zip(self.classes, files) if not names]
+        if len(empty) == len(files):
+            raise UserError(
+                f"no readable image in {self.root}: none of its {len(files)} class folders holds a file ending in "
+                f"{' '.join(sorted(EXTENSIONS))}"
+            )
+        if empty:
+            raise UserError(
+                f"{len(empty)} of {len(files)} class folders in {self.root} hold no image: {_some(empty)}; "
+                f"fill or remove them"
+            )
+        self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files])
+        encoded = [os.fsencode(name) for names in files for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._names = b"".join(encoded)
+        self._prefix = os.path.join(self.root, "")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """Path of one image."""
+        start = 0 if index == 0 else self._ends[index - 1]
+        name = os.fsdecode(self._names[start : self._ends[index]])
+        return f"{self._prefix}{self.classes[self.labels[index]]}/{name}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image.
+
+        Raises:
+            OSError: the file has gone or cannot be read.
+            ValueError: the file is larger than any image that `crop.decode` accepts.
+        """
+        with open(self.path(index), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"{size} bytes, more than the {MAX_FILE_BYTES} accepted")
+            return file.readall()
+
+
+def _class_names(root: Path, num_classes: int) -> tuple[str, ...]:
+    try:
+        is_folder = stat.S_ISDIR(root.stat().st_mode)
+    except FileNotFoundError:
+        raise UserError(f"data folder {root} does not exist: set data.path to a folder of class folders") from None
+    except OSError as error:
+        raise UserError(f"cannot open data folder {root}: {error.strerror}; check its permissions") from None
+    if not is_folder:
+        raise UserError(f"data folder {root} is a file, not a folder: set data.path to a folder of class folders")
+    entries = _listing(root)
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    if not entries:
+        raise UserError(f"data folder {root} is empty: put one sub-folder a class into it")
+    if not names:
+        raise UserError(
+            f"data folder {root} holds no class folders, only files such as {entries[0].name}: "
+            f"put the images of each class into a sub-folder of their own"
+        )
+    hint = ""
+    if set(map(str.lower, names)) <= SPLIT_NAMES:
+        hint = f"; {', '.join(names)} looks like the splits of a data set, did you mean {root / names[0]}?"
+    if len(names) == 1:
+        raise UserError(
+            f"data folder {root} has one class only ({names[0]}): class-conditional training needs at least two{hint}"
+        )
+    if len(names) != num_classes:
+        raise UserError(
+            f"data folder {root} has {len(names)} classes but model.num_classes is {num_classes}: "
+            f"set model.num_classes to {len(names)} or correct the folder{hint}"
+        )
+    return tuple(names)
+
+
+def _image_names(folder: Path) -> list[str]:
+    """Sorted paths of the images below a class folder, relative to it."""
+    return sorted(_walk(str(folder), "", ()))
+
+
+def _walk(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterator[str]:
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a symbolic link to a folder that contains it would be walked for ever
+        return
+    for entry in _listing(folder):
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, identity))
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+            yield prefix + entry.name
+
+
+def _listing(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot list folder {folder}: {error.strerror}; check its permissions") from None
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

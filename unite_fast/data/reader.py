@@ -1,0 +1,209 @@
+"""Micro-batches of pixels: reads what a draw asks for, and puts a readable image where a broken one stood."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unite_fast.data.crop import WrongSizeError, decode
+from unite_fast.data.folder import ImageFolder
+from unite_fast.data.sampler import Draw, flips, substitute
+from unite_fast.errors import UserError
+
+log = logging.getLogger("unite_fast.data")
+
+# At half of the files unreadable, 100 misses in a row have probability 1e-30: past that the folder is at fault.
+MAX_ATTEMPTS = 100
+
+Pixels = NDArray[np.uint8]  # [H, H, 3]
+
+
+class Problem(NamedTuple):
+    """A file that cannot be used, and why."""
+
+    index: int
+    reason: str
+
+
+class Piece(NamedTuple):
+    """A micro-batch as a worker process hands it over; mistakes travel as data, because exceptions lose their type."""
+
+    step: int
+    micro_batch: int
+    images: Tensor  # [b, 3, H, H] uint8
+    labels: Tensor  # [b] int64
+    indices: Tensor  # [b] int64, after substitution
+    problems: list[Problem]
+    fatal: str | None  # what stops the run
+
+
+class FileReader:
+    """Pixels straight from the files."""
+
+    def __init__(self, folder: ImageFolder, image_size: int, crop: Literal["adm", "none"]):
+        self.folder, self.image_size, self.crop = folder, image_size, crop
+
+    def pixels(self, index: int) -> Pixels | Problem:
+        """[H, H, 3] uint8 of an image, or why there is none.
+
+        Raises:
+            WrongSizeError: crop "none" and an image of another size; the message begins with its path.
+        """
+        try:
+            return decode(self.folder.read(index), self.image_size, self.crop)
+        except WrongSizeError as error:
+            raise WrongSizeError(f"{self.folder.path(index)} {error}") from None
+        except Exception as error:
+            # A hostile file can make a decoder raise anything, and it must cost no more than itself.
+            return Problem(index, _reason(error))
+
+
+class MemoryReader:
+    """Pixels of every image decoded once and kept: 3·H² bytes an image.
+
+    Attributes:
+        problems: the files that could not be used, by index.
+    """
+
+    def __init__(self, files: FileReader, threads: int):
+        """Decode everything.
+
+        Raises:
+            UserError: the decoded images exceed this machine's memory.
+            WrongSizeError: as `FileReader.pixels`.
+        """
+        self.folder, self.image_size = files.folder, files.image_size
+        need = len(self.folder) * 3 * self.image_size**2
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > memory:
+            raise UserError(
+                f"data.cache needs {need / 2**30:.1f} GiB for the {len(self.folder)} images of {self.folder.root}, "
+                f"this machine has {memory / 2**30:.1f} GiB: set data.cache to false"
+            )
+        self._images = np.empty((len(self.folder), self.image_size, self.image_size, 3), np.uint8)
+        self.problems: dict[int, Problem] = {}
+        with ThreadPoolExecutor(max(1, threads)) as pool:  # Pillow's decoders and filters release the GIL
+            for index, found in enumerate(pool.map(files.pixels, range(len(self.folder)))):
+                if isinstance(found, Problem):
+                    self.problems[index] = found
+                else:
+                    self._images[index] = found
+
+    def pixels(self, index: int) -> Pixels | Problem:
+        """[H, H, 3] uint8 of an image, or why there is none."""
+        return self.problems.get(index) or self._images[index]
+
+
+def read_piece(
+    reader: FileReader | MemoryReader,
+    draw: Draw,
+    *,
+    seed: int,
+    flip: bool,
+    holding: Callable[[int], None] = lambda index: None,
+) -> Piece:
+    """Read a micro-batch.
+
+    An unreadable image is replaced by `substitute`, which depends on nothing but (seed, epoch, index, attempt); label
+    and flip are those of the image that is served.
+
+    Args:
+        reader: where pixels come from.
+        draw: epochs and indices, each [b].
+        seed: of flips and substitutes.
+        flip: mirror half of the images.
+        holding: told the index of every file before it is opened.
+    """
+    size, count = reader.image_size, len(reader.folder)
+    images = np.empty((len(draw.indices), 3, size, size), np.uint8)
+    indices = draw.indices.copy()
+    mirrored = flips(seed, draw.epochs, indices) if flip else np.zeros(len(indices), bool)
+    problems: list[Problem] = []
+    fatal: str | None = None
+    for place in range(len(indices)):
+        epoch, wanted = int(draw.epochs[place]), int(draw.indices[place])
+        index, attempt = wanted, 0
+        try:
+            holding(index)
+            found = reader.pixels(index)
+            while isinstance(found, Problem) and attempt < MAX_ATTEMPTS:
+                problems.append(found)
+                index = substitute(count, seed, epoch, wanted, attempt)
+                attempt += 1
+                holding(index)
+                found = reader.pixels(index)
+        except WrongSizeError as error:
+            fatal = str(error)
+            break
+        if isinstance(found, Problem):
+            problems.append(found)
+            example = f"{reader.folder.path(index)} ({found.reason})"
+            fatal = f"no readable image among {attempt + 1} tries in {reader.folder.root}: {example}"
+            break
+        if index != wanted:
+            indices[place] = index
+            mirrored[place] = flip and flips(seed, epoch, index)[0]
+        rows = found[:, ::-1] if mirrored[place] else found
+        images[place] = rows.transpose(2, 0, 1)
+    labels = torch.from_numpy(reader.folder.labels[indices])
+    return Piece(
+        draw.step, draw.micro_batch, torch.from_numpy(images), labels, torch.from_numpy(indices), problems, fatal
+    )  # fmt: skip
+
+
+class BadFiles:
+    """Counts the distinct files that could not be used, names each once in the log, and stops a run with too many."""
+
+    def __init__(self, folder: ImageFolder, max_share: float):
+        self._folder, self._max_share = folder, max_share
+        self._seen = 0
+        self.reasons: dict[str, str] = {}  # path -> reason
+
+    def add(self, served: int, problems: Iterable[Problem]) -> None:
+        """Take note of a micro-batch.
+
+        Args:
+            served: images that were read.
+            problems: files that were not.
+
+        Raises:
+            UserError: the bad files exceed `max_share` of the data set, or of what was read so far by more than chance
+                explains: five standard deviations of a Poisson count, and never fewer than six files.
+        """
+        total, before = len(self._folder), len(self.reasons)
+        self._seen += served
+        for problem in problems:
+            self._seen += 1
+            path = self._folder.path(problem.index)
+            if path not in self.reasons:
+                self.reasons[path] = problem.reason
+                log.warning("skipped unusable image %s: %s", path, problem.reason)
+        self._seen = min(self._seen, total)
+        bad = len(self.reasons)
+        expected = self._max_share * self._seen
+        if bad > before and (bad > self._max_share * total or bad > expected + 5 * math.sqrt(expected) + 5):
+            some = "; ".join(f"{path} ({reason})" for path, reason in list(self.reasons.items())[:5])
+            raise UserError(
+                f"{bad} unusable images among the first {self._seen} read of {total} in {self._folder.root}, more than "
+                f"data.max_bad_share {self._max_share:g} allows: {some}{'; …' if bad > 5 else ''}. "
+                f"Repair or remove them, or raise data.max_bad_share"
+            )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file has gone"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if "cannot identify image file" in str(error):
+        return "not an image, or of no accepted format"
+    return str(error) or type(error).__name__
