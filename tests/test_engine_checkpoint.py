@@ -1,0 +1,363 @@
+"""Checkpoints and the plain engine: exact resume, atomic saves, refusal of what is not a whole checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toy import toy_batch, toy_config, toy_model, toy_step
+from safetensors.torch import load_file, save_file
+
+from unite_fast.engine import checkpoint
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def engine_at(steps: int, *, width: int = 11, keep: int = 3, **optimizer) -> Engine:
+    config = toy_config(**optimizer)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": keep})})
+    engine = Engine(toy_model(width), config, ALONE, steps_per_epoch=10)
+    advance(engine, steps)
+    return engine
+
+
+def advance(engine: Engine, steps: int) -> list[float]:
+    return [toy_step(engine, step).item() for step in range(engine.step_count, engine.step_count + steps)]
+
+
+def everything(engine: Engine) -> dict[str, torch.Tensor]:
+    names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    state = {f"{names[id(p)]}/{k}": t.clone() for p, s in engine.optimizer.state.items() for k, t in s.items()}
+    return dict(engine.model_state()) | {f"ema/{n}": t for n, t in engine.ema_state()} | state
+
+
+def assert_identical(left: Engine, right: Engine) -> None:
+    a, b = everything(left), everything(right)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_resume_is_exact_bit_for_bit(tmp_path, kind):
+    schedule = dict(kind=kind, warmup_epochs=0.4, hold_until_epoch=0.6, cosine_until_epoch=1.5)
+    whole = engine_at(10, **schedule)
+    first = engine_at(5, **schedule)
+    saved = checkpoint.save(first, tmp_path, {"images": 40})
+    second = engine_at(0, **schedule)
+    with torch.no_grad():
+        for parameter in second.parameters.values():
+            parameter.add_(1)
+        second.model.frequencies.add_(1)
+    assert checkpoint.load(second, saved) == {"images": 40}
+    assert second.step_count == 5
+    advance(second, 5)
+    assert_identical(second, whole)
+    assert second.last_lr == whole.last_lr != whole.peak_lr
+
+
+def test_a_save_changes_nothing(tmp_path):
+    saving, silent = engine_at(3), engine_at(3)
+    checkpoint.save(saving, tmp_path, {})
+    assert_identical(saving, silent)
+
+
+def test_files_are_plain_tensors_under_their_own_names(tmp_path):
+    engine = engine_at(2)
+    saved = checkpoint.save(engine, tmp_path, {})
+    assert saved == tmp_path / "checkpoints" / "step_00000002"
+    assert sorted(path.name for path in saved.iterdir()) == sorted([*FILES, "state.json"])
+    weights = load_file(saved / "model.safetensors")
+    assert set(weights) == set(engine.model.state_dict())
+    toy_model().load_state_dict(load_file(saved / "ema.safetensors"))
+    moments = load_file(saved / "optimizer.safetensors")
+    assert moments["momentum_buffer/second.weight"].shape == (11, 11) and "exp_avg/second.bias" in moments
+    state = json.loads((saved / "state.json").read_text())
+    assert state["step"] == 2 and state["config"]["optimizer"]["lr"] == 0.02 and state["versions"]["torch"]
+    assert state["parameters"]["second.weight"] == [11, 11]
+
+
+def test_the_newest_are_kept(tmp_path):
+    assert checkpoint.latest(tmp_path) is None and checkpoint.latest_step(tmp_path) is None
+    engine = engine_at(0, keep=2)
+    for _ in range(4):
+        advance(engine, 1)
+        checkpoint.save(engine, tmp_path, {})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
+    assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    engine = engine_at(1)
+    checkpoint.save(engine, tmp_path, {"try": 1})
+    saved = checkpoint.save(engine, tmp_path, {"try": 2})
+    assert os.listdir(tmp_path / "checkpoints") == [saved.name]
+    assert checkpoint.load(engine, saved) == {"try": 2}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("again", [False, True], ids=["next-step", "same-step"])
+@pytest.mark.parametrize("point", range(7))
+def test_a_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path, point, again):
+    """kill -9 at each flush to disk and each rename of a save, in a forked process."""
+    engine = engine_at(1)
+    checkpoint.save(engine, tmp_path, {})
+    before = everything(engine)
+    if not again:
+        advance(engine, 1)
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(100))
+
+        def deadly(original):
+            def call(*args, **kwargs):
+                if next(calls) == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            return call
+
+        os.fsync, Path.replace = deadly(os.fsync), deadly(Path.replace)
+        with contextlib.suppress(BaseException):
+            checkpoint.save(engine, tmp_path, {})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the save ended before the kill: it has fewer flushes than this test thinks"
+    restored = engine_at(0)
+    checkpoint.load(restored, checkpoint.latest(tmp_path))
+    if restored.step_count == 1:
+        after = everything(restored)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    saved = checkpoint.save(engine, tmp_path, {})
+    assert checkpoint.latest(tmp_path) == saved
+    assert [name for name in os.listdir(tmp_path / "checkpoints") if name.startswith(".") or "old" in name] == []
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow further, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 2200], ids=["first-file", "later-file"])
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(tmp_path, size):
+    engine = engine_at(1)
+    saved = checkpoint.save(engine, tmp_path, {})
+    sizes = [(saved / name).stat().st_size for name in FILES]
+    assert max(sizes) > size and (size == 100 or sizes[0] > size), "the limit must bite"
+    advance(engine, 1)
+    with files_limited_to(size), pytest.raises(UserError, match=f"cannot write .*step_00000002.*whole one is {saved}"):
+        checkpoint.save(engine, tmp_path, {})
+    assert os.listdir(tmp_path / "checkpoints") == [saved.name]
+    checkpoint.load(engine_at(0), saved)
+
+
+def test_an_unwritable_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    with pytest.raises(UserError, match="cannot write checkpoint .*the last whole one is none"):
+        checkpoint.save(engine_at(1), tmp_path / "run", {})
+
+
+@pytest.fixture
+def two_saved(tmp_path) -> Path:
+    """A run with checkpoints of steps 1 and 2; the test breaks the newer one."""
+    engine = engine_at(1)
+    checkpoint.save(engine, tmp_path, {})
+    advance(engine, 1)
+    return checkpoint.save(engine, tmp_path, {})
+
+
+def forge(path: Path, content: bytes) -> None:
+    """Replace a file and its recorded size: what a hostile writer would do."""
+    path.write_bytes(content)
+    state = path.parent / "state.json"
+    recorded = json.loads(state.read_text())
+    recorded["files"][path.name] = len(content)
+    state.write_text(json.dumps(recorded))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "missing", "pickle", "huge-header", "other-tensors"])
+def test_damaged_tensors_are_refused_and_the_older_checkpoint_named(two_saved, monkeypatch, name, damage):
+    monkeypatch.chdir(two_saved.parent)
+    path = two_saved / name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "pickle":
+        forge(path, pickle.dumps(Bomb()))
+    elif damage == "huge-header":
+        forge(path, (2**62).to_bytes(8, "little") + b"{}")
+    else:
+        save_file({"other": torch.zeros(2)}, path)
+        forge(path, path.read_bytes())
+    engine = engine_at(0)
+    before = everything(engine)
+    with pytest.raises(UserError, match=rf"{name}.*step_00000001 is whole"):
+        checkpoint.load(engine, two_saved)
+    after = everything(engine)
+    assert all(torch.equal(before[key], after[key]) for key in before), "a refused load must change nothing"
+    assert not (two_saved.parent / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"format": 99}', '{"format": 1}', "[" * 100_000, "\x00\xff", '{"format": 1, "step": "2"}'],
+    ids=range(9),
+)
+def test_a_broken_state_file_is_refused(two_saved, content):
+    (two_saved / "state.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"state.json.*step_00000001 is whole"):
+        checkpoint.load(engine_at(0), two_saved)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="state.json cannot be read"):
+        checkpoint.load(engine_at(0), tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_another_model_names_what_differs(tmp_path):
+    saved = checkpoint.save(engine_at(1), tmp_path, {})
+    with pytest.raises(UserError, match="another model.*of another shape .*first.weight"):
+        checkpoint.load(engine_at(0, width=13), saved)
+    other = engine_at(0, width=13)
+    model = other.config.model.model_copy(update={"width": 1024})
+    other.config = other.config.model_copy(update={"model": model})
+    with pytest.raises(UserError, match="model.width is 1024, there 768"):
+        checkpoint.load(other, saved)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    saved = checkpoint.save(engine_at(1), tmp_path, {})
+    with pytest.raises(UserError, match="optimizer.kind is 'adamw', there 'muon'"):
+        checkpoint.load(engine_at(0, kind="adamw"), saved)
+
+
+def test_leftovers_do_not_count_as_checkpoints(two_saved):
+    shutil.copytree(two_saved, two_saved.with_name(".step_00000009.tmp"))
+    (two_saved.parent / "step_final").mkdir()
+    (two_saved.parent / "step_00000010").write_text("a file")
+    assert checkpoint.latest(two_saved.parent.parent) == two_saved
+
+
+def test_evaluation_sees_the_ema_and_training_goes_on(tmp_path):
+    engine, undisturbed = engine_at(3), engine_at(3)
+    averages = dict(engine.ema_state())
+    addresses = [parameter.data_ptr() for parameter in engine.parameters.values()]
+    with engine.weights(ema=True) as model:
+        assert not model.training and not torch.is_grad_enabled()
+        assert all(torch.equal(tensor, averages[name]) for name, tensor in model.state_dict().items())
+        exported = dict(engine.model_state())
+        assert not torch.equal(exported["second.weight"], dict(undisturbed.model_state())["second.weight"])
+    with engine.weights(ema=False) as model:
+        assert torch.equal(model.second.weight, undisturbed.model.second.weight)
+    assert engine.model.training
+    assert addresses == [parameter.data_ptr() for parameter in engine.parameters.values()]
+    assert_identical(engine, undisturbed)
+
+
+def test_states_are_copies(tmp_path):
+    """An exported average must not turn into something else when the weights are swapped."""
+    engine = engine_at(2)
+    averages = dict(engine.ema_state())
+    kept = {name: tensor.clone() for name, tensor in averages.items()}
+    with engine.weights(ema=True):
+        pass
+    advance(engine, 1)
+    assert all(torch.equal(averages[name], kept[name]) for name in kept)
+
+
+def test_ema_follows_its_equation():
+    engine = engine_at(0)
+    average = {name: tensor for name, tensor in engine.model_state()}
+    for _ in range(3):
+        advance(engine, 1)
+        for name, weight in engine.model_state():
+            average[name] = 0.8 * average[name] + 0.2 * weight
+    for name, tensor in engine.ema_state():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_acts_before_muon_and_is_reported_unclipped():
+    clipped, free = engine_at(0), engine_at(0, clip_norm=None)
+    assert advance(clipped, 1) == advance(free, 1), "the norm is that before clipping"
+    norm = advance(free, 0) or toy_step(engine_at(0, clip_norm=None), 0).item()
+    assert norm > 0.7
+    for name, parameter in clipped.parameters.items():
+        state, other = clipped.optimizer.state[parameter], free.optimizer.state[free.parameters[name]]
+        key = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
+        torch.testing.assert_close(state[key], other[key] * (0.7 / norm), rtol=1e-4, atol=1e-7)
+
+
+def test_bf16_autocast_keeps_float32_weights():
+    config = toy_config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+    engine = Engine(toy_model(), config, ALONE, steps_per_epoch=10)
+    features, labels = toy_batch(0)
+    products = []
+    engine.model.second.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
+    engine.backward(engine("flow", x=features, labels=labels), last=True)
+    engine.step()
+    assert products == [torch.bfloat16]
+    assert {tensor.dtype for _, tensor in engine.model_state()} == {torch.float32}
+    moments = (tensor for state in engine.optimizer.state.values() for tensor in state.values())
+    assert {tensor.dtype for tensor in moments} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_never_waits_for_the_device():
+    config = toy_config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
+    engine = Engine(toy_model(), config, World(0, 1, 0, torch.device("cuda", 0)), steps_per_epoch=10)
+    features, labels = (tensor.cuda() for tensor in toy_batch(0))
+    for _ in range(2):  # the first step allocates
+        engine.backward(engine("flow", x=features, labels=labels), last=True)
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.backward(engine("flow", x=features, labels=labels), last=True)
+        engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_zero_without_deepspeed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"pip install 'unite_fast\[deepspeed\]'"):
+        Engine(toy_model(), toy_config(stage=1), ALONE, steps_per_epoch=10)
+
+
+def test_one_process_does_not_import_deepspeed():
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]);"
+        "from engine_toy import *; from unite_fast.engine import engine, world;"
+        "e = engine.Engine(toy_model(), toy_config(), world.init_world(toy_config()), steps_per_epoch=10);"
+        "toy_step(e, 0); sys.exit('deepspeed' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,223 @@
+"""Muon and AdamW against torch's own, the schedule, and the exchange of matrices that straddle ranks."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from engine_toy import float32_newton_schulz, toy_model
+
+from unite_fast.config import ModelConfig, OptimizerConfig
+from unite_fast.engine import optim, sharding
+from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr
+from unite_fast.engine.sharding import Layout, MatrixExchange, flat_fragments
+from unite_fast.model.unite import Unite
+
+
+def parameters(shapes: list[tuple[int, ...]]) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"p{i}": torch.nn.Parameter(torch.randn(s, generator=generator)) for i, s in enumerate(shapes)}
+
+
+def run(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], steps: int = 4) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for tensor in tensors:
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+
+
+def ours(kind: str, named: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> MuonAdamW:
+    optimizer = MuonAdamW({kind: named}, config, config.lr)
+    optimizer.initialise_state({kind: list(named.values())})
+    return optimizer
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_is_torchs_muon(monkeypatch, decay):
+    """In float32 on both sides: torch's iteration in bfloat16 alone would differ by 1e-2."""
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", float32_newton_schulz)
+    shapes = [(4, 9), (9, 4), (6, 6), (4, 9), (1, 7)]
+    config = OptimizerConfig(lr=0.05, weight_decay=decay, momentum=0.9)
+    expected, found = parameters(shapes), parameters(shapes)
+    options = dict(momentum=0.9, nesterov=True, eps=1e-6, ns_steps=5, adjust_lr_fn="match_rms_adamw")
+    run(torch.optim.Muon(expected.values(), lr=0.05, weight_decay=decay, **options), list(expected.values()))
+    run(ours("muon", found, config), list(found.values()))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_muon_flattens_behind_the_first_dimension():
+    flat, deep = parameters([(4, 6)]), parameters([(4, 6)])
+    deep = {"p0": torch.nn.Parameter(deep["p0"].detach().view(4, 2, 3))}
+    config = OptimizerConfig(lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(4, 6, generator=generator)
+    for named in (flat, deep):
+        named["p0"].grad = gradient.view_as(named["p0"]).clone()
+        ours("muon", named, config).step()
+    assert torch.equal(flat["p0"], deep["p0"].flatten(1))
+
+
+def test_batches_of_one_shape_may_be_cut(monkeypatch):
+    shapes = [(3, 5)] * 5 + [(5, 3)] * 2
+    whole, cut = parameters(shapes), parameters(shapes)
+    run(ours("muon", whole, OptimizerConfig(lr=0.05)), list(whole.values()))
+    monkeypatch.setattr(optim, "BATCH_ELEMENTS", 31)  # two matrices of 15 at a time
+    run(ours("muon", cut, OptimizerConfig(lr=0.05)), list(cut.values()))
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_is_torchs_adamw():
+    shapes = [(7,), (3, 4), ()]
+    config = OptimizerConfig(kind="adamw", lr=0.05, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-5)
+    expected, found = parameters(shapes), parameters(shapes)
+    reference = torch.optim.AdamW(
+        expected.values(), lr=0.05, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-5, foreach=False
+    )
+    run(reference, list(expected.values()))
+    run(ours("adamw", found, config), list(found.values()))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_without_gradient_stay():
+    named = parameters([(3, 4), (3, 4)])
+    before = named["p1"].detach().clone()
+    optimizer = ours("muon", named, OptimizerConfig(lr=0.05, weight_decay=0.1))
+    named["p0"].grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(named["p1"], before)
+
+
+def test_groups_follow_the_model():
+    model = toy_model()
+    groups = parameter_groups(model, "muon")
+    assert set(groups["muon"]) == model.matrix_parameters()
+    assert set(groups["muon"]) | set(groups["adamw"]) == {name for name, _ in model.named_parameters()}
+    assert list(parameter_groups(model, "adamw")) == ["adamw"]
+
+
+def test_preset_b_has_115_muon_tensors():
+    with torch.device("meta"):
+        model = Unite(ModelConfig(preset="B"))
+    assert len(parameter_groups(model, "muon")["muon"]) == 115
+
+
+def test_schedule_warms_up_holds_falls_and_stays():
+    config = OptimizerConfig(warmup_epochs=2, hold_until_epoch=3, cosine_until_epoch=5, final_ratio=0.5)
+    factors = [lr_factor(step, 10, config) for step in range(80)]
+    assert factors[0] == pytest.approx(1 / 20) and factors[19] == pytest.approx(1.0)
+    assert set(factors[20:30]) == {1.0}
+    assert factors[40] == pytest.approx(0.75) and set(factors[50:]) == {0.5}
+    assert all(a >= b for a, b in zip(factors[30:], factors[31:]))
+
+
+def test_schedule_without_keys_is_constant():
+    config = OptimizerConfig()
+    assert {lr_factor(step, 3.5, config) for step in range(50)} == {1.0}
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert peak_lr(OptimizerConfig(lr=1e-4, lr_batch=384), 1024) == pytest.approx(1e-4 * 1024 / 384)
+    assert peak_lr(OptimizerConfig(lr=1e-4, lr_batch=None), 1024) == 1e-4
+
+
+class Ranks:
+    """Threads that stand for ranks; all_to_all_single between them."""
+
+    def __init__(self, size: int):
+        self.size, self.local, self.barrier = size, threading.local(), threading.Barrier(size, timeout=20)
+        self.sent: dict[int, list[torch.Tensor]] = {}
+        self.calls = 0
+
+    def all_to_all_single(self, output, source, output_splits, input_splits):
+        rank = self.local.rank
+        self.calls += rank == 0
+        self.sent[rank] = list(source.split(input_splits))
+        self.barrier.wait()
+        pieces = [self.sent[other][rank] for other in range(self.size)]
+        assert [piece.numel() for piece in pieces] == output_splits
+        output.copy_(torch.cat(pieces))
+        self.barrier.wait()
+
+    def run(self, function) -> list:
+        results: list = [None] * self.size
+
+        def body(rank: int) -> None:
+            self.local.rank = rank
+            results[rank] = function(rank)
+
+        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size", "padding", "collectives"),
+    [
+        ([(3, 4), (5, 2), (7, 7), (2, 9), (1, 3)], 2, 2, 2),
+        ([(3, 4), (5, 2), (7, 7), (2, 9), (1, 3)], 5, 3, 2),  # the 49 elements of (7, 7) span four ranks
+        ([(2, 2), (2, 2)], 2, 0, 0),
+        ([(2, 3)], 4, 2, 2),
+        ([(2, 2)], 4, 12, 0),  # three ranks hold nothing but padding
+    ],
+)
+def test_exchange_applies_a_function_to_whole_matrices(monkeypatch, shapes, size, padding, collectives):
+    matrices = [torch.randn(shape) for shape in shapes]
+    flat = torch.cat([matrix.flatten() for matrix in matrices] + [torch.zeros(padding)])
+    partition, left = divmod(flat.numel(), size)
+    assert left == 0
+    group = Ranks(size)
+    monkeypatch.setattr(sharding.dist, "all_to_all_single", group.all_to_all_single)
+    seen: list[int] = []
+
+    def function(mine: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen.extend(matrix.numel() for matrix in mine)
+        return [matrix * matrix.norm() for matrix in mine]  # depends on every element
+
+    def body(rank: int) -> torch.Tensor:
+        exchange = MatrixExchange(shapes, partition, rank, size)
+        return exchange.apply(flat[rank * partition : (rank + 1) * partition], function)
+
+    found = torch.cat(group.run(body))
+    expected = torch.cat([(matrix * matrix.norm()).flatten() for matrix in matrices] + [torch.zeros(padding)])
+    torch.testing.assert_close(found, expected)
+    assert sorted(seen) == sorted(rows * columns for rows, columns in shapes), "each matrix on exactly one rank"
+    assert group.calls == collectives
+
+
+def test_eight_ranks_share_preset_b_evenly_and_move_little():
+    with torch.device("meta"):
+        matrices = parameter_groups(Unite(ModelConfig(preset="B")), "muon")["muon"]
+    shapes = [matrix_shape(parameter.shape) for parameter in matrices.values()]
+    partition = -(-sum(rows * columns for rows, columns in shapes) // 8)
+    exchange = MatrixExchange(shapes, partition, 0, 8)
+    assert len(exchange.straddling) == 7
+    load = [0] * 8
+    for owner, (rows, columns) in zip(exchange.owners, shapes):
+        load[owner] += rows * columns * min(rows, columns)
+    assert max(load) < 1.1 * sum(load) / 8
+
+
+def test_flat_fragments_cover_every_parameter_once():
+    shapes = {"a": torch.Size((3, 4)), "b": torch.Size((5,)), "c": torch.Size((2, 2, 4))}
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    flat = torch.cat([value.flatten() for value in values.values()] + [torch.zeros(3)])
+    partition = flat.numel() // 4
+    covered = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    for rank in range(4):
+        master = torch.zeros(partition)
+        layout = Layout([master], flat_fragments(shapes, 0, partition, rank), sharded=True)
+        layout.scatter(values.__getitem__, lambda m: m)
+        assert torch.equal(master, flat[rank * partition : (rank + 1) * partition])
+        for fragment in layout.fragments:
+            covered[fragment.name][fragment.start : fragment.start + fragment.length] += 1
+    assert all(bool((count == 1).all()) for count in covered.values())
+
+

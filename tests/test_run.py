@@ -1,0 +1,200 @@
+"""Whole runs on a handful of images: what they leave behind, exact resume, clean stops, clear failures."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import config, config_file, image_tree
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from unite_fast import load
+from unite_fast.engine import checkpoint
+from unite_fast.engine.loop import Run, train
+from unite_fast.engine.meter import latent_statistics
+from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch
+from unite_fast.engine.world import init_world
+from unite_fast.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    image_tree(tmp_path / "train")
+    image_tree(tmp_path / "val", per_class=8)
+    return tmp_path
+
+
+def tensors(step_folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value
+        for name in ("model", "ema", "optimizer")
+        for key, value in load_file(step_folder / f"{name}.safetensors").items()
+    }
+
+
+def test_a_run_leaves_everything_behind(folder):
+    run = train(config(folder, evaluation={"every": 10, "sheet_columns": 2}, data={"val_path": str(folder / "val")}))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 5, 10, 15, 20]
+    assert records[-1]["epoch"] == pytest.approx(20 * 5 / 24) and records[-1]["images"] == 100
+    for name in (
+        "samples.png", "reconstructions.png", "curves.png", "samples_00000010.png", "reconstructions_00000010.png",
+        "config.json", "export/model.safetensors", "export/model.json",
+    ):  # fmt: skip
+        assert (run / name).stat().st_size > 100, name
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["images_reconstructed"] == 16 and summary["steps"] == 20 and summary["psnr"] > 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss_flow")] == [1, 5, 10, 15, 20]
+    ema = load_file(run / "checkpoints" / "step_00000020" / "ema.safetensors")
+    for name, tensor in load(run).state_dict().items():
+        assert torch.equal(tensor, ema[name]), name
+
+
+def test_bf16_autocast_keeps_float32_masters_and_trains(folder):
+    run = train(config(folder, train={"steps": 3, "precision": "bf16"}))
+    saved = tensors(checkpoint.latest(run))
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in saved.values())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < records[-1]["loss_l1"] < 1 and records[-1]["images_per_second"] > 0
+
+
+def test_the_loss_falls(folder):
+    run = train(config(folder, train={"steps": 120, "global_batch": 12}, optimizer={"lr": 3e-3}))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss_l1"] < 0.6 * records[0]["loss_l1"]
+
+
+# 24 images and a batch of 5: step 10 lies in the middle of an epoch.
+@pytest.mark.parametrize("options", [{}, {"train": {"global_batch": 6, "accumulation": 2}}, {"optimizer": {"kind": "adamw"}}])
+def test_resume_is_exact_to_the_bit(folder, options):
+    def run(name, steps, resume=False):
+        sections = {key: dict(value) for key, value in options.items()}
+        sections["train"] = {**sections.get("train", {}), "steps": steps}
+        return train(config(folder, **sections, name=name), resume=resume)
+
+    through = run("through", 20) / "checkpoints" / "step_00000020"
+    run("halves", 10)
+    halves = run("halves", 20, resume=True) / "checkpoints" / "step_00000020"
+    whole, resumed = tensors(through), tensors(halves)
+    assert set(whole) == set(resumed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    records = [json.loads(line) for line in (halves.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 5, 10, 11, 15, 20]
+
+
+def test_an_existing_run_is_not_overwritten(folder):
+    train(config(folder, train={"steps": 2}))
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        train(config(folder, train={"steps": 2}))
+
+
+def test_resume_with_another_model_names_what_differs(folder):
+    train(config(folder, train={"steps": 2}))
+    with pytest.raises(UserError, match="model.depth"):
+        train(config(folder, train={"steps": 4}, model={"depth": 3}), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, monkeypatch):
+    run = Run(settings := config(folder, train={"checkpoint_every": 5}), init_world(settings), resume=False)
+    healthy = run.engine.step
+
+    def poisoned():
+        norm = healthy()
+        if run.engine.step_count == 7:
+            with torch.no_grad():
+                run.engine.model.decoder.pixels.bias.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(run.engine, "step", poisoned)
+    with pytest.raises(UserError) as caught:
+        run.go()
+    message = str(caught.value)
+    assert "loss_l1" in message and "step_00000005" in message and "loss_flow" not in message.split("became")[0]
+    kept = checkpoint.latest(folder / "runs" / "run")
+    assert kept.name == "step_00000005"
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(kept).values())
+
+
+def test_a_learning_rate_that_explodes_is_reported_as_such(folder):
+    with pytest.raises(UserError, match="not finite.*no checkpoint had been saved yet.*optimizer.lr"):
+        train(config(folder, optimizer={"lr": 1e30}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_cleanly(folder, number):
+    path = config_file(folder, train={"steps": 100_000, "checkpoint_every": 100_000})
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--config", path], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    metrics = folder / "runs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 0, messages
+    assert f"stopped by {number.name}" in messages and "Traceback" not in messages
+    saved = checkpoint.latest(folder / "runs" / "run")
+    assert saved is not None and checkpoint.step_of(saved) > 0
+    tensors(saved)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"path": "nowhere"}}, ["nowhere"]),
+        ({"model": {"num_classes": 7}}, ["num_classes", "7", "2"]),
+        ({"model": {"image_size": 24, "registers": 9}}, ["24", "16"]),
+        ({"train": {"kernels": "triton"}}, ["train.kernels", "auto"]),
+        ({"train": {"device": "cuda"}}, ["train.device"]),
+        ({"train": {"global_batch": 5, "accumulation": 2}}, ["5", "2"]),
+        ({"objective": {"lpips": {"weight": 1.0, "vgg": "none.pth"}}}, ["none.pth", "objective.lpips.weight = 0"]),
+        ({"data": {"val_path": "missing_val"}}, ["missing_val"]),
+    ],
+)
+def test_mistakes_end_in_one_sentence_before_the_first_step(folder, sections, words, monkeypatch):
+    monkeypatch.setattr("unite_kernels.dispatch.INTERPRETED", False)
+    if torch.cuda.is_available() and "train" in sections:
+        pytest.skip("this machine has the device that the mistake is about")
+    with pytest.raises(UserError) as caught:
+        train(config(folder, **sections))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_run_folder_that_cannot_be_made(folder):
+    with pytest.raises(UserError, match="cannot write.*config.json"):
+        train(config(folder, runs=str(folder / "train" / "class_0" / "000.png")))
+
+
+def test_micro_batch_auto_runs(folder):
+    run = train(config(folder, train={"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}))
+    assert checkpoint.latest_step(run) == 2
+
+
+def test_latent_statistics_and_the_collapse_watch():
+    healthy = torch.randn(64, 8, 4)
+    deviation, rank = latent_statistics(healthy).tolist()
+    assert deviation == pytest.approx(1, abs=0.1) and rank == pytest.approx(4, abs=0.2)
+    flat = torch.randn(1, 8, 4).expand(64, 8, 4) + torch.randn(64, 8, 1) * torch.tensor([0.01, 0, 0, 0])
+    deviation, rank = latent_statistics(flat).tolist()
+    assert deviation < 0.01 and rank == pytest.approx(1, abs=0.01)
+    assert not any(map(math.isfinite, latent_statistics(torch.full((4, 8, 4), float("nan"))).tolist()[:1]))
+    watch = CollapseWatch()
+    assert watch.check(10, deviation) is None  # the final layer starts at zero
+    message = watch.check(COLLAPSE_GRACE_STEPS, deviation)
+    assert "collapse" in message and "objective.l1_weight" in message
+    assert watch.check(COLLAPSE_GRACE_STEPS + 1, deviation) is None
+    assert watch.check(COLLAPSE_GRACE_STEPS + 2, 0.9) is None
+    assert watch.check(COLLAPSE_GRACE_STEPS + 3, deviation) is not None

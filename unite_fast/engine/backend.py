@@ -1,0 +1,101 @@
+"""What the engine needs from a framework, and plain PyTorch as the first answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.engine.optim import MuonAdamW
+from unite_fast.engine.sharding import Layout
+
+
+class Backend(Protocol):
+    """What differs between plain PyTorch and DeepSpeed."""
+
+    layout: Layout
+    masters: dict[str, list[Tensor]]  # group kind -> the tensors the optimizer steps
+
+    def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
+        """The model's forward."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of loss; average them over the ranks when it is the step's last."""
+
+    def update(self) -> Tensor:
+        """Clip, step the optimizer, drop the gradients; the global norm before clipping, 0-dim."""
+
+    def publish(self) -> None:
+        """Make the model compute with the masters' present values."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Whole parameters on every rank inside the context, for calls that bypass `forward`."""
+
+
+class AutocastForward(nn.Module):
+    """The model under autocast, inside the wrapper, so that plain PyTorch and DeepSpeed compute alike."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, phase: str, **inputs: Any) -> Any:
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.model(phase, **inputs)
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where `train.precision` asks for it (auto: on CUDA), None for float32."""
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else None
+
+
+class PlainBackend:
+    """One process, whole parameters, no DeepSpeed."""
+
+    def __init__(
+        self,
+        forward: AutocastForward,
+        groups: dict[str, dict[str, nn.Parameter]],
+        optimizer: MuonAdamW,
+        config: Config,
+    ):
+        self._forward, self._optimizer, self._clip = forward, optimizer, config.optimizer.clip_norm
+        self._parameters = [p for group in groups.values() for p in group.values()]
+        self.masters = {kind: list(group.values()) for kind, group in groups.items()}
+        self.layout = Layout.whole({name: p for group in groups.values() for name, p in group.items()})
+
+    def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
+        return self._forward(phase, **inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def update(self) -> Tensor:
+        norm = clip(self._parameters, self._clip)
+        self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        return norm
+
+    def publish(self) -> None:
+        """Nothing to do: the masters are the model's parameters."""
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        yield
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients in place to a global norm of at most max_norm; the norm before, without waiting for it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm

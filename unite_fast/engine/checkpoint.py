@@ -1,0 +1,343 @@
+"""Checkpoints that know nothing of ranks, ZeRO stages or pickles.
+
+`run/checkpoints/step_00001000/` holds model.safetensors (float32 weights and buffers), ema.safetensors,
+optimizer.safetensors ("exp_avg/<parameter>", "exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json
+(step, configuration, versions, shapes, and the size of each file, so that a truncated one is noticed before it is
+used). The folder is written under a hidden name, flushed, and renamed: it exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.optim import ADAM_STATES, MUON_STATE
+from unite_fast.errors import UserError
+
+FORMAT = 1
+WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the step is being saved again, see _finish
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of the engine as it stands and delete all but the newest `train.keep_checkpoints`.
+
+    Collective: every rank calls it, rank 0 writes.
+
+    Args:
+        extra: JSON values of the loop's own (images seen, recipe of evaluation …), returned by `load`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: full disk or unwritable folder, on every rank; older checkpoints stay as they were.
+    """
+    folder = checkpoints_dir(run_dir)
+    final = folder / f"step_{engine.step_count:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    problem: str | None = None
+    shapes = {fragment.name: list(fragment.shape) for fragment in engine.backend.layout.fragments}
+    if engine.world.is_main:
+        problem = _attempt(lambda: _prepare(folder, temporary))
+    for name, tensors in (
+        (WEIGHTS, engine.model_state),
+        (EMA, engine.ema_state),
+        (OPTIMIZER, lambda: _optimizer_state(engine)),
+    ):
+        # Gathering is collective, so every rank walks through it, whatever has gone wrong on rank 0.
+        held = {}
+        for key, tensor in tensors():
+            if engine.world.is_main and problem is None:
+                held[key] = tensor.cpu()
+        if engine.world.is_main and problem is None:
+            problem = _attempt(lambda: _write_tensors(held, temporary / name))
+    if engine.world.is_main and problem is None:
+        state = {
+            "format": FORMAT,
+            "step": engine.step_count,
+            "extra": dict(extra),
+            "config": engine.config.model_dump(mode="json"),
+            "versions": _versions(),
+            "parameters": shapes,
+        }
+        problem = _attempt(lambda: _finish(state, temporary, final))
+    if not engine.world.all_true(problem is None):
+        if engine.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write checkpoint {final}: {problem or 'rank 0 failed'}; "
+            f"the last whole one is {latest(run_dir) or 'none'}"
+        )
+    if engine.world.is_main:
+        prune(run_dir, engine.config.train.keep_checkpoints)
+    return final
+
+
+def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
+    """Continue from a checkpoint, whatever number of ranks and ZeRO stage wrote it. Every rank calls it and reads.
+
+    Returns:
+        The `extra` that `save` was given.
+
+    Raises:
+        UserError: truncated, hostile or foreign files (naming the newest other checkpoint that is whole), or the
+            checkpoint of another model, naming what differs. The engine is unchanged then.
+    """
+    directory = Path(directory)
+    state = read_state(directory)
+    layout = engine.backend.layout
+    kind_of = {id(master): kind for kind, masters in engine.backend.masters.items() for master in masters}
+    kinds = {fragment.name: kind_of[id(layout.masters[fragment.master])] for fragment in layout.fragments}
+    _check_same_model(engine, state, directory)
+    buffers = engine.buffers()
+    shapes = {fragment.name: tuple(fragment.shape) for fragment in layout.fragments}
+    weights = shapes | {name: tuple(tensor.shape) for name, tensor in buffers.items()}
+    moments = {
+        f"{key}/{name}": shapes[name]
+        for name, kind in kinds.items()
+        for key in ((MUON_STATE,) if kind == "muon" else ADAM_STATES)
+    }
+    with contextlib.ExitStack() as stack:
+        # All three are checked against the model before the first value is copied.
+        model, ema, optimizer = (
+            stack.enter_context(_open(directory, name, expected))
+            for name, expected in ((WEIGHTS, weights), (EMA, weights), (OPTIMIZER, moments))
+        )
+        with torch.no_grad():
+            layout.scatter(model, lambda master: master)
+            layout.scatter(ema, engine.ema.of)
+            for key in (MUON_STATE, *ADAM_STATES):
+                layout.scatter(
+                    lambda name, key=key: optimizer(f"{key}/{name}"),
+                    lambda master, key=key: engine.optimizer.state[master].get(key),
+                )
+            for name, buffer in buffers.items():
+                buffer.copy_(model(name))
+    engine.backend.publish()
+    engine.step_count = state["step"]
+    engine.optimizer.set_adam_step(state["step"])
+    return state["extra"]
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(_listed(run_dir)), None)
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """Optimizer steps of the newest checkpoint of a run, or None."""
+    path = latest(run_dir)
+    return None if path is None else step_of(path)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps of a checkpoint, from its name."""
+    return int(_NAME.fullmatch(path.name).group(1))
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints. For rank 0.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for path in _listed(run_dir)[:-keep]:
+        hidden = path.with_name(f".{path.name}.pruned")
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)
+            # Renamed first: a kill in mid-deletion must not leave a half checkpoint under a valid name.
+            shutil.rmtree(path.replace(hidden))
+        except OSError as error:
+            raise UserError(f"cannot delete old checkpoint {path}: {error.strerror or error}") from None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files have their recorded sizes.
+
+    Raises:
+        UserError: missing, truncated or foreign, naming the file and the newest other checkpoint that is whole.
+    """
+    path = directory / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _broken(directory, f"{path} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError):
+        raise _broken(directory, f"{path} is not JSON") from None
+    typed = {"step": int, "extra": dict, "config": dict, "parameters": dict, "files": dict}
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _broken(directory, f"{path} is not of checkpoint format {FORMAT}")
+    for key, kind in typed.items():
+        if not isinstance(state.get(key), kind):
+            raise _broken(directory, f"{path} has no valid {key!r}")
+    for name in (WEIGHTS, EMA, OPTIMIZER):
+        file = directory / name
+        if not file.is_file():
+            raise _broken(directory, f"{file} is missing")
+        if file.stat().st_size != state["files"].get(name):
+            raise _broken(
+                directory, f"{file} is truncated: {file.stat().st_size} bytes of {state['files'].get(name)}"
+            )
+    return state
+
+
+def _listed(run_dir: str | Path) -> list[Path]:
+    """Checkpoint folders, oldest step first; leftovers of killed saves have other names."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    found = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    order = {path: (int(match.group(1)), match.group(2) is None) for path, match in found.items() if match}
+    return sorted(order, key=order.__getitem__)
+
+
+def _prepare(folder: Path, temporary: Path) -> None:
+    """Clear what killed saves and deletions left, and make room for the new checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover)
+    for old in folder.glob("step_*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+    temporary.mkdir()
+
+
+def _finish(state: dict[str, Any], temporary: Path, final: Path) -> None:
+    state["files"] = {name: (temporary / name).stat().st_size for name in (WEIGHTS, EMA, OPTIMIZER)}
+    path = temporary / STATE
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(state, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(temporary)
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():
+        # A folder cannot replace a full one in a single step, so the former keeps a name that `latest` knows.
+        final.replace(old)
+    temporary.replace(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """None, or what the file system objected to; the caller still owes the other ranks its collectives."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def _optimizer_state(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    for key in (MUON_STATE, *ADAM_STATES):
+        for name, tensor in engine.backend.layout.gather(lambda master: engine.optimizer.state[master].get(key)):
+            yield f"{key}/{name}", tensor
+
+
+@contextlib.contextmanager
+def _open(directory: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str], Tensor]]:
+    """Reader of a safetensors file that holds exactly the expected names and shapes."""
+    path = directory / name
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise _broken(directory, f"{path} is not a whole safetensors file ({error})") from None
+    with file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        if found != expected:
+            raise _broken(directory, f"{path} does not fit this model: {_difference(expected, found)}")
+        yield file.get_tensor
+
+
+def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) -> None:
+    mine = {fragment.name: list(fragment.shape) for fragment in engine.backend.layout.fragments}
+    if mine != state["parameters"]:
+        config = engine.config.model_dump(mode="json")
+        changed = [
+            f"{key} is {here!r}, there {there!r}"
+            for key, here, there in _changes(config["model"], state["config"].get("model"), "model")
+        ]
+        detail = "; ".join(changed) or _difference(mine, state["parameters"])
+        raise UserError(f"checkpoint {directory} is of another model: {detail}")
+    kind, saved = engine.config.optimizer.kind, state["config"].get("optimizer", {})
+    if isinstance(saved, dict) and saved.get("kind") != kind:
+        raise UserError(
+            f"checkpoint {directory} is of another optimizer: optimizer.kind is {kind!r}, there {saved.get('kind')!r}"
+        )
+
+
+def _changes(here: Any, there: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in here:
+            yield from _changes(here[name], there.get(name), f"{key}.{name}")
+    elif here != there:
+        yield key, here, there
+
+
+def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", changed))
+        if names
+    ]
+    return "; ".join(parts)
+
+
+def _broken(directory: Path, problem: str) -> UserError:
+    other = next(
+        (path for path in reversed(_listed(directory.parent.parent)) if path != directory and _looks_whole(path)), None
+    )
+    advice = f"; {other} is whole: resume from it or delete {directory.name}" if other else ""
+    return UserError(f"checkpoint {directory} cannot be used: {problem}{advice}")
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == files[name] for name in (WEIGHTS, EMA, OPTIMIZER))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("unite_fast", "torch", "safetensors", "deepspeed", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

@@ -1,0 +1,239 @@
+"""The engine on DeepSpeed: data parallelism with ZeRO 0 to 3, gradients averaged once an optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.engine.backend import AutocastForward, clip
+from unite_fast.engine.optim import MuonAdamW, matrix_shape
+from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fragments
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+
+# Elements of the buffer that gradients are averaged through: 200 MB in float32 keeps NVLink busy; DeepSpeed's default
+# of 5e8 would take 2 GB.
+BUCKET_ELEMENTS = 50_000_000
+# ZeRO 3 steps a group in pieces of this many elements; one piece a group, since Apex counts calls as steps.
+UNDIVIDED = 10**12
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The deepspeed package, quiet, on this device, without the communication extra it would compile for CPUs.
+
+    Raises:
+        UserError: not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would pick CUDA even for a run with train.device cpu
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"several processes and ZeRO need DeepSpeed ({error}): pip install 'unite_fast[deepspeed]', "
+            "or start one process with train.zero_stage 0"
+        ) from None
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if device.type == "cpu":
+        # A shared-memory all-reduce for inference. Building it takes 100 s on two cores, a killed build leaves a lock
+        # that hangs the next start, and training never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedBackend:
+    """DeepSpeed with our optimizer under it.
+
+    DeepSpeed's own Muon is another algorithm (other scale, clipping behind the orthogonalisation), so `MuonAdamW` is
+    handed to it as a client optimizer; under ZeRO 1 and 2 it sees one flat slice a group and puts matrices together
+    through a `MatrixExchange`.
+
+    A step's backward passes add gradients locally. The last one averages them, once: parameters that only earlier
+    passes use would otherwise be missed by DeepSpeed's hooks.
+    """
+
+    def __init__(
+        self,
+        forward: AutocastForward,
+        groups: dict[str, dict[str, nn.Parameter]],
+        optimizer: MuonAdamW,
+        config: Config,
+        world: World,
+    ):
+        deepspeed = import_deepspeed(world.device)
+        self._stage, self._clip, self._world = config.train.zero_stage, config.optimizer.clip_norm, world
+        self._gathered_parameters = deepspeed.zero.GatheredParameters
+        self._parameters = {name: p for group in groups.values() for name, p in group.items()}
+        shapes = {name: p.shape for name, p in self._parameters.items()}  # ZeRO 3 empties the parameters
+        self._accumulation: ExitStack | None = None
+        elements = sum(shape.numel() for shape in shapes.values())
+        self._engine, *_ = deepspeed.initialize(
+            model=forward,
+            optimizer=optimizer,
+            config=deepspeed_config(self._stage, self._clip, elements),
+        )
+        self._zero = self._engine.optimizer
+        kinds = {name: kind for kind, group in groups.items() for name in group}
+        if self._stage == 0:
+            self.layout = Layout.whole(self._parameters)
+            self.masters = {kind: list(group.values()) for kind, group in groups.items()}
+        elif self._stage < 3:
+            masters = [group["params"][0] for group in optimizer.param_groups]
+            self.masters = {kind: [master] for kind, master in zip(groups, masters)}
+            fragments = []
+            for index, group in enumerate(groups.values()):
+                sizes = {name: shapes[name] for name in group}
+                fragments += flat_fragments(sizes, index, masters[index].numel(), world.rank)
+            self.layout = Layout(masters, fragments, sharded=True)
+            self._check_layout()
+            if "muon" in groups:
+                matrices = [matrix_shape(shapes[name]) for name in groups["muon"]]
+                partition = self.masters["muon"][0].numel()
+                optimizer.exchange = MatrixExchange(matrices, partition, world.rank, world.size)
+        else:
+            masters = list(self._zero.fp32_partitioned_groups_flat)
+            self.layout = Layout(masters, self._pieces(shapes, masters), sharded=True)
+            self._check_layout()
+            self.masters = {kind: [] for kind in groups}
+            for index, master in enumerate(masters):
+                name = next(f.name for f in self.layout.fragments if f.master == index)
+                self.masters[kinds[name]].append(master)
+
+    def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
+        return self._engine(phase, **inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self._accumulation is None:
+            self._accumulation = ExitStack()
+            self._accumulation.enter_context(
+                self._engine.no_sync() if self._stage == 0 else self._engine.coalesce_grad_reduction()
+            )
+        self._engine.backward(loss)
+        if last:
+            self._accumulation.close()
+            self._accumulation = None
+            if self._stage == 0:
+                self._engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
+
+    def update(self) -> Tensor:
+        if self._stage == 3:
+            self._engine.step()
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
+            return norm.float()
+        norm = clip(list(self._parameters.values()), self._clip) if self._stage == 0 else self._clip_partitions()
+        self._engine.step()
+        return norm
+
+    def publish(self) -> None:
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            for name, full in self.layout.gather(lambda master: master):
+                parameter = self._parameters[name]
+                with self._gathered_parameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(full)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        # ZeRO 3's module hooks release a layer after its forward and fetch it with a collective before the next,
+        # which would hang an evaluation that one rank runs alone.
+        offload = self._zero.parameter_offload
+        with self._gathered_parameters(list(self._parameters.values())):
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+
+    def _clip_partitions(self) -> Tensor:
+        """Clip ZeRO 1's and 2's averaged gradients in place; the global norm before.
+
+        DeepSpeed would do it too, but read the norm on the host, which drains the device once a step.
+        """
+        gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+        squares = nn.utils.get_total_norm(gradients, foreach=True).square()
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+        if self._clip is not None:
+            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _pieces(self, shapes: dict[str, torch.Size], masters: list[Tensor]) -> list[Fragment]:
+        """ZeRO 3's fragments: every parameter cut into equal pieces, the last padded."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        starts = {master.data_ptr(): index for index, master in enumerate(masters)}
+        fragments = []
+        for name, shape in shapes.items():
+            piece = safe_get_local_fp32_param(self._parameters[name])
+            index = starts[piece.untyped_storage().data_ptr()]
+            start = min(self._world.rank * piece.numel(), shape.numel())
+            length = min(piece.numel(), shape.numel() - start)
+            offset = piece.storage_offset() - masters[index].storage_offset()
+            fragments.append(Fragment(name, shape, index, offset, start, length))
+        return fragments
+
+    def _check_layout(self) -> None:
+        """What DeepSpeed laid out must be what we computed; a future version may order otherwise."""
+        for fragment in self.layout.fragments:
+            parameter = self._parameters[fragment.name]
+            held = self.layout.masters[fragment.master].detach()[fragment.offset : fragment.offset + fragment.length]
+            if self._stage == 3:
+                expected = parameter.ds_tensor.detach().view(-1)[: fragment.length]
+            else:
+                expected = parameter.detach().reshape(-1)[fragment.start : fragment.start + fragment.length]
+            if not torch.equal(held, expected):
+                raise RuntimeError(
+                    f"this DeepSpeed lays {fragment.name} out in an unknown way: install the version in setup.py"
+                )
+
+
+def deepspeed_config(stage: int, clip_norm: float | None, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary.
+
+    Batch keys only feed its own counters: accumulation, scaling and data are ours, so a step is one unit to it.
+
+    Args:
+        stage: ZeRO stage.
+        clip_norm: used by ZeRO 3 alone; below it we clip.
+        elements: trained parameters, which bound its buffers.
+    """
+    bucket = min(BUCKET_ELEMENTS, elements + elements % 2)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,  # with one reduction behind the last backward there is nothing to overlap with
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,  # the flat order is then the group's order
+        "reduce_bucket_size": bucket,
+    }
+    if stage in (1, 2):
+        zero["compute_grad_norm"] = False
+    if stage == 3:
+        zero["sub_group_size"] = UNDIVIDED
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": (clip_norm or 0.0) if stage == 3 else 0.0,
+        "steps_per_print": None,
+        # Its throughput timer waits for the device at every forward.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    }

@@ -1,0 +1,137 @@
+"""One training engine over plain PyTorch and DeepSpeed: passes, gradient accumulation, clipping, the update, EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.engine.backend import AutocastForward, Backend, PlainBackend, autocast_dtype
+from unite_fast.engine.batch import resolve_batch
+from unite_fast.engine.ema import Ema
+from unite_fast.engine.optim import MuonAdamW, lr_factor, parameter_groups, peak_lr
+from unite_fast.engine.world import World
+
+
+class Engine:
+    """Trains a model whose `forward(phase, **inputs)` is called several times an optimizer step.
+
+    A step is: for each pass `outputs = engine(phase, …)`, `engine.backward(loss, last=…)`, then `engine.step()`. A
+    loss is the mean over this rank's micro-batch divided by the number of accumulated micro-batches; gradients are
+    summed over the passes in place and averaged over the ranks, once, by the last backward.
+
+    One process without ZeRO is plain PyTorch; anything else runs on DeepSpeed. No value is read back from the device,
+    except by ZeRO 3's own overflow check.
+
+    Args:
+        model: on any device; moved to the world's. Its trained parameters must be float32. `matrix_parameters()`
+            names those that Muon updates.
+        config: `optimizer` and `train` are read.
+        world: see `init_world`.
+        steps_per_epoch: optimizer steps in one pass over the data, for the schedule.
+        global_batch: images an optimizer step; from the configuration if None, which then must not say `auto`.
+
+    Attributes:
+        model: the module that was given, for evaluation inside `weights()`.
+        step_count: optimizer steps taken.
+        last_lr: learning rate of the latest of them.
+
+    Raises:
+        UserError: DeepSpeed is needed and not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        world: World,
+        *,
+        steps_per_epoch: float,
+        global_batch: int | None = None,
+    ):
+        if global_batch is None:
+            global_batch = resolve_batch(config.train, world.size).global_batch
+        self.config, self.world, self.steps_per_epoch = config, world, steps_per_epoch
+        self.model = model.to(world.device)
+        self.step_count = 0
+        self.last_lr = 0.0
+        self.peak_lr = peak_lr(config.optimizer, global_batch)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = parameter_groups(model, config.optimizer.kind)
+        self.optimizer = MuonAdamW(groups, config.optimizer, self.peak_lr)
+        forward = AutocastForward(model, autocast_dtype(config, world.device))
+        if world.size == 1 and config.train.zero_stage == 0:
+            self.backend: Backend = PlainBackend(forward, groups, self.optimizer, config)
+        else:
+            from unite_fast.engine.deepspeed_backend import DeepSpeedBackend
+
+            self.backend = DeepSpeedBackend(forward, groups, self.optimizer, config, world)
+        self.optimizer.initialise_state(self.backend.masters)
+        self.ema = Ema(self.backend.layout, config.optimizer.ema_decay)
+
+    def __call__(self, phase: str, **inputs: Any) -> Any:
+        """`model(phase, **inputs)`, under bf16 autocast where the configuration asks for it."""
+        return self.backend.forward(phase, inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a scalar loss; `last` marks the optimizer step's final backward, which communicates."""
+        self.backend.backward(loss, last)
+
+    def step(self) -> Tensor:
+        """Clip, update weights and EMA, drop the gradients.
+
+        Returns:
+            Global gradient norm before clipping, 0-dim float32 on the device; not finite if a gradient was not.
+        """
+        self.last_lr = self.peak_lr * lr_factor(self.step_count, self.steps_per_epoch, self.config.optimizer)
+        self.optimizer.set_lr(self.last_lr)
+        norm = self.backend.update()
+        self.ema.update()
+        self.step_count += 1
+        return norm
+
+    @contextmanager
+    def weights(self, *, ema: bool) -> Iterator[nn.Module]:
+        """The model with its EMA weights (or the trained ones), whole on every rank, in evaluation mode, no gradients.
+
+        Collective under ZeRO; training goes on unchanged afterwards.
+        """
+        training = self.model.training
+        if ema:
+            self._swap()
+        self.model.eval()
+        try:
+            with self.backend.gathered(), torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(training)
+            if ema:
+                self._swap()
+
+    def _swap(self) -> None:
+        self.ema.swap()
+        self.backend.publish()
+
+    def model_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, new whole tensor) of the float32 weights and the persistent buffers. Collective under ZeRO 1 to 3."""
+        yield from self.backend.layout.gather(lambda master: master)
+        yield from self._buffer_copies()
+
+    def ema_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, new whole tensor) of the averaged weights and the persistent buffers. Collective as `model_state`."""
+        yield from self.backend.layout.gather(self.ema.of)
+        yield from self._buffer_copies()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers and frozen parameters: what the state dict holds beside the trained parameters."""
+        state = self.model.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self.parameters}
+
+    def _buffer_copies(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.buffers().items():
+            yield name, tensor.clone()

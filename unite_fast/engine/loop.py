@@ -1,0 +1,276 @@
+"""The run: data in, optimizer steps, records, checkpoints, a clean end."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_fast.config import Config
+from unite_fast.data.loader import ImageStream
+from unite_fast.engine import checkpoint
+from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
+from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.meter import Meter
+from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records
+from unite_fast.engine.report import Report
+from unite_fast.engine.world import World, init_world
+from unite_fast.errors import UserError
+from unite_fast.model.unite import Unite
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.two_pass import Objective, StepLosses, two_pass_step
+from unite_fast.weights import write_text
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Train, evaluate and write everything into the run folder.
+
+    Args:
+        config: the whole run.
+        resume: continue from the newest checkpoint of the run folder, or begin where there is none.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: anything the user can mend: data, sizes, memory, disk, a loss that is not finite.
+    """
+    world = init_world(config)
+    try:
+        return Run(config, world, resume=resume).go()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Run:
+    """One training run of one process."""
+
+    def __init__(self, config: Config, world: World, *, resume: bool):
+        self.config, self.world = config, world
+        self.folder = Path(config.runs) / config.name
+        latest = checkpoint.latest(self.folder)
+        if latest is not None and not resume:
+            raise UserError(
+                f"{self.folder} already holds a run: add --resume to continue it, or choose another name "
+                f"(--set name=…)"
+            )
+        if config.train.kernels == "triton" and world.device.type != "cuda" and not uk.dispatch.INTERPRETED:
+            raise UserError(
+                "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
+            )
+        uk.set_backend(config.train.kernels)
+        torch.manual_seed(config.train.seed)
+        self.objective = Objective(
+            config.objective, config.model.num_classes, world.device, autocast_dtype(config, world.device)
+        )
+        self.batch = self._measured_batch()
+        self.stream = self._open_stream(first_step=0 if latest is None else checkpoint.step_of(latest))
+        torch.manual_seed(config.train.seed)
+        model = Unite(config.model)
+        steps_per_epoch = self.stream.steps_per_epoch
+        self.engine = Engine(
+            model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
+        )
+        self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch))
+        self._seconds_before = 0.0  # of training, in the sessions that this one resumes
+        if latest is not None:
+            self._seconds_before = float(checkpoint.load(self.engine, latest).get("training_seconds", 0.0))
+        if world.is_main:
+            write_text(config.to_json(), self.folder / "config.json")
+        self.first_step = self.engine.step_count
+        self.report = Report(config, self.folder, world, self.engine, self.stream.classes)
+        self._stop: signal.Signals | None = None
+
+    def go(self) -> Path:
+        """Train to the end, or until a signal; then evaluate."""
+        config, engine = self.config, self.engine
+        records = Records(self.folder, first_step=self.first_step) if self.world.is_main else None
+        line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
+        meter = Meter(
+            self.world, self.batch, self.stream.steps_per_epoch, has_lpips=self.objective.lpips is not None
+        )
+        watch = CollapseWatch()
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._announce(line)
+            while engine.step_count < self.total and not self._stopping():
+                meter.begin()
+                losses = self._micro_batches(meter)
+                meter.add(losses, engine.step())
+                step = engine.step_count
+                record = None
+                saves = step % config.train.checkpoint_every == 0 or step == self.total
+                shows = config.evaluation.every and step % config.evaluation.every == 0 and step < self.total
+                if step % config.train.log_every == 0 or saves or shows or step == self.first_step + 1:
+                    record = meter.read(step, engine.last_lr)
+                    self._check_finite(record)
+                    warning = watch.check(step, record["z0_std"])
+                    if warning:
+                        line.say(f"warning: {warning}")
+                    if records:
+                        records.write(record)
+                line.advance(step, record)
+                if saves:
+                    self._save(meter)
+                if shows:
+                    with meter.paused():
+                        self.report.pictures(step)
+            if self._stop is not None:
+                if checkpoint.latest_step(self.folder) != engine.step_count:
+                    self._save(meter)
+                line.close()
+                line.say(
+                    f"stopped by {self._stop.name} at step {engine.step_count} of {self.total}, saved; "
+                    f"continue with --resume"
+                )
+                return self.folder
+        finally:
+            line.close()
+            if records:
+                records.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.stream.close()
+        self.report.finish(self.total, self._seconds_before + meter.seconds)
+        return self.folder
+
+    def _micro_batches(self, meter: Meter) -> StepLosses:
+        """Forward and backward of one optimizer step: the mean losses and the last micro-batch's latents."""
+        model = self.config.model
+        sums: StepLosses | None = None
+        for index in range(self.batch.accumulation):
+            with meter.waiting():
+                batch = next(self.stream)
+            images = batch.images.to(self.world.device, non_blocking=True).float().div_(255)
+            labels = batch.labels.to(self.world.device, non_blocking=True)
+            shape = torch.Size((images.shape[0], model.registers, model.latent_dim))
+            draws = SeededDraws(
+                self.config.objective,
+                seed=self.config.train.seed,
+                step=self.engine.step_count,
+                stream=self.world.rank * self.batch.accumulation + index,
+                device=self.world.device,
+            )
+            losses = two_pass_step(
+                self.engine,
+                self.objective,
+                images,
+                labels,
+                draws,
+                shape=shape,
+                weight=1 / self.batch.accumulation,
+                last=index + 1 == self.batch.accumulation,
+            )
+            sums = losses if sums is None else StepLosses(*(a + b for a, b in zip(sums[:-1], losses[:-1])), losses.z0)
+        return StepLosses(*(value / self.batch.accumulation for value in sums[:-1]), sums.z0)
+
+    def _measured_batch(self) -> Batch:
+        """The batch numbers; `auto` runs steps of growing size on a throw-away model until memory ends."""
+        train, world = self.config.train, self.world
+        if train.micro_batch != "auto":
+            return resolve_batch(train, world.size)
+        candidates = micro_batch_candidates(train, world.size)
+        if len(candidates) == 1:
+            return resolve_batch(train, world.size, candidates[0])
+        config = self.config.model
+        probe = Probe(self.config, world.device)
+
+        def try_step(size: int) -> None:
+            images = torch.rand(size, 3, config.image_size, config.image_size, device=world.device)
+            labels = torch.zeros(size, dtype=torch.int64, device=world.device)
+            draws = SeededDraws(self.config.objective, seed=0, step=0, stream=0, device=world.device)
+            shape = torch.Size((size, config.registers, config.latent_dim))
+            two_pass_step(probe, self.objective, images, labels, draws, shape=shape)
+
+        step = try_step if world.device.type == "cuda" else bounded_on_cpu(try_step)
+        return resolve_batch(train, world.size, find_micro_batch(step, candidates, agree=world.all_true))
+
+    def _open_stream(self, first_step: int) -> ImageStream:
+        config = self.config
+        return ImageStream(
+            config.data,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            global_batch=self.batch.global_batch,
+            micro_batch=self.batch.micro_batch,
+            accumulation=self.batch.accumulation,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=first_step,
+        )
+
+    def _announce(self, line: ProgressLine) -> None:
+        parameters = sum(parameter.numel() for parameter in self.engine.parameters.values())
+        line.say(
+            f"{self.config.name}: {parameters / 1e6:.1f} M parameters, {self.total} steps of "
+            f"{self.batch.global_batch} images ({self.world.size} × {self.batch.micro_batch} × "
+            f"{self.batch.accumulation}), {self.stream.steps_per_epoch:.1f} steps an epoch, on "
+            f"{self.world.device.type} -> {self.folder}"
+        )
+        if self.first_step:
+            line.say(f"continuing after step {self.first_step}")
+
+    def _save(self, meter: Meter) -> None:
+        with meter.paused():
+            extra = {
+                "images": self.engine.step_count * self.batch.global_batch,
+                "class_names": list(self.stream.classes),
+                "training_seconds": self._seconds_before + meter.seconds,
+            }
+            checkpoint.save(self.engine, self.folder, extra)
+
+    def _check_finite(self, record: dict[str, float]) -> None:
+        watched = [name for name in record if name.startswith("loss_")] + ["grad_norm"]
+        bad = [name for name in watched if not math.isfinite(record[name])]
+        if not bad:
+            return
+        kept = checkpoint.latest(self.folder)
+        raise UserError(
+            f"{' and '.join(bad)} became not finite (NaN or infinite) between steps "
+            f"{max(self.first_step, record['step'] - self.config.train.log_every)} and {record['step']}; "
+            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet")
+            + "; lower optimizer.lr or optimizer.clip_norm, or train with train.precision = fp32, and --resume"
+        )
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop is not None:
+            raise KeyboardInterrupt  # the second signal does not wait for the step and the save
+        self._stop = signal.Signals(number)
+
+    def _stopping(self) -> bool:
+        """True on every rank once any rank was told to stop; ranks ask each other at log steps only."""
+        if self.world.size == 1:
+            return self._stop is not None
+        if self.engine.step_count % self.config.train.log_every:
+            return False
+        stop = not self.world.all_true(self._stop is None)
+        if stop and self._stop is None:
+            self._stop = signal.SIGTERM
+        return stop
+
+
+class Probe:
+    """A throw-away model that runs passes and gradients as the engine will, to measure memory.
+
+    It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA, and ZeRO's
+    master copy, each the size of the float32 weights.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        model = Unite(config.model).to(device)
+        self._forward = AutocastForward(model, autocast_dtype(config, device))
+        self._engine_state = torch.empty(4 * sum(p.numel() for p in model.parameters()), device=device)
+
+    def __call__(self, phase: str, **inputs):
+        return self._forward(phase, **inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()

@@ -1,0 +1,128 @@
+"""Which process this is, on which device, and how the processes of a run talk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from unite_fast.config import Config
+from unite_fast.errors import UserError
+
+# A node that loads a cold file system can lag by minutes; a rank that died should still be noticed the same hour.
+TIMEOUT = timedelta(minutes=30)
+DEFAULT_PORT = "29500"  # torchrun's own default
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of a run.
+
+    Attributes:
+        rank: 0 … size − 1 over all nodes.
+        size: number of processes.
+        local_rank: 0 … on this node; the CUDA device index.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+    def all_true(self, flag: bool) -> bool:
+        """True if `flag` is true on every rank. Collective: every rank must call it; waits for the device."""
+        if self.size == 1:
+            return flag
+        vote = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+        return bool(vote.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.all_true(True)
+
+
+def launch_environment(environ: dict[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a launcher, or {} for a lone process.
+
+    Reads what torchrun and the deepspeed launcher set; under Slurm, what `srun` sets for each task of a step.
+    (An sbatch script's own shell sees the job's task count although it is one process, so the step's count is read.)
+
+    Raises:
+        UserError: a launcher set some of the variables but not all.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        found = {
+            key: environ[key]
+            for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            if key in environ
+        }
+        if "RANK" not in found or "WORLD_SIZE" not in found:
+            raise UserError(
+                "RANK and WORLD_SIZE must be set together; start with torchrun, deepspeed or srun, or unset both"
+            )
+        found.setdefault("LOCAL_RANK", "0")
+    elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        found = {
+            "RANK": environ["SLURM_PROCID"],
+            "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        }
+        address = environ.get("MASTER_ADDR") or environ.get("SLURM_LAUNCH_NODE_IPADDR")
+        if address:
+            found["MASTER_ADDR"] = address
+        found["MASTER_PORT"] = environ.get("MASTER_PORT", DEFAULT_PORT)
+    else:
+        return {}
+    if int(found["WORLD_SIZE"]) > 1:
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            if key not in found:
+                raise UserError(f"{key} is not set for a run of {found['WORLD_SIZE']} processes: export it, see README")
+    return found
+
+
+def init_world(config: Config) -> World:
+    """Find this process's place and device, and join the process group where the run needs one.
+
+    NCCL on CUDA, gloo on CPU. A lone process without ZeRO joins none.
+
+    Raises:
+        UserError: CUDA asked for and absent, fewer GPUs than local ranks, incomplete launcher variables.
+    """
+    launched = launch_environment(dict(os.environ))
+    rank = int(launched.get("RANK", 0))
+    size = int(launched.get("WORLD_SIZE", 1))
+    local_rank = int(launched.get("LOCAL_RANK", 0))
+    device = _device(config.train.device, local_rank)
+    world = World(rank, size, local_rank, device)
+    if (size > 1 or config.train.zero_stage > 0) and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if size > 1:
+            os.environ.update(launched)  # DeepSpeed reads LOCAL_RANK from here, also when srun set it
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    return world
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device is cuda but PyTorch sees no CUDA device: set train.device to auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
