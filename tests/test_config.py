@@ -1,0 +1,96 @@
+"""The configuration refuses what cannot run, in words that help, before anything heavy is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unite_fast.config import Config, ModelConfig
+from unite_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MINIMAL = {"train": {"steps": 10, "global_batch": 4, "accumulation": 1}, "data": {"path": "images"}}
+
+
+def merged(**sections):
+    return {name: {**MINIMAL.get(name, {}), **sections.get(name, {})} for name in {*MINIMAL, *sections}}
+
+
+def refusal(data) -> str:
+    with pytest.raises(UserError) as caught:
+        Config.parse(data)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    config = Config.load(path)
+    assert Config.parse(json.loads(config.to_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (merged(model={"widht": 64}), ["model.widht", "unknown key", "'width'"]),
+        (merged(zzz={"a": 1}), ["zzz", "unknown key", "valid keys"]),
+        (merged(model={"width": 100, "heads": 3}), ["width 100", "3 heads"]),
+        (merged(model={"width": 96, "heads": 32}), ["head width 3", "odd"]),
+        (merged(model={"image_size": 100, "patch_size": 16}), ["image_size 100", "patch_size 16"]),
+        (merged(model={"depth": 3, "context_start": 4}), ["context_start 4", "depth 3"]),
+        (merged(model={"decoder": {"width": 100, "heads": 3}}), ["model.decoder", "100", "3 heads"]),
+        (merged(model={"depth": "many"}), ["model.depth", "'many'"]),
+        (merged(train={"steps": 0}), ["train.steps", "0"]),
+        (merged(train={"epochs": 1.0}), ["exactly one of epochs and steps"]),
+        (merged(train={"accumulation": None}), ["two of global_batch, micro_batch and accumulation"]),
+        (merged(train={"zero_stage": 3}), ["Muon", "ZeRO 3", "adamw"]),
+        (merged(optimizer={"hold_until_epoch": 5, "cosine_until_epoch": 2}), ["cosine_until_epoch 2"]),
+        (merged(optimizer={"lr": float("nan")}), ["optimizer.lr"]),
+        ({"train": MINIMAL["train"]}, ["data", "required"]),
+        ({**MINIMAL, "name": "../escape"}, ["name"]),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(data, words):
+    message = refusal(data)
+    for word in words:
+        assert word in message
+
+
+def test_every_problem_is_reported_at_once():
+    message = refusal(merged(model={"widht": 1}, optimizer={"lr": -1}))
+    assert "model.widht" in message and "optimizer.lr" in message
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(MINIMAL))
+    config = Config.load(path, ["data.path=/a=b", "train.global_batch=256", "model.decoder.depth=2", "train.micro_batch=auto"])
+    assert (config.data.path, config.train.global_batch, config.model.decoder.depth) == ("/a=b", 256, 2)
+    assert config.train.micro_batch == "auto"
+    for override, word in (("train.global_batch", "key.path=value"), ("data.path.x=1", "not a section")):
+        with pytest.raises(UserError, match=word):
+            Config.load(path, [override])
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "not JSON"), ("[]", "JSON object"), (None, "cannot read")])
+def test_files_that_are_no_configuration(tmp_path, text, word):
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=word):
+        Config.load(path)
+
+
+def test_preset_fills_sizes_and_explicit_sizes_win():
+    model = ModelConfig(preset="L", depth=3, context_start=1)
+    assert (model.depth, model.width, model.heads) == (3, 1024, 16)
+
+
+def test_bad_configuration_fails_as_one_line_without_traceback(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(merged(model={"widht": 64})))
+    script = ROOT / "unite_fast" / "train.py"
+    done = subprocess.run([sys.executable, script, "--config", path], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.widht" in done.stderr and "Traceback" not in done.stderr

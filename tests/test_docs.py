@@ -1,0 +1,30 @@
+"""The documentation is what the code says."""
+
+import json
+import re
+from pathlib import Path
+
+from unite_fast.config_reference import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_configuration_reference_is_current():
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == reference(), "run: python -m unite_fast.config_reference docs/configuration.md"
+
+
+def test_every_key_of_the_shipped_configurations_is_documented():
+    page = reference()
+    for path in (ROOT / "configs").glob("*.json"):
+        keys = re.findall(r'"(\w+)":', json.dumps(json.loads(path.read_text())))
+        sections = {"model", "decoder", "objective", "lpips", "optimizer", "train", "data", "sampling", "evaluation"}
+        assert all(f"| `{key}` |" in page for key in set(keys) - sections), path
+
+
+def test_readme_links_and_configurations_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`(\w+)`(?:, `\w+`)? \| (?:B|L|XL|2 M)", readme):
+        assert (ROOT / "configs" / f"{name}.json").exists(), name

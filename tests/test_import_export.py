@@ -1,0 +1,360 @@
+"""Weights in and out: published files, damaged and hostile ones, runs, checkpoints, and the published naming back."""
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+from cli_toy import CLASSES, CONFIG, MADE_BY, mistake, picture, run, save_toy, small_disk, toy_model
+from golden import FILE, golden, needs_golden, published_weights, relative_error
+from safetensors.torch import load_file, save_file
+
+from unite_fast import ModelConfig, UserError, load
+from unite_fast.importing import open_trained, read_published
+from unite_fast.model.io import read_model
+from unite_fast.model.published import to_published
+
+EMA, MODEL = toy_model(seed=1), toy_model(seed=2)
+
+
+def _published(model):
+    return to_published(model.state_dict(), model.config)
+
+
+def _checkpoint_file(path, **changes):
+    """A published training checkpoint: two sets of weights, optimizer states, bookkeeping."""
+    content = {
+        "step": 120, "epoch": 3, "model": _published(MODEL), "ema": _published(EMA),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "scheduler": {"last_epoch": 3}, "optimizer_muon": {}, "scheduler_muon": {}, "current_best_cfg_scale": 2.4,
+    }  # fmt: skip
+    torch.save(content | changes, path)
+    return path
+
+
+def _same(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    return set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@needs_golden
+def test_golden_file_imports_and_tokenises_as_recorded(tmp_path, capsys):
+    assert run("import", FILE, "--out", tmp_path / "model", "--heads", 3) == 0
+    tensors = golden()
+    model = load(tmp_path / "model")
+    assert model.config == ModelConfig(
+        depth=6, width=96, heads=3, latent_dim=16, num_classes=10, context_len=8, context_start=4,
+        decoder=dict(depth=2, width=64, heads=2, inner=model.config.decoder.inner),
+    )  # fmt: skip
+    with torch.no_grad():
+        z0 = model.tokenize(tensors["in.images"], noise=tensors["in.register_noise"], t=tensors["in.tokenize_t"])
+        images = model.decode(tensors["out.decoder_input"])
+    assert relative_error(z0, tensors["out.z0"]) < 1e-4
+    assert relative_error(images, tensors["out.recon"]) < 1e-4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "6 blocks, width 96, 3 heads" in printed and "--decoder-heads" in printed
+
+
+@needs_golden
+def test_golden_weights_come_back_under_their_names(tmp_path):
+    assert run("import", FILE, "--out", tmp_path / "model") == 0
+    out = tmp_path / "back.safetensors"
+    assert run("export", tmp_path / "model", "--published", out) == 0
+    back, weights = load_file(out), published_weights(golden())
+    assert set(back) == set(weights)
+    trained = [name for name in weights if not any(part in name for part in ("rope", "pos_embed"))]
+    assert len(trained) > 100
+    assert all(torch.equal(back[name], weights[name]) for name in trained)
+
+
+@pytest.mark.parametrize(("option", "model"), [([], EMA), (["--weights", "ema"], EMA), (["--weights", "model"], MODEL)])
+def test_either_set_of_a_training_checkpoint(option, model, tmp_path):
+    path = _checkpoint_file(tmp_path / "checkpoint.pt")
+    assert run("import", path, "--out", tmp_path / "model", *option) == 0
+    assert _same(load(tmp_path / "model"), model)
+    config, _, made_by = read_model(tmp_path / "model")
+    assert config == CONFIG
+    assert made_by["imported_from"] == "checkpoint.pt" and made_by["step"] == 120
+    assert made_by["weights"] == (option or ["", "ema"])[1]
+    assert made_by["sampling"]["guidance"] == 2.4 and made_by["sampling"]["solver"] == "dopri5"
+    assert run("sample", "--run", tmp_path / "model", "--count", 1, "--solver", "euler", "--steps", 2) == 0
+
+
+def _wrapped(name):
+    return "module._orig_mod." + name.replace("decoder.decoder_layers", "decoder._orig_mod.decoder_layers")
+
+
+@pytest.mark.parametrize(
+    "rename", [lambda n: n, _wrapped, lambda n: f"module.{n}", lambda n: f"_orig_mod.module.{n}"],
+    ids=["plain", "compiled", "module", "both"],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_wrapped_state_dicts(rename, suffix, tmp_path):
+    state = {rename(name): tensor.clone() for name, tensor in _published(EMA).items()}
+    state[rename("lpips_loss.net.lin0.weight")] = torch.ones(4)
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(state, path)
+    assert _same(read_published(path).build(), EMA)
+
+
+def test_weights_beside_other_entries(tmp_path):
+    entries = {f"weights.{name}": tensor.clone() for name, tensor in _published(EMA).items()}
+    save_file(entries | {"in.images": torch.zeros(2), "grad.latent_tokens": torch.zeros(3)}, tmp_path / "w.safetensors")
+    assert _same(read_published(tmp_path / "w.safetensors").build(), EMA)
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    torch.save({name: tensor.bfloat16() for name, tensor in _published(EMA).items()}, tmp_path / "half.pt")
+    state = read_published(tmp_path / "half.pt").state
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert relative_error(state["encoder.label.weight"], EMA.encoder.label.weight) < 0.01
+
+
+def test_heads_as_given(tmp_path, capsys):
+    path = _checkpoint_file(tmp_path / "c.pt")
+    assert read_published(path, heads=2, decoder_heads=4).config.decoder.heads == 4
+    base = ["import", path, "--out", tmp_path / "out"]
+    assert "--heads 4 contradicts the q norm's width, which says 2 heads" in mistake(capsys, *base, "--heads", 4)
+    assert "decoder width 16 is not divisible by its 3 heads" in mistake(capsys, *base, "--decoder-heads", 3)
+    assert not (tmp_path / "out").exists()
+
+
+class Surprise:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_python_objects_are_refused_and_explained(tmp_path, capsys):
+    base = ["--out", tmp_path / "out"]
+    path = _checkpoint_file(tmp_path / "args.pt", args=argparse.Namespace(lr=1))
+    says = mistake(capsys, "import", path, *base)
+    assert "holds Python objects beside its tensors (argparse.Namespace)" in says and "refused" in says
+    path = _checkpoint_file(tmp_path / "surprise.pt", config=Surprise(tmp_path / "was_run"))
+    assert "open" in mistake(capsys, "import", path, *base)
+    assert not (tmp_path / "was_run").exists() and not (tmp_path / "out").exists()
+
+
+def _plain(**changes):
+    state = _published(EMA) | changes
+    return {name: value for name, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([torch.zeros(2)], "holds a list, not a checkpoint dictionary"),
+        ({"model": [1, 2]}, "its `model` entry is a list, not a state dict"),
+        ({"model": _plain(), "ema": None}, "its `ema` entry is a NoneType"),
+        ({}, "'encoder.up_sample.weight' is missing"),
+        ({"state": {"a": torch.zeros(1)}}, "entry 'state' is a dict; a state dict holds named tensors only"),
+        (_plain(**{"encoder.up_sample.bias": 3}), "entry 'encoder.up_sample.bias' is a int"),
+        (_plain(**{"encoder.up_sample.bias": None}), "missing 1 entries, first 'encoder.register_in.bias'"),
+        (_plain(extra=torch.zeros(1)), "unknown 1 entries, first 'extra'"),
+        (_plain(**{"encoder.up_sample.weight": torch.zeros(16)}), "its shapes fit no model"),
+        (_plain(**{"encoder.up_sample.weight": torch.zeros(17, 4)}), "cannot import"),
+        (_plain(**{"latent_tokens": torch.zeros(16)}), "its shapes fit no model"),
+        (_plain(**{"encoder.blocks.0.attn.q_norm.weight": torch.zeros(0)}), "its shapes fit no model"),
+        (_plain(**{"encoder.y_embedder.embedding_table.weight": torch.zeros(1, 16)}), "its shapes fit no model"),
+        (_plain(**{"encoder.blocks.3.mlp.w3.weight": torch.zeros(3, 3)}), "has shape [3, 3], sizes inferred"),
+        (_plain(**{"encoder_layer_norm.bias": torch.full((4,), torch.nan)}), "1 entries hold NaN or infinite values"),
+        (_plain(**{"latent_tokens": torch.zeros(1).expand(1, 10**9, 10**9)}), "and stores fewer numbers"),
+        (_plain(**{"module.latent_tokens": torch.zeros(1)}), "two entries are named 'latent_tokens'"),
+        (EMA.state_dict(), "is in unite_fast's own naming already"),
+    ],
+)
+def test_files_of_something_else(content, says, tmp_path, capsys):
+    torch.save(content, tmp_path / "file.pt")
+    assert says in mistake(capsys, "import", tmp_path / "file.pt", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_that_are_not_there(tmp_path, capsys):
+    torch.save({"model": _plain(), "step": 3}, tmp_path / "one.pt")
+    assert read_published(tmp_path / "one.pt").made_by["weights"] == "model"
+    says = mistake(capsys, "import", tmp_path / "one.pt", "--out", tmp_path / "out", "--weights", "ema")
+    assert says.endswith("has no `ema` weights: it holds 'model'")
+    torch.save(_plain(), tmp_path / "plain.pt")
+    says = mistake(capsys, "import", tmp_path / "plain.pt", "--out", tmp_path / "out", "--weights", "ema")
+    assert says.endswith("holds one plain set of weights and no `ema` entry: leave --weights out")
+
+
+@pytest.mark.parametrize("name", ["c.pt", "c.safetensors"])
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_truncated_files(name, keep, tmp_path, capsys):
+    path = tmp_path / name
+    _checkpoint_file(path) if name == "c.pt" else save_file(_plain(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    says = mistake(capsys, "import", path, "--out", tmp_path / "out")
+    assert str(path) in says and not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there(tmp_path, capsys):
+    assert mistake(capsys, "import", tmp_path / "no.pt", "--out", tmp_path) == f"no file {tmp_path / 'no.pt'}"
+    assert mistake(capsys, "import", tmp_path, "--out", tmp_path / "out") == f"no file {tmp_path}"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_published_naming_round_trip(suffix, tmp_path, capsys):
+    save_toy(tmp_path / "model")
+    path = tmp_path / "new" / f"published{suffix}"
+    assert run("export", tmp_path / "model", "--published", path) == 0
+    assert "does not record the heads (2 and 2 in the decoder)" in " ".join(capsys.readouterr().out.split())
+    again = read_published(path)
+    assert _same(again.build(), load(tmp_path / "model"))
+    if suffix != ".safetensors":
+        assert (again.made_by["weights"], again.made_by["step"]) == ("ema", 5)
+
+
+def test_what_the_published_naming_cannot_hold(tmp_path, capsys):
+    save_toy(tmp_path / "model", config=CONFIG.model_copy(update={"registers": 8}))
+    base = ["export", tmp_path / "model", "--published"]
+    assert "needs one register a patch" in mistake(capsys, *base, tmp_path / "p.pt")
+    assert "must end in .pt, .pth or .safetensors" in mistake(capsys, *base, tmp_path / "p.bin")
+    assert not list(tmp_path.glob("p.*"))
+
+
+@pytest.mark.parametrize("arguments", [["--out", "new"], ["--published", "p.pt"], ["--published", "p.safetensors"]])
+def test_full_disk_and_unwritable_folder(arguments, tmp_path, capsys):
+    save_toy(tmp_path / "model")
+    option, name = arguments
+    (tmp_path / "file").touch()
+    says = mistake(capsys, "export", tmp_path / "model", option, tmp_path / "file" / name)
+    assert says.startswith("cannot write ")
+    with small_disk(2000):
+        says = mistake(capsys, "export", tmp_path / "model", option, tmp_path / name)
+    assert says.startswith("cannot write ")
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != tmp_path / "model"]
+    assert left == [tmp_path / "file"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A run of four steps with checkpoints after two and four, trained through the command line."""
+    folder = tmp_path_factory.mktemp("training")
+    for label, name in enumerate(CLASSES):
+        for index in range(2):
+            picture(folder / "images" / name / f"{index}.png", 10 * label + index)
+    configuration = {
+        "name": "toy", "runs": str(folder / "runs"), "model": CONFIG.model_dump(mode="json"),
+        "objective": {"lpips": {"weight": 0}, "time_shift": 0.6},
+        "train": {"steps": 4, "global_batch": 4, "micro_batch": 4, "checkpoint_every": 2, "device": "cpu"},
+        "data": {"path": str(folder / "images"), "workers": 0},
+        "sampling": {"solver": "euler", "steps": 3},
+        "evaluation": {"sheet_columns": 1},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(configuration))
+    assert run("train", "--config", folder / "run.json", "--set", "train.log_every=2") == 0
+    return folder / "runs" / "toy"
+
+
+def _copy(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "toy")
+
+
+def test_a_finished_run_gives_its_export(trained_run, tmp_path):
+    source = open_trained(trained_run)
+    assert (source.origin, source.made_by["step"], source.class_names) == (str(trained_run), 4, sorted(CLASSES))
+    ema = load_file(trained_run / "checkpoints" / "step_00000004" / "ema.safetensors")
+    assert all(torch.equal(source.state[name], tensor) for name, tensor in ema.items())
+    assert run("export", trained_run, "--out", tmp_path / "model") == 0
+    assert _same(load(tmp_path / "model"), load(trained_run))
+
+
+def test_a_run_still_in_training_gives_its_newest_checkpoint(trained_run, tmp_path, capsys):
+    folder = _copy(trained_run, tmp_path)
+    shutil.rmtree(folder / "export")
+    source = open_trained(folder)
+    assert source.origin == str(folder / "checkpoints" / "step_00000004")
+    assert (source.made_by["run"], source.made_by["weights"], source.made_by["step"]) == ("toy", "ema", 4)
+    assert source.class_names == sorted(CLASSES)
+    assert (source.sampling.solver, source.sampling.steps, source.time_shift) == ("euler", 3, 0.6)
+    assert _same(source.build(), load(trained_run))
+    assert run("sample", "--run", folder, "--count", 3) == 0
+    assert f"ema weights of {source.origin}, step 4; euler, 3 steps" in capsys.readouterr().out
+
+
+def test_a_run_that_went_on_after_its_export(trained_run, tmp_path):
+    folder = _copy(trained_run, tmp_path)
+    record = json.loads((folder / "export" / "model.json").read_text())
+    record["made_by"]["step"] = 2
+    (folder / "export" / "model.json").write_text(json.dumps(record))
+    assert open_trained(folder).made_by["step"] == 4
+    record["made_by"]["step"] = 4
+    (folder / "export" / "model.json").write_text(json.dumps(record))
+    assert open_trained(folder).origin == str(folder)
+
+
+@pytest.mark.parametrize(("weights", "file"), [("ema", "ema.safetensors"), ("model", "model.safetensors")])
+def test_either_set_of_one_checkpoint(weights, file, trained_run, tmp_path):
+    checkpoint = trained_run / "checkpoints" / "step_00000002"
+    out = tmp_path / "model"
+    assert run("export", checkpoint, "--out", out, "--weights", weights, "--published", tmp_path / "p.pt") == 0
+    expected = load_file(checkpoint / file)
+    state = load(out).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert read_model(out)[2]["weights"] == weights
+    assert list(torch.load(tmp_path / "p.pt", weights_only=True)) == [weights, "step"]
+    assert run("sample", "--run", checkpoint, "--count", 1) == 0
+    assert (trained_run / "samples" / "samples.json").is_file() and not (checkpoint / "samples").exists()
+
+
+def test_weights_as_trained_need_a_checkpoint(trained_run, tmp_path, capsys):
+    assert open_trained(trained_run, weights="model").origin.endswith("step_00000004")
+    save_toy(tmp_path / "model")
+    says = mistake(capsys, "export", tmp_path / "model", "--out", tmp_path / "out", "--weights", "model")
+    assert "holds EMA weights only: --weights model needs a checkpoint" in says
+    save_toy(tmp_path / "imported", MADE_BY | {"weights": "model"})
+    assert run("export", tmp_path / "imported", "--out", tmp_path / "out", "--weights", "model") == 0
+
+
+def test_class_names_come_from_the_checkpoint_not_from_the_data_folder(trained_run, tmp_path):
+    folder = _copy(trained_run, tmp_path)
+    shutil.rmtree(folder / "export")
+    for state_file in folder.glob("checkpoints/*/state.json"):
+        state = json.loads(state_file.read_text())
+        state["config"]["data"]["path"] = str(tmp_path / "gone")
+        state_file.write_text(json.dumps(state))
+    assert open_trained(folder).class_names == sorted(CLASSES)
+
+
+def test_import_puts_the_context_where_it_is_told(tmp_path):
+    save_toy(tmp_path / "toy")
+    assert run("export", tmp_path / "toy", "--published", tmp_path / "p.pt") == 0
+    options = ("import", tmp_path / "p.pt", "--decoder-heads", load(tmp_path / "toy").config.decoder.heads)
+    assert run(*options, "--context-start", 1, "--out", tmp_path / "back") == 0
+    assert _same(load(tmp_path / "back"), load(tmp_path / "toy"))
+    assert load(tmp_path / "back").config.context_start == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda c: (c / "ema.safetensors").write_bytes(b"x"), "ema.safetensors is truncated"),
+        (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda c: (c / "state.json").write_text("["), "state.json is not JSON"),
+        (lambda c: (c / "state.json").write_text("{}"), "is not of checkpoint format"),
+    ],
+)
+def test_damaged_checkpoints(damage, says, trained_run, tmp_path, capsys):
+    checkpoint = _copy(trained_run, tmp_path) / "checkpoints" / "step_00000004"
+    damage(checkpoint)
+    assert says in mistake(capsys, "export", checkpoint, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_with_a_foreign_configuration(trained_run, tmp_path):
+    checkpoint = _copy(trained_run, tmp_path) / "checkpoints" / "step_00000004"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["model"]["width"] = 32
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="does not fit the model's sizes"):
+        open_trained(checkpoint)
+    state["config"]["model"]["lenght"] = 3
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"(?s)configuration in .*model\.lenght: unknown key"):
+        open_trained(checkpoint)

@@ -1,0 +1,117 @@
+"""`unite-fast import` and `unite-fast export`: weights from one form into another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unite_fast.cli.console import Which, out, plain
+from unite_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from unite_fast.importing import Trained
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A published checkpoint: .pt, .pth or .safetensors.", metavar="FILE")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the model.", metavar="DIR")],
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the encoder. Default: inferred.", min=1)] = None,
+    decoder_heads: Annotated[
+        int | None,
+        typer.Option(help="Attention heads of the decoder. Default: those of the published size of its width.", min=1),
+    ] = None,
+    context_start: Annotated[
+        int, typer.Option(help="Block before which the context joins. 4 in the published models.", min=0)
+    ] = 4,
+    weights: Annotated[
+        Which | None, typer.Option(help="Which set of the checkpoint. Default: EMA weights where it has them.")
+    ] = None,
+) -> None:
+    """Turn a published checkpoint into a folder that every other command and unite_fast.load read.
+
+    Sizes are inferred from the shapes of the weights. The file is read without running code from it: one that holds
+    Python objects beside its tensors is refused, with advice.
+
+    Example: `unite-fast import unite_b.pt --out models/unite_b`
+    """
+    from unite_fast.importing import read_published
+
+    trained = read_published(
+        file,
+        heads=heads,
+        decoder_heads=decoder_heads,
+        context_start=context_start,
+        weights=None if weights is None else weights.value,
+    )
+    trained.save(out_dir)
+    _describe(trained, out_dir)
+    if trained.config.context_len:
+        out().print(
+            f"Shapes tell neither the decoder's heads ({trained.config.decoder.heads}; --decoder-heads sets them) nor "
+            f"where the context joins (block {context_start}; --context-start sets it).",
+            markup=False,
+        )
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A run, one of its checkpoints, or an exported folder.", metavar="RUN")
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for model.safetensors and model.json.", metavar="DIR")
+    ] = None,
+    weights: Annotated[
+        Which, typer.Option(help="ema: averaged, for use; model: as trained, which only checkpoints hold.")
+    ] = Which.ema,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also, or only, write the published naming: a .pt, .pth or .safetensors file.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Write a trained model as safetensors and JSON, which unite_fast.load reads, or under the published names.
+
+    Of a run the newest weights are taken, also while it is still training.
+
+    Example: `unite-fast export runs/l_h100/checkpoints/step_00050000 --out models/l --published l.pt`
+    """
+    if out_dir is None and published is None:
+        raise UserError("nothing to write: give --out DIR, --published FILE, or both")
+    from unite_fast.importing import open_trained, write_published
+
+    trained = open_trained(source, weights=weights.value)
+    if out_dir is not None:
+        trained.save(out_dir)
+        _describe(trained, out_dir)
+    if published is not None:
+        write_published(trained, published)
+        sizes = trained.config
+        out().print(
+            f"published naming in {published}; it does not record the heads ({sizes.heads} and "
+            f"{sizes.decoder.heads} in the decoder) and the block where the context joins ({sizes.context_start})",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _describe(trained: Trained, folder: Path) -> None:
+    from rich.table import Table
+
+    sizes, decoder = trained.config, trained.config.decoder
+    step = trained.made_by.get("step")
+    table = Table(title=plain(f"model in {folder}"), show_header=False, title_justify="left")
+    for name, value in (
+        ("from", trained.origin),
+        ("weights", f"{trained.made_by.get('weights')}{'' if step is None else f', step {step}'}"),
+        ("entries", f"{len(trained.state)}, {sum(t.numel() for t in trained.state.values()) / 1e6:.1f} M parameters"),
+        ("encoder", f"{sizes.depth} blocks, width {sizes.width}, {sizes.heads} heads"),
+        ("decoder", f"{decoder.depth} blocks, width {decoder.width}, {decoder.heads} heads"),
+        ("images", f"{sizes.image_size}×{sizes.image_size}, patches of {sizes.patch_size}"),
+        ("latents", f"{sizes.registers} × {sizes.latent_dim}"),
+        ("context", f"{sizes.context_len} tokens before block {sizes.context_start}" if sizes.context_len else "none"),
+        ("classes", str(sizes.num_classes)),
+    ):
+        table.add_row(name, plain(value))
+    out().print(table)

@@ -1,0 +1,235 @@
+"""`unite-fast sample`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unite_fast.cli.console import (
+    BatchOption, Device, DeviceOption, SeedOption, explain_memory, out, pick_device, progress,
+)  # fmt: skip
+from unite_fast.config import SamplingConfig
+from unite_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unite_fast.model.unite import Unite
+
+Solver = Enum(
+    "Solver", {name: name for name in typing.get_args(SamplingConfig.model_fields["solver"].annotation)}, type=str
+)
+
+RECORD, SHEET = "samples.json", "sheet.png"
+OURS = re.compile(r"\d{6,}_class\d+\.png")
+NOISE_STREAM = 0  # of the counter-based generator; tokenization noise has its own
+# A sheet of more is too large to look at: at 256×256 pixels this one is 2,600 × 10,000.
+SHEET_IMAGES, SHEET_CLASSES, SHEET_COLUMNS = 400, 40, 10
+
+
+def sample(
+    run: Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class names or indices, separated by commas; a name comes before an index. Default: all."),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(help="Images in all, dealt out to the classes in turn.", min=1, max=2**31 - 1)
+    ] = 64,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength w of classifier-free guidance; 1 turns it off.", min=0)
+    ] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option(help="Times between which guidance acts, from 0 (noise) to 1 (image).", metavar="LOW,HIGH"),
+    ] = None,
+    solver: Annotated[
+        Solver | None,
+        typer.Option(
+            help="euler (fastest), heun (close to dopri5 from 50 steps), or dopri5 (the published one; it adapts "
+            "its steps to a whole batch, so its images change slightly with --batch)."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Time points of the solver.", min=2)] = None,
+    seed: SeedOption = 0,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder to write; samples it holds are replaced. Default: samples/ in the run.", metavar="DIR"
+        ),
+    ] = None,
+    batch: BatchOption = 64,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Generate images: single PNG files, a sheet class by class, and samples.json, which says how they were made.
+
+    Options that are left out take the values the model was trained to be sampled with. A run still in training gives
+    its newest checkpoint's averaged (EMA) weights. Image number i depends on the seed and on i alone, not on the
+    batch size; a larger --count adds images to those of a smaller one.
+
+    Example: `unite-fast sample --run runs/quickstart --classes 3,5 --count 64 --guidance 2.4 --solver heun`
+    """
+    window = None if interval is None else _interval(interval)
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance must be a finite number, found {guidance}")
+
+    import torch
+
+    from unite_fast.importing import open_trained
+    from unite_fast.pictures import save_png
+    from unite_fast.weights import write_json
+
+    trained = open_trained(run)
+    defaults = trained.sampling
+    settings: dict[str, Any] = {
+        "guidance": defaults.guidance if guidance is None else guidance,
+        "interval": defaults.interval if window is None else window,
+        "solver": defaults.solver if solver is None else solver.value,
+        "steps": defaults.steps if steps is None else steps,
+        "time_shift": trained.time_shift,
+    }
+    chosen = _classes(classes, trained.class_names, trained.config.num_classes)
+    labels = [chosen[index % len(chosen)] for index in range(count)]
+    files = [f"{index:06d}_class{label:04d}.png" for index, label in enumerate(labels)]
+    folder = out_dir or _default_folder(run)
+    where = pick_device(device)
+    model = trained.build(where)
+    _clear(folder)
+    shown = _Sheet(chosen[: min(count, SHEET_CLASSES)])
+    with progress("sampling", count) as bar, explain_memory(batch):
+        for first in range(0, count, batch):
+            piece = labels[first : first + batch]
+            images = draw(model, torch.tensor(piece), settings, seed=seed, first=first)
+            for index, image in enumerate(images, start=first):
+                save_png(image, folder / files[index])
+                shown.add(labels[index], image)
+            bar.advance(bar.task_ids[0], len(piece))
+    shown.write(folder / SHEET, trained.class_names)
+    names = trained.class_names
+    write_json(
+        {
+            "model": {"origin": trained.origin, **trained.made_by},
+            "sampling": settings,
+            "seed": seed,
+            "count": count,
+            "classes": [{"index": label, "name": None if names is None else names[label]} for label in chosen],
+            "batch": batch,
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+            "torch": str(torch.__version__),
+            "images": [{"file": file, "class": label} for file, label in zip(files, labels, strict=True)],
+        },
+        folder / RECORD,
+    )
+    step = trained.made_by.get("step")
+    low, high = settings["interval"]
+    out().print(
+        f"{count} images of {min(count, len(chosen))} classes in {folder} (sheet: {SHEET}, record: {RECORD})\n"
+        f"{trained.made_by.get('weights', 'ema')} weights of {trained.origin}"
+        f"{'' if step is None else f', step {step}'}; {settings['solver']}, {settings['steps']} steps, "
+        f"guidance {settings['guidance']:g} between {low:g} and {high:g}, seed {seed}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, first: int) -> Tensor:
+    """Images number `first` … of a seed.
+
+    Args:
+        model: a `Unite` on the device to use.
+        labels: [n] class of each image.
+        settings: options of `generate`.
+        seed: of the noise; image i's noise depends on (seed, i) alone.
+
+    Returns:
+        [n, 3, H, H] in [0, 1] on the CPU.
+    """
+    from unite_fast.flow.sampling import generate
+    from unite_kernels import philox_normal
+
+    shape = (model.config.registers, model.config.latent_dim)
+    device = model.latent_norm.weight.device
+    noise = philox_normal(shape, seed, 0, NOISE_STREAM, draws=len(labels), first_draw=first, device=device)
+    return generate(model, labels, noise=noise, **settings).cpu()
+
+
+class _Sheet:
+    """Keeps the first images of the first classes for the sheet."""
+
+    def __init__(self, classes: list[int]):
+        self._images: dict[int, list[Tensor]] = {label: [] for label in classes}
+        self._room = max(1, SHEET_IMAGES // len(classes))
+
+    def add(self, label: int, image: Tensor) -> None:
+        row = self._images.get(label)
+        if row is not None and len(row) < self._room:
+            row.append(image)
+
+    def write(self, path: Path, class_names: list[str] | None) -> None:
+        """A class takes as many rows as it needs; the last ones are filled up with white."""
+        import torch
+
+        from unite_fast.pictures import sample_sheet
+
+        most = max(len(row) for row in self._images.values())
+        columns = min(SHEET_COLUMNS, most)
+        rows = math.ceil(most / columns)
+        images, labels = [], []
+        for label, row in self._images.items():
+            blank = torch.ones_like(row[0])
+            images += row + [blank] * (rows * columns - len(row))
+            labels += [label] * rows
+        sample_sheet(torch.stack(images), labels, class_names, columns, path)
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text!r} is not two numbers with a comma between, such as 0.1,1") from None
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--interval {text} must rise within 0 and 1, such as 0.1,1")
+    return low, high
+
+
+def _classes(text: str | None, names: list[str] | None, num_classes: int) -> list[int]:
+    """Indices of the wanted classes, in the order given, each once."""
+    if text is None:
+        return list(range(num_classes))
+    by_name = {name: index for index, name in enumerate(names or ())}
+    chosen = []
+    for word in (part.strip() for part in text.split(",")):
+        if word in by_name:
+            chosen.append(by_name[word])
+        elif word.isascii() and word.isdigit() and int(word) < num_classes:
+            chosen.append(int(word))
+        else:
+            near = difflib.get_close_matches(word, by_name, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: indices 0 to {num_classes - 1}"
+            if by_name and not near:
+                hint += f", names such as {next(iter(by_name))!r}"
+            raise UserError(f"--classes: this model has no class {word!r}; {hint}")
+    return list(dict.fromkeys(chosen))
+
+
+def _default_folder(run: Path) -> Path:
+    """samples/ in the run; of a checkpoint also, because old checkpoints are deleted with all they hold."""
+    return (run.parents[1] if run.parent.name == "checkpoints" else run) / "samples"
+
+
+def _clear(folder: Path) -> None:
+    """Remove the samples of a former call, which would otherwise mix with these."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name) or path.name in (RECORD, SHEET):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None

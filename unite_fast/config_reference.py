@@ -1,0 +1,79 @@
+"""docs/configuration.md, written from the configuration classes: `python -m unite_fast.config_reference FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from unite_fast.config import Config, Section, section_of
+from unite_fast.weights import write_text
+
+HEAD = """# Configuration reference
+
+Every key of a configuration file, from the classes in `unite_fast/config.py`
+(`python -m unite_fast.config_reference docs/configuration.md` writes this page). Any key can be overridden on the
+command line: `--set data.path=/data/imagenet/train train.global_batch=256`.
+"""
+
+
+def reference() -> str:
+    """The whole page as Markdown."""
+    return HEAD + "".join(_section(name, section) for name, section in _sections("", Config))
+
+
+def _sections(prefix: str, section: type[Section]) -> list[tuple[str, type[Section]]]:
+    found = [(prefix, section)]
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            found += _sections(f"{prefix}.{name}".lstrip("."), inner)
+    return found
+
+
+def _section(name: str, section: type[Section]) -> str:
+    purpose = (section.__doc__ or "").strip().splitlines()[0]
+    lines = [f"\n## {name or 'top level'}\n\n{purpose}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"]
+    for key, field in section.model_fields.items():
+        if section_of(field.annotation) is not None:
+            continue
+        lines.append(f"| `{key}` | {_type(field)} | {_default(field.get_default())} | {field.description} |\n")
+    return "".join(lines)
+
+
+def _type(field: Any) -> str:
+    limits = [
+        f"{sign} {getattr(part, attribute):g}"
+        for part in field.metadata
+        for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        if getattr(part, attribute, None) is not None
+    ]
+    return ", ".join([_name(field.annotation), *limits])
+
+
+def _name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is typing.Annotated:
+        return _name(arguments[0])
+    if origin is tuple:
+        return "[" + ", ".join(_name(argument) for argument in arguments) + "]"
+    if arguments:
+        return " or ".join(_name(argument) for argument in arguments)
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}[annotation.__name__]
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
+
+
+if __name__ == "__main__":
+    write_text(reference(), sys.argv[1])
