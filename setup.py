@@ -24,7 +24,12 @@ TRAIN = [
     "scipy>=1.11",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-benchmark>=4",
+    "kernels>=0.17,<0.18; platform_system == 'Linux'",  # Hugging Face's loader, which tests load unite_kernels with
+]
 
 setup(
     name="unite_fast",

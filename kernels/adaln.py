@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels import adaln_kernels
-from unite_kernels.dispatch import check_contiguous, check_floats, check_like, check_parameter, use_triton
-from unite_kernels.rms import unit_rms
+from . import adaln_kernels
+from .dispatch import NAMESPACE, check_contiguous, check_floats, check_like, check_parameter, use_triton
+from .rms import unit_rms
 
 MAX_WIDTH = 2048
 
@@ -45,7 +45,7 @@ def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale,
     return residual, normed.to(dtype)
 
 
-@torch.library.custom_op("unite_kernels::adaln", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln", mutates_args=())
 def _operator(
     x: Tensor,
     branch: Tensor | None,
@@ -70,7 +70,7 @@ def _(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
     return x.new_empty(0) if branch is None else torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op("unite_kernels::adaln_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
 def _backward_operator(
     grad_residual: Tensor | None,
     grad_normed: Tensor,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import device_of
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import device_of
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 
 @dataclass(frozen=True)
