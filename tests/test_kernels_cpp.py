@@ -280,9 +280,9 @@ class Recorder:
 def launch_adaln(backward: bool):
     x, row, weight = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
     if backward:
-        adaln_kernels.backward(x, x, x, x, row, weight, weight, None, row, row, 1e-6, False)
+        adaln_kernels.backward(x, x, x, x, row, weight, weight, None, row, row, None, 0, 1e-6, False)
     else:
-        adaln_kernels.forward(x, x, row, weight, weight, None, row, row, 1e-6, False)
+        adaln_kernels.forward(x, x, row, weight, weight, None, row, row, None, 0, 1e-6, False)
 
 
 def launch_rope(backward: bool):
