@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from unite_fast.config import Config, Fraction, PositiveInt, Section, Sizes, TwoPassConfig, _fill_preset
 
 ELEMENTS = 5  # H C N O F
+MAX_ATOMS = 29  # of `unite_fast.data.molecules`, whose import needs RDKit
 # Depth, width and heads of encoder and decoder. qm9_s is the paper's S backbone, about 33 M parameters in the encoder.
 ENCODER_PRESETS = {
     "mol_debug": dict(depth=2, width=64, heads=2),
@@ -52,12 +53,12 @@ class MoleculeModelConfig(Sizes):
     context_len: ClassVar[int] = 0
     context_start: ClassVar[int] = 0
     patches: ClassVar[int] = 0
+    registers: ClassVar[int] = MAX_ATOMS
 
     preset: Preset | None = Field(None, description="named size of encoder and decoder; fills depth, width and heads")
     depth: PositiveInt = Field(6, description="encoder blocks L")
     width: PositiveInt = Field(192, description="encoder width C, divisible by heads, head width even")
     heads: PositiveInt = Field(3, description="encoder attention heads H")
-    max_atoms: PositiveInt = Field(29, description="atoms of the largest molecule; 29 covers QM9")
     latent_dim: PositiveInt = Field(16, description="channels D of an atom's latent")
     num_classes: PositiveInt = Field(1, description="labels: bins of data.condition; one more row serves as the null label")
     decoder: AtomDecoderConfig = Field(AtomDecoderConfig(), description="the decoder of atoms")
@@ -78,11 +79,6 @@ class MoleculeModelConfig(Sizes):
             raise ValueError(f"width {self.width} must be divisible by its {self.heads} heads, with an even head width")
         return self
 
-    @property
-    def registers(self) -> int:
-        """K of the largest molecule."""
-        return self.max_atoms
-
 
 class MoleculeObjectiveConfig(TwoPassConfig):
     """The two-pass objective on molecules: losses and means run over real atoms only."""
@@ -98,8 +94,9 @@ class MoleculeDataConfig(Section):
 
     path: str | None = Field(None, description="QM9's files or any set of molecules the README names; null: the built-in sample set, which is not QM9")
     cache: str = Field("data/molecules", description="folder for sets in binary form")
-    sample_count: PositiveInt = Field(5000, description="molecules of the built-in sample set")
+    sample_count: PositiveInt = Field(10000, description="molecules of the built-in sample set")
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")
+    order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under it")
     strict: bool = Field(False, description="refuse molecules with unknown elements or too many atoms in place of leaving them out")
     condition: Literal["gap"] | None = Field(None, description="property that labels a molecule, in model.num_classes bins of equal share; null: none")
 

@@ -34,7 +34,7 @@ class AtomEmbedding(nn.Module):
         self.element = nn.Embedding(ELEMENTS, width)
         self.lift = nn.Linear(3, width)
         self.project = nn.Linear(width, width)
-        self.register_buffer("index", sincos_1d(torch.arange(config.max_atoms), width), persistent=False)
+        self.register_buffer("index", sincos_1d(torch.arange(config.registers), width), persistent=False)
 
     def forward(self, elements: Tensor, positions: Tensor, place: Tensor) -> Tensor:
         """elements [T] 1 … 5, positions [T, 3] in Å, place [T] in the molecule -> [T, C] float32."""
@@ -51,7 +51,7 @@ class AtomDecoder(nn.Module):
         super().__init__()
         sizes = config.decoder
         self.lift = nn.Linear(config.latent_dim, sizes.width)
-        self.register_buffer("index", sincos_1d(torch.arange(config.max_atoms), sizes.width), persistent=False)
+        self.register_buffer("index", sincos_1d(torch.arange(config.registers), sizes.width), persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
         self.elements = nn.Linear(sizes.width, ELEMENTS)
