@@ -24,6 +24,8 @@ TRAIN = [
     "scipy>=1.11",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
+MOLECULES = ["rdkit>=2025.3", "pebble>=5.1"]
+PARQUET = ["pyarrow>=17"]
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -45,7 +47,9 @@ setup(
         "train": TRAIN,
         "deepspeed": [*TRAIN, *DEEPSPEED],
         "flash": ["flash-attn>=2.6"],
-        "test": [*TRAIN, *DEEPSPEED, *TEST],
+        "molecules": [*TRAIN, *MOLECULES],
+        "parquet": PARQUET,
+        "test": [*TRAIN, *DEEPSPEED, *MOLECULES, *PARQUET, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
 )

@@ -1,6 +1,7 @@
 """Fused operators for diffusion transformers: Triton on CUDA, plain PyTorch elsewhere."""
 
 from .adaln import (
+    Spans,
     block_boundary,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,

@@ -278,9 +278,11 @@ class Recorder:
 
 
 LAUNCHES = {
-    "adaln": lambda: adaln_kernels.forward(x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, 1e-6, False),
+    "adaln": lambda: adaln_kernels.forward(
+        x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
+    ),
     "adaln backward": lambda: adaln_kernels.backward(
-        x_BNC, x_BNC, x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, 1e-6, False
+        x_BNC, x_BNC, x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
     ),
     "rope": lambda: qk_rope._qk_norm_rope(qkv, head, head, table, table, 0, 1e-6),
     "rope backward": lambda: qk_rope._qk_norm_rope_backward(qkv, qkv, head, head, table, table, 0, 1e-6),

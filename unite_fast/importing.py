@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, ModelConfig, SamplingConfig
+from unite_fast.config import Config, ModelConfig, SamplingConfig, Sizes
 from unite_fast.engine import checkpoint
 from unite_fast.errors import UserError
+from unite_fast.modality import modality
 from unite_fast.model.io import check_state, read_model, save_model
 from unite_fast.model.published import from_published, to_published
-from unite_fast.model.unite import Unite
+from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.weights import read_file, read_tensors, write_tensors
 
 Which = Literal["ema", "model"]
@@ -37,14 +38,14 @@ class Trained:
         origin: where it was read, for people.
     """
 
-    config: ModelConfig
+    config: Sizes
     state: dict[str, Tensor]
     made_by: dict[str, Any]
     origin: str
 
-    def build(self, device: torch.device | str = "cpu") -> Unite:
+    def build(self, device: torch.device | str = "cpu") -> TwoPassModel:
         """The network, ready for inference."""
-        model = Unite(self.config)
+        model = modality(self.config.modality).network(self.config)
         model.load_state_dict(self.state)
         return model.to(device).eval().requires_grad_(False)
 
@@ -200,6 +201,8 @@ def write_published(trained: Trained, path: str | Path) -> None:
         UserError: another suffix, a model that the published naming cannot hold, full disk or unwritable folder.
     """
     path = Path(path)
+    if trained.config.modality != "images":
+        raise UserError(f"--published: the published naming is that of image models; this one is of {trained.config.modality}")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"--published {path}: the name must end in .pt, .pth or .safetensors")
     weights = {name: tensor.contiguous() for name, tensor in to_published(trained.state, trained.config).items()}

@@ -137,14 +137,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 # Panel title, axis scale, and the keys drawn in it with their legend.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Losses", "log", (("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_flow", "flow"))),
+    ("Losses", "log", (
+        ("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_element", "elements"),
+        ("loss_position", "positions"), ("loss_flow", "flow"),
+    )),
     ("Gradient norm", "log", (("grad_norm", ""),)),
     ("Learning rate", "linear", (("lr", ""),)),
     ("Latents: standard deviation across images", "linear", (("z0_std", ""),)),
     ("Latents: effective rank", "linear", (("z0_rank", ""),)),
     ("Images per second", "linear", (("images_per_second", ""),)),
+    ("Molecules per second", "linear", (("molecules_per_second", ""),)),
 )
-NOISY = ("loss", "loss_l1", "loss_lpips", "loss_flow", "grad_norm", "images_per_second")
+NOISY = (
+    "loss", "loss_l1", "loss_lpips", "loss_element", "loss_position", "loss_flow", "grad_norm", "images_per_second",
+    "molecules_per_second",
+)  # fmt: skip
 COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706")
 
 

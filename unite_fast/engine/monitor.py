@@ -62,7 +62,7 @@ class Records:
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         for name, value in record.items():
-            if name not in ("step", "images", "time"):
+            if name not in ("step", "images", "molecules", "time"):
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -82,6 +82,21 @@ class Records:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+# How the losses are written on the progress line.
+_LOSSES = {
+    "loss_l1": "L1 {:.4f}", "loss_lpips": "LPIPS {:.3f}", "loss_element": "elements {:.4f}",
+    "loss_position": "positions {:.4f}", "loss_flow": "flow {:.3f}",
+}  # fmt: skip
+
+
+def _told(record: dict[str, Any]) -> list[str]:
+    """The rate and the losses of a record, for people."""
+    rates = [(name, value) for name, value in record.items() if name.endswith("_per_second")]
+    return [f"{value:.0f} {name.removesuffix('_per_second')}/s" for name, value in rates] + [
+        text.format(record[name]) for name, text in _LOSSES.items() if name in record
+    ]
 
 
 class ProgressLine:
@@ -105,11 +120,7 @@ class ProgressLine:
 
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
         """`step` optimizer steps are done; `record` is the newest log record or None."""
-        text = "" if record is None else (
-            f"{record['images_per_second']:.0f} images/s  L1 {record['loss_l1']:.4f}  "
-            + (f"LPIPS {record['loss_lpips']:.3f}  " if "loss_lpips" in record else "")
-            + f"flow {record['loss_flow']:.3f}"
-        )  # fmt: skip
+        text = "" if record is None else "  ".join(_told(record))
         if self._live:
             self._progress.update(self._task, completed=step, **({"text": text} if text else {}))
             return

@@ -1,0 +1,84 @@
+"""Work in processes that can be killed: native code that hangs or crashes costs its own item and nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+from unite_fast.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Lost(StrEnum):
+    """Why an item has no result."""
+
+    timeout = "timeout"
+    crash = "crash"
+
+
+def bounded_map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    seconds: float,
+    processes: int | None = None,
+    advance: Callable[[int], None] = lambda units: None,
+) -> Iterator[Result | Lost]:
+    """Results of function(item) in the order of the items, computed by worker processes.
+
+    A worker that takes longer than `seconds` over an item is killed, one that dies is replaced, and the other items go
+    on. An exception that the function raises is raised here. What the workers' native code prints is thrown away.
+
+    Args:
+        function: of a module's top level; its module should not import torch, which takes seconds. The main module
+            needs its `if __name__ == "__main__":`, as with all of multiprocessing.
+        items: what can be pickled.
+        seconds: limit of one item, by the clock.
+        processes: workers, by default one a core that this process may use.
+        advance: told of every finished item.
+
+    Raises:
+        UserError: the package pebble is missing.
+    """
+    try:
+        from pebble import ProcessExpired, ProcessPool
+    except ImportError:
+        raise UserError("worker processes need the package pebble: pip install 'unite_fast[molecules]'") from None
+    if not items:
+        return
+    # Forking this process would copy its threads' locks and its CUDA state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", function.__module__])
+    workers = min(processes or available_cores(), len(items))
+    pool = ProcessPool(max_workers=workers, context=context, initializer=_silence)
+    try:
+        results = pool.map(function, items, chunksize=1, timeout=seconds).result()
+        for _ in items:
+            try:
+                result: Result | Lost = next(results)
+            except TimeoutError:
+                result = Lost.timeout
+            except ProcessExpired:
+                result = Lost.crash
+            advance(1)
+            yield result
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _silence() -> None:
+    # RDKit's Hückel code prints warnings about close atoms straight to the C library's standard output.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
