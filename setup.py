@@ -22,9 +22,10 @@ TRAIN = [
     "matplotlib>=3.8",
     "scikit-learn>=1.4",
     "scipy>=1.11",
+    "jinja2>=3.1",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4", "selenium>=4.20"]
 
 setup(
     name="unite_fast",
@@ -35,11 +36,13 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
+    package_data={"unite_fast.report": ["page.*"]},
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,
         "deepspeed": [*TRAIN, *DEEPSPEED],
         "flash": ["flash-attn>=2.6"],
+        "wandb": ["wandb>=0.19"],
         "test": [*TRAIN, *DEEPSPEED, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
+from unite_fast.cli.report import report
 from unite_fast.cli.sample import sample
 from unite_fast.errors import UserError
 
@@ -116,6 +117,7 @@ def doctor(
 app.command()(sample)
 app.command()(reconstruct)
 app.command()(tokenize)
+app.command()(report)
 app.command("import")(import_)
 app.command()(export)
 
