@@ -73,7 +73,10 @@ def short(value: float) -> str:
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor * (1 if factor > 1e3 else 10):
             return f"{value / factor:.4g}{suffix}"
-    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def line_chart(curves: Sequence[Curve], *, log: bool, x_name: str, marks: Sequence[float] = ()) -> Markup:

@@ -155,5 +155,6 @@ def _table(rows: list[Any]) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells; rows are objects, or lists of values."""
     if all(isinstance(row, dict) for row in rows):
         keys = list(dict.fromkeys(key for row in rows for key in row))
-        return [str(key).replace("_", " ") for key in keys], [[_number(row.get(key, "")) for key in keys] for row in rows]
+        titles = [GLOSSARY[key][0] if key in GLOSSARY else str(key).replace("_", " ") for key in keys]
+        return titles, [[_number(row.get(key, "")) for key in keys] for row in rows]
     return [], [[_number(cell) for cell in row] if isinstance(row, list) else [_number(row)] for row in rows]

@@ -136,7 +136,7 @@ def find_neighbours(
         whole=all(len(indices) <= MOST_PER_CLASS for indices in own.values()),
         held_out=len(ranks),
         median=float(np.median(ranks)) if len(ranks) else None,
-        near_copies=None if limit is None else sum(match.distances[0] < limit for match in matches),
+        near_copies=None if limit is None else sum(match.distances[0] < float(limit) for match in matches),
         mirrored=config.data.flip,
         side=min(SIDE, size),
     )

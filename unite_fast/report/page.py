@@ -92,7 +92,7 @@ def _summary_line(run: RunFolder) -> list[str]:
     model, parts = run.config.get("model", {}), []
     parameters = (run.summary or {}).get("parameters")
     if isinstance(parameters, int):
-        parts.append(f"{parameters / 1e6:.1f} M parameters" if parameters < 1e9 else f"{parameters / 1e9:.2f} G parameters")
+        parts.append(f"{parameters / 1e6:.1f} M parameters" if parameters >= 1e5 else f"{parameters:,} parameters")
     if isinstance(model.get("image_size"), int):
         parts.append(f"{model['image_size']} × {model['image_size']} images of {model.get('num_classes')} classes")
     if isinstance(model.get("registers"), int):
@@ -226,19 +226,19 @@ def _default(name: str) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _environment(run: RunFolder) -> list[tuple[str, str]]:
-    """What the run ran on, session by session, the latest first."""
-    rows: list[tuple[str, str]] = []
-    for position, entry in reversed(list(enumerate(run.sessions, start=1))):
-        head = "session" if len(run.sessions) == 1 else f"session {position}"
+def _environment(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, rows) of each session, the latest first: what the run ran on."""
+    sessions = []
+    for entry in reversed(run.sessions):
+        rows = []
         for key, value in entry.items():
             if key == "started" and number(value):
                 value = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(value))
-            if isinstance(value, dict):
-                value = ", ".join(f"{name} {version}" for name, version in value.items())
-            rows.append((f"{head}: {key.replace('_', ' ')}", text_of(value)))
+            rows.append((key.replace("_", " "), text_of(value)))
+        step = number(entry.get("first_step"))
+        sessions.append((f"resumed after step {step:,.0f}" if step else "from the start", rows))
     versions = ((run.summary or {}).get("made_by") or {}).get("versions")
-    if not run.sessions and isinstance(versions, dict):
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return rows
+    if not sessions and isinstance(versions, dict):
+        sessions.append(("at the end of training", [("versions", text_of(versions))]))
+    return sessions
 
