@@ -19,6 +19,8 @@ COMMANDS = {
     "tokenize": ["--run", "--out"],
     "import": ["--out", "--heads", "--decoder-heads", "--weights"],
     "export": ["--out", "--weights", "--published"],
+    "report": ["--out", "--quick", "--held-out", "--seed"],
+    "watch": ["--once", "--every"],
     "doctor": ["--json"],
 }
 START = [sys.executable, "-c", "import sys; from unite_fast.cli import main; sys.exit(main())"]

@@ -123,6 +123,15 @@ def number(value: Any) -> float | None:
     return None
 
 
+def duration(seconds: float) -> str:
+    """Two units at most: 48 s, 5 min 12 s, 3 h 20 min, 2 d 4 h."""
+    for big, small, size, unit in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if seconds >= size:
+            rest = int(seconds % size // unit)
+            return f"{int(seconds // size)} {big}" + (f" {rest} {small}" if rest else "")
+    return f"{seconds:.0f} s"
+
+
 def open_run(path: str | Path) -> RunFolder:
     """Read a run folder, finished or in training.
 

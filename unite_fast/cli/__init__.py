@@ -14,6 +14,7 @@ from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
 from unite_fast.cli.report import report
 from unite_fast.cli.sample import sample
+from unite_fast.cli.watch import watch
 from unite_fast.errors import UserError
 
 # The base of what typer raises for a wrong command line: click's class, which newer releases of typer carry inside.
@@ -118,6 +119,7 @@ app.command()(sample)
 app.command()(reconstruct)
 app.command()(tokenize)
 app.command()(report)
+app.command()(watch)
 app.command("import")(import_)
 app.command()(export)
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from unite_fast.config import Config
 from unite_fast.pictures import NOISY, PANELS
-from unite_fast.records import RunFolder, number
+from unite_fast.records import RunFolder, duration, number
 from unite_fast.report.charts import Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of
 from unite_fast.report.probe import Probe
@@ -105,15 +105,6 @@ def _summary_line(run: RunFolder) -> list[str]:
     if seconds:
         parts.append(f"{duration(seconds)} of training")
     return [part for part in parts if part]
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 48 s, 5 min 12 s, 3 h 20 min, 2 d 4 h."""
-    for big, small, size, unit in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
-        if seconds >= size:
-            rest = int(seconds % size // unit)
-            return f"{int(seconds // size)} {big}" + (f" {rest} {small}" if rest else "")
-    return f"{seconds:.0f} s"
 
 
 def _notes(run: RunFolder, probe: Probe | None, why_no_probe: str | None) -> dict[str, str]:
