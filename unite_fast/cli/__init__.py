@@ -120,7 +120,7 @@ app.command()(reconstruct)
 app.command()(tokenize)
 app.command()(report)
 app.command()(watch)
-app.command("import")(import_)
+app.command("import", cls=TrainCommand)(import_)
 app.command()(export)
 
 
