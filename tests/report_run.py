@@ -15,10 +15,15 @@ HOSTILE = "<script>alert('x')</script> & \"co\""
 EVALUATION = {
     "metrics": {"gfid": 12.345678, "is": 101.5, "precision": 0.75, "of_its_own_kind": 3, "kid": float("nan")},
     "protocol": {
-        "weights": "ema", "solver": "heun", "steps": 50, "guidance": 2.4, "interval": [0.1, 1.0], "seed": 0,
+        "model": {"step": 20, "weights": "ema"}, "warnings": ["few images for `gfid`"], "solver": "heun", "steps": 50, "guidance": 2.4, "interval": [0.1, 1.0], "seed": 0,
         "checkpoint": {"sha256": "a" * 64, "step": 20}, "note": HOSTILE,
     },
-    "tables": {"guidance_sweep": [{"guidance": 1.0, "gfid": 20.5}, {"guidance": 1.2, "gfid": 18.25, "is": 90}]},
+    "tables": {
+        "odd": [{"guidance": 1.0, "gfid": 20.5}, {"guidance": 1.2, "gfid": 18.25, "is": 90}],
+        "guidance_search": [
+            {"guidance": w, "low": low, "high": 1.0, "score": 20 - w + low} for low in (0.0, 0.2) for w in (1.0, 2.0, 3.0)
+        ],
+    },
 }  # fmt: skip
 
 
@@ -39,6 +44,10 @@ def trained_run(folder: Path) -> Path:
     run = train(settings)
     (run / "evaluations").mkdir()
     (run / "evaluations" / "guided & swept.json").write_text(json.dumps(EVALUATION))
+    for step, gfid in ((5, 80.0), (10, 40.0)):
+        earlier = EVALUATION["protocol"] | {"model": {"step": step, "weights": "ema"}}
+        record = {"metrics": EVALUATION["metrics"] | {"gfid": gfid}, "protocol": earlier}
+        (run / "evaluations" / f"step_{step:08d}.json").write_text(json.dumps(record))
     session = json.loads((run / "sessions.jsonl").read_text())
     with open(run / "sessions.jsonl", "a") as file:
         file.write(json.dumps(session | {"first_step": 10, "device": HOSTILE}) + "\n" + '{"started": 17')

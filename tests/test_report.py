@@ -91,14 +91,25 @@ def test_results_stand_with_their_protocol(finished):
     for part in ("gFID ↓ 12.35", "Inception score ↑ 101.5", "of its own kind 3", "KID ↓ not finite", "a" * 64, "PSNR"):
         assert part in results, part
     assert "interval 0.1, 1" in results and "checkpoint: step 20" in results
-    assert "guidance sweep" in results and "18.25" in results
+    assert "guidance search" in results and "18.25" in results and "score over guidance low 0, high 1" in results
+    assert "few images for gfid" in results and "guided & swept step 20, ema weights" in results
+    assert "gFID over training" in results
     summary = json.loads((finished / "summary.json").read_text())
     assert f"{summary['psnr']:.4g} dB" in results and "No evaluation is stored" not in results
 
 
+def test_numbers_that_an_evaluation_holds_are_not_shown_twice(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = {key: summary[key] for key in ("psnr", "psnr_std", "psnr_worst", "l1")}
+    record = {"metrics": metrics | {"images_reconstructed": 16}, "protocol": {"model": {"step": 20}}}
+    (folder / "evaluations" / "at_the_end.json").write_text(json.dumps(record))
+    results = Page(write_report(folder, quick=True)).says("results")
+    assert "at the end of training" not in results and "at_the_end" in results
+
+
 def test_names_and_values_are_never_markup(finished):
     page = Page(finished / "report.html")
-    assert page.says("results").count(HOSTILE) == 1 and HOSTILE in page.says("environment")
+    assert page.says("results").count(HOSTILE) == 3 and HOSTILE in page.says("environment")
     assert page.source.count("<script>") == 1 and LONG in page.says("samples")
     assert "marked & sold" in page.says("trajectory")
 

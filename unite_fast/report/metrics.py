@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+
 from unite_fast.records import RunFolder, number
+from unite_fast.report.charts import Curve, line_chart
 
 # name -> (title, unit, "higher" or "lower" or "" where neither is better, what it says)
 GLOSSARY: dict[str, tuple[str, str, str, str]] = {
@@ -39,6 +44,8 @@ SUMMARY_PROTOCOL = (
     "images_generated", "images_train", "images_held_out", "images_reconstructed", "frechet_components", "neighbours",
     "feature_side", "steps", "training_seconds", "parameters", "made_by",
 )  # fmt: skip
+NOT_PROTOCOL = ("model", "environment", "warnings")  # parts of a protocol that may differ between steps of one curve
+MOST_LINES = 4  # that a chart has colours for
 REAL = ("_train", "_real")  # endings of what real images score by the same protocol
 
 
@@ -54,13 +61,35 @@ class Entry:
 
 
 @dataclass
+class Grid:
+    """A table stored beside metrics, with a chart where its rows are points.
+
+    Attributes:
+        legend: of the chart's lines, empty for one.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    legend: list[str] = field(default_factory=list)
+    chart: Markup | None = None
+
+
+@dataclass
 class Result:
-    """One evaluation."""
+    """One evaluation.
+
+    Attributes:
+        of: which weights, in a few words.
+        warnings: what the evaluation itself says about its numbers.
+    """
 
     name: str
     entries: list[Entry]
     protocol: list[tuple[str, str]]
-    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    of: str = ""
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def compared(self) -> bool:
@@ -69,16 +98,53 @@ class Result:
 
 
 def result_tables(run: RunFolder) -> list[Result]:
-    """summary.json and every stored evaluation."""
+    """Every stored evaluation, and summary.json unless one of them holds its numbers already."""
     results = []
-    if run.summary:
+    if run.summary and not any(_holds(content["metrics"], run.summary) for content in run.evaluations.values()):
         metrics = {key: value for key, value in run.summary.items() if key not in SUMMARY_PROTOCOL}
         protocol = {key: run.summary[key] for key in SUMMARY_PROTOCOL if key in run.summary}
         results.append(Result("at the end of training", _entries(metrics), _flat(protocol)))
     for name, content in run.evaluations.items():
-        tables = [(title, *_table(rows)) for title, rows in _tables(content.get("tables"))]
-        results.append(Result(name, _entries(content["metrics"]), _flat(content["protocol"]), tables))
+        protocol = dict(content["protocol"])
+        warnings = protocol.pop("warnings", [])
+        model = protocol.get("model") if isinstance(protocol.get("model"), dict) else {}
+        step, weights = model.get("step"), model.get("weights")
+        about = [f"step {step:,}" if isinstance(step, int) else "", f"{weights} weights" if weights else ""]
+        results.append(
+            Result(
+                name, _entries(content["metrics"]), _flat(protocol),
+                [_grid(title, rows) for title, rows in _tables(content.get("tables"))],
+                ", ".join(part for part in about if part),
+                [str(warning) for warning in warnings] if isinstance(warnings, list) else [],
+            )
+        )  # fmt: skip
     return results
+
+
+def _holds(metrics: dict[str, Any], summary: dict[str, Any]) -> bool:
+    """Whether an evaluation has every metric of summary.json with the same value."""
+    measured = {key: value for key, value in summary.items() if key not in SUMMARY_PROTOCOL}
+    return bool(measured) and all(metrics.get(key) == value for key, value in measured.items())
+
+
+def trends(run: RunFolder) -> list[tuple[str, Curve]]:
+    """(title, values over steps) of metrics that evaluations of one protocol have measured at several steps."""
+    alike: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for content in run.evaluations.values():
+        model = content["protocol"].get("model")
+        step = model.get("step") if isinstance(model, dict) else None
+        if isinstance(step, int):
+            kind = {key: value for key, value in content["protocol"].items() if key not in NOT_PROTOCOL}
+            kind["weights"] = [model.get("weights"), model.get("ema_decay")]
+            alike.setdefault(json.dumps(kind, sort_keys=True), []).append((step, content["metrics"]))
+    most = max(alike.values(), key=lambda group: len({step for step, _ in group}), default=[])
+    found = []
+    for key in HEADLINE:
+        points = {step: value for step, metrics in most if (value := number(metrics.get(key))) is not None}
+        if len(points) >= 2:
+            steps = sorted(points)
+            found.append((GLOSSARY[key][0], Curve("", np.array(steps, float), np.array([points[s] for s in steps]))))
+    return found
 
 
 def headline(run: RunFolder) -> list[tuple[str, str, str]]:
@@ -151,7 +217,36 @@ def _tables(tables: Any) -> list[tuple[str, list[Any]]]:
     return [(str(name).replace("_", " "), rows) for name, rows in tables.items() if isinstance(rows, list) and rows]
 
 
-def _table(rows: list[Any]) -> tuple[list[str], list[list[str]]]:
+def _grid(title: str, rows: list[Any]) -> Grid:
+    columns, cells = _cells(rows)
+    grid = Grid(title, columns, cells)
+    lines = _lines(rows)
+    if lines:
+        grid.legend = [curve.label for curve in lines] if len(lines) > 1 else []
+        grid.chart = line_chart(lines, log=False, x_name=columns[0])
+    return grid
+
+
+def _lines(rows: list[Any]) -> list[Curve]:
+    """The last column over the first, a line for each setting of those between (guidance, low, high, score)."""
+    if len(rows) < 3 or not all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows):
+        return []
+    keys = list(rows[0])
+    if len(keys) < 2 or any(number(value) is None for row in rows for value in row.values()):
+        return []
+    groups: dict[str, dict[float, float]] = {}
+    for row in rows:
+        label = ", ".join(f"{key} {row[key]:g}" for key in keys[1:-1])
+        groups.setdefault(label, {})[float(row[keys[0]])] = float(row[keys[-1]])
+    longest = sorted(groups, key=lambda label: -len(groups[label]))[:MOST_LINES]
+    found = []
+    for label in longest:
+        xs = sorted(groups[label])
+        found.append(Curve(label, np.array(xs), np.array([groups[label][x] for x in xs])))
+    return found if len(found[0].x) >= 2 else []
+
+
+def _cells(rows: list[Any]) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells; rows are objects, or lists of values."""
     if all(isinstance(row, dict) for row in rows):
         keys = list(dict.fromkeys(key for row in rows for key in row))

@@ -15,7 +15,7 @@ from unite_fast.config import Config
 from unite_fast.pictures import NOISY, PANELS
 from unite_fast.records import RunFolder, duration, number
 from unite_fast.report.charts import Curve, bar_chart, line_chart
-from unite_fast.report.metrics import headline, result_tables, text_of
+from unite_fast.report.metrics import headline, result_tables, text_of, trends
 from unite_fast.report.probe import Probe
 from unite_fast.report.tiles import Tiles, sheet
 
@@ -51,6 +51,7 @@ def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now:
         summary_line=_summary_line(run),
         facts=headline(run),
         results=result_tables(run),
+        trends=[(title, line_chart([curve], log=False, x_name="step")) for title, curve in trends(run)],
         probe=probe,
         notes=_notes(run, probe, why_no_probe),
         fallback={name: sheet(run.path / f"{name}.png", SHEET_WIDTH) for name in ("samples", "reconstructions")}
