@@ -81,6 +81,7 @@ class Result:
 
     Attributes:
         of: which weights, in a few words.
+        older: whether weights of a later step have been evaluated.
         warnings: what the evaluation itself says about its numbers.
     """
 
@@ -89,6 +90,7 @@ class Result:
     protocol: list[tuple[str, str]]
     grids: list[Grid] = field(default_factory=list)
     of: str = ""
+    older: bool = False
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -98,13 +100,14 @@ class Result:
 
 
 def result_tables(run: RunFolder) -> list[Result]:
-    """Every stored evaluation, and summary.json unless one of them holds its numbers already."""
+    """Every stored evaluation, the latest step first, below summary.json unless one of them holds its numbers."""
     results = []
     if run.summary and not any(_holds(content["metrics"], run.summary) for content in run.evaluations.values()):
         metrics = {key: value for key, value in run.summary.items() if key not in SUMMARY_PROTOCOL}
         protocol = {key: run.summary[key] for key in SUMMARY_PROTOCOL if key in run.summary}
         results.append(Result("at the end of training", _entries(metrics), _flat(protocol)))
-    for name, content in run.evaluations.items():
+    newest = max(map(_step, run.evaluations.values()), default=0)
+    for name, content in sorted(run.evaluations.items(), key=lambda item: -_step(item[1])):
         protocol = dict(content["protocol"])
         warnings = protocol.pop("warnings", [])
         model = protocol.get("model") if isinstance(protocol.get("model"), dict) else {}
@@ -115,10 +118,18 @@ def result_tables(run: RunFolder) -> list[Result]:
                 name, _entries(content["metrics"]), _flat(protocol),
                 [_grid(title, rows) for title, rows in _tables(content.get("tables"))],
                 ", ".join(part for part in about if part),
+                isinstance(step, int) and step < newest,
                 [str(warning) for warning in warnings] if isinstance(warnings, list) else [],
             )
         )  # fmt: skip
     return results
+
+
+def _step(content: dict[str, Any]) -> int:
+    """Step of the weights of an evaluation; one that does not say counts as the first."""
+    model = content["protocol"].get("model")
+    step = model.get("step") if isinstance(model, dict) else None
+    return step if isinstance(step, int) else 0
 
 
 def _holds(metrics: dict[str, Any], summary: dict[str, Any]) -> bool:
@@ -131,9 +142,9 @@ def trends(run: RunFolder) -> list[tuple[str, Curve]]:
     """(title, values over steps) of metrics that evaluations of one protocol have measured at several steps."""
     alike: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for content in run.evaluations.values():
-        model = content["protocol"].get("model")
-        step = model.get("step") if isinstance(model, dict) else None
-        if isinstance(step, int):
+        step = _step(content)
+        if step:
+            model = content["protocol"]["model"]
             kind = {key: value for key, value in content["protocol"].items() if key not in NOT_PROTOCOL}
             kind["weights"] = [model.get("weights"), model.get("ema_decay")]
             alike.setdefault(json.dumps(kind, sort_keys=True), []).append((step, content["metrics"]))
@@ -150,7 +161,7 @@ def trends(run: RunFolder) -> list[tuple[str, Curve]]:
 def headline(run: RunFolder) -> list[tuple[str, str, str]]:
     """(title, value with unit, which way is better) of the few numbers that come first."""
     metrics: dict[str, Any] = dict(run.summary or {})
-    for content in run.evaluations.values():
+    for content in sorted(run.evaluations.values(), key=_step):
         metrics |= content["metrics"]
     found = []
     for key in HEADLINE:
