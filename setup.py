@@ -22,6 +22,7 @@ TRAIN = [
     "matplotlib>=3.8",
     "scikit-learn>=1.4",
     "scipy>=1.11",
+    "jinja2>=3.1",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
 MOLECULES = ["rdkit>=2025.3", "pebble>=5.1"]
@@ -30,6 +31,7 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-benchmark>=4",
+    "selenium>=4.20",
     "kernels>=0.17,<0.18; platform_system == 'Linux'",  # Hugging Face's loader, which tests load unite_kernels with
 ]
 
@@ -42,6 +44,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
+    package_data={"unite_fast.report": ["page.*"]},
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,
@@ -49,6 +52,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "molecules": [*TRAIN, *MOLECULES],
         "parquet": PARQUET,
+        "wandb": ["wandb>=0.19"],
         "test": [*TRAIN, *DEEPSPEED, *MOLECULES, *PARQUET, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},

@@ -219,6 +219,7 @@ class TrainConfig(Section):
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")
     checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
+    wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
 
     @model_validator(mode="after")

@@ -157,11 +157,30 @@ def read_published(
         UserError: a missing, truncated or hostile file, Python objects in it, no such set, another model's weights.
     """
     path = Path(path)
-    content = _read_explained(path)
+    content = read_explained(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary or a state dict")
     chosen, which = _choose(content, weights, path)
-    published = _plain_names(chosen, path)
+    config, state = translate(chosen, path, heads=heads, decoder_heads=decoder_heads, context_start=context_start)
+    sampling = SamplingConfig().model_dump(mode="json") | {"time_shift": PUBLISHED_TIME_SHIFT}
+    best = content.get("current_best_cfg_scale")
+    if _is_number(best) and best >= 0:
+        sampling["guidance"] = float(best)
+    made_by = {"imported_from": path.name, "weights": which, "sampling": sampling, "versions": _versions()}
+    if isinstance(content.get("step"), int):
+        made_by["step"] = content["step"]
+    return Trained(config, state, made_by, str(path))
+
+
+def translate(
+    weights: dict[Any, Any], path: Path, *, heads: int | None, decoder_heads: int | None, context_start: int
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Sizes and our state dict of one set of published weights, finite and in float32.
+
+    Raises:
+        UserError: as `read_published`, naming the file.
+    """
+    published = _plain_names(weights, path)
     if "patches.weight" in published and "encoder.opening_norm" in published:
         raise UserError(
             f"{path} is in unite_fast's own naming already: pass its folder to `unite-fast sample --run`, "
@@ -182,14 +201,15 @@ def read_published(
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise UserError(f"cannot import {path}: {len(bad)} entries hold NaN or infinite values, first {bad[0]!r}")
-    sampling = SamplingConfig().model_dump(mode="json") | {"time_shift": PUBLISHED_TIME_SHIFT}
-    best = content.get("current_best_cfg_scale")
-    if _is_number(best) and best >= 0:
-        sampling["guidance"] = float(best)
-    made_by = {"imported_from": path.name, "weights": which, "sampling": sampling, "versions": _versions()}
-    if isinstance(content.get("step"), int):
-        made_by["step"] = content["step"]
-    return Trained(config, state, made_by, str(path))
+    return config, state
+
+
+def plain_name(key: str) -> str:
+    """A published name without the prefixes that DistributedDataParallel and torch.compile add."""
+    name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def write_published(trained: Trained, path: str | Path) -> None:
@@ -214,6 +234,15 @@ def write_published(trained: Trained, path: str | Path) -> None:
     content: dict[str, Any] = {which if which in ("ema", "model") else "ema": weights}
     if isinstance(trained.made_by.get("step"), int):
         content["step"] = trained.made_by["step"]
+    write_pickle(content, path)
+
+
+def write_pickle(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain containers as a PyTorch file, under a temporary name first.
+
+    Raises:
+        UserError: full disk or unwritable folder.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +277,12 @@ def _from_checkpoint(folder: Path, weights: Which) -> Trained:
     return Trained(config.model, tensors, made_by, str(folder))
 
 
-def _read_explained(path: Path) -> Any:
-    """Content of the file; where Python objects stand in the way, say which and what to do."""
+def read_explained(path: Path) -> Any:
+    """Content of a PyTorch or safetensors file, read without running code from it.
+
+    Raises:
+        UserError: as `weights.read_file`; where Python objects stand in the way, which, and what to do.
+    """
     try:
         return read_file(path)
     except UserError:
@@ -289,14 +322,12 @@ def _choose(content: dict[str, Any], weights: Which | None, path: Path) -> tuple
 
 
 def _plain_names(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """float32 tensors by name, without the prefixes that DistributedDataParallel and torch.compile add."""
+    """float32 tensors by plain name."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {key!r} is a {type(value).__name__}; a state dict holds named tensors only")
-        name = ".".join(part for part in key.split(".") if part != "_orig_mod")
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
+        name = plain_name(key)
         if name in plain:
             raise UserError(f"{path}: two entries are named {name!r} once wrapper prefixes are gone")
         if name.startswith("lpips_loss."):

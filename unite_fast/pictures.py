@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
+from unite_fast.records import read_metrics
 
 TILE = 96  # images smaller than this are enlarged by a whole factor: 32×32 is shown at 96×96
 GAP = 2  # pixels between neighbouring images
@@ -107,32 +107,6 @@ def sample_sheet(
         name = str(c) if class_names is None else str(class_names[c])
         rows.append((name, list(pixels[row * columns : (row + 1) * columns]), GAP))
     _save(_sheet(rows), path)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`, by rising step; the last record of a step counts.
-
-    A run that was killed leaves a cut last line, and one that was resumed repeats steps: lines that are no JSON object
-    with a `step` are passed over.
-
-    Raises:
-        UserError: a file that cannot be read, or that holds no record.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read metrics {path}: {error.strerror or error}") from None
-    records: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records[record["step"]] = record
-    if not records:
-        raise UserError(f"{path} holds no record yet: let the run log a step (train.log_every) first")
-    return [records[step] for step in sorted(records)]
 
 
 # Panel title, axis scale, and the keys drawn in it with their legend.

@@ -12,7 +12,9 @@ from typer.core import TyperCommand
 from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
+from unite_fast.cli.report import report
 from unite_fast.cli.sample import sample
+from unite_fast.cli.watch import watch
 from unite_fast.errors import UserError
 
 # The base of what typer raises for a wrong command line: click's class, which newer releases of typer carry inside.
@@ -116,7 +118,9 @@ def doctor(
 app.command()(sample)
 app.command()(reconstruct)
 app.command()(tokenize)
-app.command("import")(import_)
+app.command()(report)
+app.command()(watch)
+app.command("import", cls=TrainCommand)(import_)
 app.command()(export)
 
 

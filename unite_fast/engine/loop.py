@@ -18,7 +18,8 @@ from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, mic
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.meter import Meter
-from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records
+from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
+from unite_fast.engine.session import record_session
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
@@ -64,6 +65,7 @@ class Run:
             raise UserError(
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
+        check_wandb(config.train.wandb)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
@@ -90,7 +92,10 @@ class Run:
     def go(self) -> Path:
         """Train to the end, or until a signal; then evaluate."""
         config, engine = self.config, self.engine
-        records = Records(self.folder, first_step=self.first_step) if self.world.is_main else None
+        records = None
+        if self.world.is_main:
+            record_session(self.folder, config, self.world, self.batch, first_step=self.first_step)
+            records = Records(self.folder, config, first_step=self.first_step)
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
         meter = Meter(self.world, self.batch, self.stream.steps_per_epoch, unit=self.modality.unit)
         watch = CollapseWatch()

@@ -22,6 +22,7 @@ from unite_fast.flow.sampling import generate
 from unite_fast.model.io import save_model
 from unite_fast.model.unite import Unite
 from unite_fast.pictures import loss_curves, reconstruction_sheet, sample_sheet
+from unite_fast.report import PAGE, write_report
 from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
@@ -84,6 +85,7 @@ class Report:
                     "made_by": made_by,
                 }
                 write_json(summary, self.folder / "summary.json")
+                write_report(self.folder, model=model)
                 self._show(summary)
         self.world.barrier()
 
@@ -160,6 +162,7 @@ class Report:
             if isinstance(value, float) and math.isfinite(value):
                 table.add_row(name, f"{value:.4g}")
         for name, what in (
+            (PAGE, "all of it on one page, for a browser"),
             *self.sheets,
             ("curves.png", "losses and latent statistics"),
             ("summary.json", "every metric with its protocol"),
