@@ -11,13 +11,12 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_trees import picture, tree
+from data_trees import picture, running, tree, wait_until
 from PIL import Image
 
 from unite_fast.cli import main
@@ -139,7 +138,7 @@ def test_cropped_shards_serve_one_size_only(tmp_path):
     assert repacked.read(3) == open_source(tmp_path / "s", 3).read(3)
 
 
-@pytest.mark.parametrize("kind", [{}, dict(workers=2), dict(cache=True)], ids=str)
+@pytest.mark.parametrize("kind", [{}, dict(workers=1), dict(cache=True)], ids=str)
 def test_training_reads_shards_as_it_reads_the_folder(tmp_path, kind):
     root = photographs(tmp_path / "d")
     packed(root, tmp_path / "s", shard_images=2)
@@ -251,12 +250,13 @@ def test_bad_archives_are_refused(tmp_path, capsys, damage):
 
 
 SLOW_PREPARE = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from unite_fast.data import prepare, source
 
 class Slow(source.ImageFolder):
     def read(self, index):
+        Path(sys.argv[3], str(os.getpid())).touch()
         time.sleep(0.05)
         return super().read(index)
 
@@ -265,18 +265,23 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_preparation_continues_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_preparation_continues_to_the_same_result(tmp_path, how):
     root = tree(tmp_path / "d", (20, 20, 20))
     packed(root, tmp_path / "through", size=8)
+    (tmp_path / "pids").mkdir()
     script = tmp_path / "script.py"
     script.write_text(SLOW_PREPARE)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, script, root, tmp_path / "s"], env=environment)
-    deadline = time.time() + 120
-    while len(list((tmp_path / "s").glob("*.tar"))) < 3 and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process = subprocess.Popen(
+        [sys.executable, script, root, tmp_path / "s", tmp_path / "pids"], env=environment, stderr=subprocess.DEVNULL
+    )
+    assert wait_until(lambda: len(list((tmp_path / "s").glob("*.tar"))) >= 3)
+    process.send_signal(how)
     process.wait()
+    workers = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    assert len(workers) == 2
+    assert wait_until(lambda: not any(map(running, workers)))
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*.tar")}
     assert 3 <= len(written) < 15
     assert not (tmp_path / "s" / INDEX).exists()
@@ -391,8 +396,5 @@ def test_killed_worker_is_reported_with_its_member(tmp_path):
 
 def _kill_when_holding(images: ImageStream, index: int) -> None:
     board = images._dataset._workers
-    for _ in range(600):
-        if board[0, 1] == index:
-            os.kill(int(board[0, 0]), signal.SIGKILL)
-            return
-        time.sleep(0.1)
+    assert wait_until(lambda: board[0, 1] == index)
+    os.kill(int(board[0, 0]), signal.SIGKILL)
