@@ -148,9 +148,10 @@ def test_skipped_alike_everywhere(tmp_path, name):
     for form in forms:
         batches, again = served(form)
         assert again == reasons
-        assert all(torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
-                   for a, b in zip(batches, expected))  # fmt: skip
-        held_out, _ = load_images(form, DataConfig(path="", workers=1, max_bad_share=0.5), image_size=SIZE, num_classes=3)
+        for a, b in zip(batches, expected, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
+        config = DataConfig(path="", workers=1, max_bad_share=0.5)
+        held_out, _ = load_images(form, config, image_size=SIZE, num_classes=3)
         assert len(held_out) == FILES
         report = check(open_source(form, 3, skip=False), size=SIZE)
         assert report.skip == reasons
