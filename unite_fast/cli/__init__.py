@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from unite_fast.cli.console import error, out, plain
+from unite_fast.cli.data import app as data
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
 from unite_fast.cli.report import report
@@ -122,6 +123,7 @@ app.command()(report)
 app.command()(watch)
 app.command("import", cls=TrainCommand)(import_)
 app.command()(export)
+app.add_typer(data, name="data")
 
 
 def main(arguments: list[str] | None = None) -> int:
