@@ -202,7 +202,8 @@ def test_killed_preparation_continues_to_the_same_result(tmp_path, how):
     (tmp_path / "pids").mkdir()
     script = tmp_path / "script.py"
     script.write_text(SLOW_PREPARE)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(
         [sys.executable, script, root, tmp_path / "s", tmp_path / "pids"], env=environment, stderr=subprocess.DEVNULL
     )

@@ -73,9 +73,10 @@ def prepare(
     )  # fmt: skip
     if done.unreadable:
         out().print(
-            f"{len(done.unreadable)} could not be read and have their place, but no content: training will skip them",
-            soft_wrap=True,
-        )
+            f"{len(done.unreadable)} could not be read and have their place, but no content: training will skip them. "
+            f"To pack them after all, mend them, remove {destination} and prepare it again",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
         _name(done.unreadable)
 
 
@@ -165,7 +166,7 @@ def _flat(found: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
 
 def _name(found: Mapping[str, str]) -> None:
     for name, reason in list(found.items())[:NAMED]:
-        out().print(f"  {name}: {reason}", markup=False, soft_wrap=True)
+        out().print(plain(f"  {name}: {reason}"), soft_wrap=True)
     if len(found) > NAMED:
         out().print(f"  … and {len(found) - NAMED} more")
 
