@@ -49,7 +49,7 @@ class MoleculeSet:
         counts: [n] int64, atoms a molecule.
         names: of the molecules, each once.
         source: one line on where they come from, for records and captions.
-        smiles: canonical SMILES without stereochemistry as the source states them, or None.
+        smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
         gap: [n] float32, HOMO-LUMO gap in eV, or None.
         skipped: reason -> number of molecules that were left out.
     """
@@ -163,7 +163,7 @@ def assemble(
         counts=counts,
         names=tuple(kept),
         source=source,
-        smiles=None if None in smiles else tuple(smiles),
+        smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
         gap=None if None in gaps else np.array(gaps, np.float32),
         skipped=dict(left_out),
     )
