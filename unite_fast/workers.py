@@ -55,12 +55,12 @@ def bounded_map(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", function.__module__])
     workers = min(processes or available_cores(), len(items))
-    pool = ProcessPool(max_workers=workers, context=context, initializer=_silence)
+    pool = ProcessPool(max_workers=workers, context=context, initializer=_prepare, initargs=(function,))
     try:
-        results = pool.map(function, items, chunksize=1, timeout=seconds).result()
-        for _ in items:
+        # pool.map would count the wait for a free worker as an item's own time.
+        for future in [pool.schedule(function, args=(item,), timeout=seconds) for item in items]:
             try:
-                result: Result | Lost = next(results)
+                result: Result | Lost = future.result()
             except TimeoutError:
                 result = Lost.timeout
             except ProcessExpired:
@@ -77,7 +77,8 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _silence() -> None:
+def _prepare(function: Callable) -> None:
+    """Start of a worker. That the function comes along has its module imported before any item's time runs."""
     # RDKit's Hückel code prints warnings about close atoms straight to the C library's standard output.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
