@@ -227,13 +227,20 @@ def rmsd(molecules: MoleculeSet, others: MoleculeSet) -> NDArray[np.float64]:
 
     Mirror images stay apart. Both sets have the same counts; centring is part of a set.
     """
-    result = np.empty(len(molecules))
-    for index in range(len(molecules)):
-        a, b = (part.atoms(index)[1].astype(np.float64) for part in (molecules, others))
-        u, _, vt = np.linalg.svd(a.T @ b)
-        u[:, -1] *= np.sign(np.linalg.det(u @ vt)) or 1.0
-        result[index] = np.sqrt(np.mean(np.sum((a @ (u @ vt) - b) ** 2, axis=1)))
-    return result
+    return np.array(
+        [
+            np.sqrt(np.mean(np.sum((align(points, onto) - onto) ** 2, axis=1)))
+            for points, onto in ((molecules.atoms(i)[1], others.atoms(i)[1]) for i in range(len(molecules)))
+        ]
+    )
+
+
+def align(points: NDArray[np.float32], onto: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Points [n, 3] turned by the proper rotation that brings them closest to others [n, 3]; both have zero mean."""
+    a, b = points.astype(np.float64), onto.astype(np.float64)
+    u, _, vt = np.linalg.svd(a.T @ b)
+    u[:, -1] *= np.sign(np.linalg.det(u @ vt)) or 1.0
+    return a @ (u @ vt)
 
 
 def _total_variation(histogram: NDArray[np.int64], other: NDArray[np.int64]) -> float:

@@ -63,7 +63,7 @@ def perceive(atoms: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> Perceived:
         Chem.RemoveStereochemistry(molecule)  # else RemoveHs keeps the hydrogens that a double bond's stereo needs
         smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule), isomericSmiles=False)
     except (ValueError, RuntimeError) as error:  # RDKit's own errors are ValueErrors, its C++ ones RuntimeErrors
-        return failed(" ".join(str(error).split())[:120] or type(error).__name__)
+        return failed(" ".join(str(error).split()).split(". ")[0][:100] or type(error).__name__)
     bonds = tuple(
         (bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), int(bond.GetBondTypeAsDouble())) for bond in kekulised.GetBonds()
     )
