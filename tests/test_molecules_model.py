@@ -164,7 +164,7 @@ def test_losses_are_means_over_real_atoms():
             weighting=True, floor=0.05, packed=packed,
         )  # fmt: skip
         for name, value in (("element", element), ("position", position), ("flow", flowed)):
-            total[name] += float(value) * count / int(COUNTS.sum())
+            total[name] += value.item() * count / int(COUNTS.sum())
     assert float(losses.terms["element"]) == pytest.approx(total["element"], rel=1e-4)
     assert float(losses.terms["position"]) == pytest.approx(total["position"], rel=1e-4)
     assert float(losses.flow) == pytest.approx(total["flow"], rel=1e-4)
