@@ -88,13 +88,14 @@ class MoleculeJudge:
             edm/atom_stable: share of atoms whose bond orders add up to their valence; edm/molecule_stable: share of
                 molecules of such atoms only; edm/valid: share whose EDM bonds RDKit sanitises.
             rdkit/valid: share whose bonds are perceived and sanitise; rdkit/connected: valid and of one fragment;
+                rdkit/charged: valid with formal charges on atoms, which is how perception explains missing hydrogens;
                 rdkit/unique: distinct SMILES among the valid; rdkit/novel: share of those not among the training
                 SMILES; rdkit/valid_unique, rdkit/valid_connected_unique, rdkit/valid_connected_unique_novel: distinct
                 SMILES that fulfil it all, over all molecules. SMILES are canonical, without stereochemistry.
             distance/atoms, distance/elements: total variation between the histograms of atom counts and of elements and
                 the held-out ones, 0 equal, 1 disjoint; distance/bond_lengths: Wasserstein-1 distance in Å between the
-                lengths of pairs that EDM calls bonded, by pair of elements, averaged with the held-out weights;
-                distance/bond_pairs_missing: held-out weight of the element pairs that never occur bonded.
+                lengths of pairs that EDM calls bonded, by pair of elements, averaged with the held-out weights; a pair that
+                is never bonded counts as bonds of length 0.
             rdkit/timeouts: molecules that perception was killed over (they count as invalid); molecules,
                 molecules_held_out, molecules_train: the protocol.
         """
@@ -172,6 +173,7 @@ class MoleculeJudge:
             "edm/valid": float(edm.valid(molecules, **self._limits).mean()),
             "rdkit/valid": len(valid) / count,
             "rdkit/connected": sum(found.connected for found in perceived) / count,
+            "rdkit/charged": sum(any(found.charges) for found in perceived) / count,
             "rdkit/unique": len(distinct) / max(1, len(valid)),
             "rdkit/novel": len(distinct - self.train_smiles) / max(1, len(distinct)),
             "rdkit/valid_unique": len(distinct) / count,
@@ -182,16 +184,14 @@ class MoleculeJudge:
     def _distances(self, molecules: MoleculeSet) -> dict[str, float]:
         found, expected = bond_lengths(molecules), bond_lengths(self.held_out)
         common = {pair: lengths for pair, lengths in expected.items() if len(lengths) >= FEWEST_BONDS}
-        total = sum(map(len, common.values()))
-        present = {pair: len(lengths) for pair, lengths in common.items() if pair in found}
-        distance = sum(
-            weight * wasserstein_distance(found[pair], common[pair]) for pair, weight in present.items()
-        ) / max(1, sum(present.values()))
+        nothing = np.zeros(1)
+        total = sum(
+            len(lengths) * wasserstein_distance(found.get(pair, nothing), lengths) for pair, lengths in common.items()
+        )
         return {
             "distance/atoms": _total_variation(atom_histogram(molecules), atom_histogram(self.held_out)),
             "distance/elements": _total_variation(element_histogram(molecules), element_histogram(self.held_out)),
-            "distance/bond_lengths": float(distance),
-            "distance/bond_pairs_missing": 1 - sum(present.values()) / total if total else 0.0,
+            "distance/bond_lengths": float(total / max(1, sum(map(len, common.values())))),
         }
 
 
