@@ -185,7 +185,8 @@ def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):
     step = finished / "checkpoints" / "step_00000006"
     assert run("sample", "--run", step, "--count", 7, "--atoms", "5-6", "--batch", 3, "--steps", 3, "--out", out) == 0
     assert set(load_molecules(out / "samples.xyz").counts.tolist()) <= {5, 6}
-    assert run("sample", "--run", step, "--count", 2, "--steps", 3, "--out", out) == 0  # the histogram is in a checkpoint
+    # A checkpoint too knows the histogram of atom counts.
+    assert run("sample", "--run", step, "--count", 2, "--steps", 3, "--out", out) == 0
     assert "in one piece" in capsys.readouterr().out
 
 

@@ -46,7 +46,7 @@ def sample(
     ] = None,
     value: Annotated[
         float | None,
-        typer.Option("--property", help="Molecules: value of the property the model was trained under, such as a gap in eV."),
+        typer.Option("--property", help="Molecules: value of the property trained under, such as a gap in eV."),
     ] = None,
     count: Annotated[
         int, typer.Option(help="Images in all, dealt out to the classes in turn.", min=1, max=2**31 - 1)
