@@ -94,6 +94,13 @@ def test_resume_is_exact_to_the_bit(tmp_path, options, unjudged):
     assert set(whole) == set(resumed) and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_bf16_and_a_measured_micro_batch(tmp_path, unjudged):
+    sections = {"precision": "bf16", "steps": 3, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}
+    folder = train(config(tmp_path, train=sections))
+    saved = tensors(folder / "checkpoints" / "step_00000003")
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in saved.values())
+
+
 def stream(folder, *, batch, rank=0, ranks=1, start=0, **data):
     parsed = config(folder, data=data)
     return MoleculeStream(parsed.data, 3, 7, batch, World(rank, ranks, 0, CPU), start)
@@ -233,4 +240,7 @@ def test_what_belongs_to_the_other_modality_is_refused(finished, tmp_path, capsy
     trained.made_by.pop("class_names")
     trained.save(tmp_path / "plain")
     assert "without one" in mistake(capsys, "sample", "--run", tmp_path / "plain", "--property", "1")
+    described = json.loads((tmp_path / "plain" / "model.json").read_text())
+    (tmp_path / "plain" / "model.json").write_text(json.dumps(described | {"modality": "music"}))
+    assert "unknown modality 'music'" in mistake(capsys, "sample", "--run", tmp_path / "plain")
     assert settings(tmp_path)["modality"] == Config.parse(settings(tmp_path)).modality == "molecules"
