@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
-    package_data={"unite_fast.report": ["page.*"]},
+    package_data={"unite_fast.report": ["page.*"], "unite_fast.pictures_molecules": ["page.html"]},
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,

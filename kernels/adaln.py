@@ -32,7 +32,8 @@ class Spans(NamedTuple):
     """B samples of different lengths behind one another on the token axis of one tensor [1, T, C].
 
     Attributes:
-        offsets: [B + 1] int32 on the tensor's device, rising from 0 to T: sample b has tokens offsets[b] … offsets[b+1]−1.
+        offsets: [B + 1] int32 on the tensor's device, rising from 0 to T: sample b has tokens offsets[b] … offsets[b + 1]
+            without the last.
         longest: tokens of the longest sample, which sizes a launch without asking the device.
     """
 
@@ -156,7 +157,8 @@ def _backward(ctx, grad_residual, grad_normed):
     if tensors[1] is None:
         grad_residual = None
     grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.longest, ctx.eps, ctx.layer)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True)), *(None,) * 4
+    found = (None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True))
+    return *found, None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)
@@ -326,4 +328,6 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    return _adaln("gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True)
+    return _adaln(
+        "gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True
+    )

@@ -29,7 +29,7 @@ def model(**sizes) -> MoleculeUnite:
 
 
 def molecules(counts=COUNTS, *, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Elements [B, N] uint8 and positions [B, N, 3] with `extra` columns of padding, which holds what must not matter."""
+    """Elements [B, N] uint8 and positions [B, N, 3] with `extra` columns of padding, NaN where it must not matter."""
     generator = torch.Generator().manual_seed(1)
     length = int(counts.max()) + extra
     elements = torch.zeros(len(counts), length, dtype=torch.uint8)
@@ -164,7 +164,7 @@ def test_losses_are_means_over_real_atoms():
             weighting=True, floor=0.05, packed=packed,
         )  # fmt: skip
         for name, value in (("element", element), ("position", position), ("flow", flowed)):
-            total[name] += float(value) * count / int(COUNTS.sum())
+            total[name] += value.item() * count / int(COUNTS.sum())
     assert float(losses.terms["element"]) == pytest.approx(total["element"], rel=1e-4)
     assert float(losses.terms["position"]) == pytest.approx(total["position"], rel=1e-4)
     assert float(losses.flow) == pytest.approx(total["flow"], rel=1e-4)
@@ -241,7 +241,8 @@ def test_sampling_depends_on_seed_and_number_alone():
     assert together.elements.shape == (3, 9) and (together.elements > 0).sum(1).tolist() == counts.tolist()
     alone = generate(network, counts[1:2], torch.tensor([1]), first=1, **options)
     torch.testing.assert_close(alone.positions[0], together.positions[1], rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(generate(network, counts, torch.tensor([2, 1, 0]), **options).positions, together.positions)
+    other = generate(network, counts, torch.tensor([2, 1, 0]), **options)
+    assert not torch.allclose(other.positions, together.positions)
     assert not torch.allclose(generate(network, counts, **(options | {"seed": 6})).positions, together.positions)
     assert reconstruct(network, *molecules(), COUNTS).positions.shape == (4, 9, 3)
     for wrong in (dict(counts=torch.tensor([30])), dict(counts=torch.tensor([0])), dict(counts=counts, labels=counts)):

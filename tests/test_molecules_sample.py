@@ -117,7 +117,7 @@ def _work(item):
 def test_a_hang_or_crash_costs_its_own_item_only():
     items = ["a", "hang", "b", "crash", "c", "d"]
     told = []
-    results = list(bounded_map(_work, items, seconds=1.0, processes=2, advance=told.append))
+    results = list(bounded_map(_work, items, seconds=4.0, processes=2, advance=told.append))
     assert results == ["A", Lost.timeout, "B", Lost.crash, "C", "D"]
     assert sum(told) == len(items)
     assert list(bounded_map(_work, [], seconds=1.0)) == []

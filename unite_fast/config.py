@@ -57,7 +57,7 @@ class Section(BaseModel):
             raise UserError(f"{source} is not valid:\n" + "\n".join(_explain(cls, e) for e in error.errors())) from None
 
 
-def _fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
+def fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
     """Fill the sizes that a named preset stands for; a size given beside the preset wins."""
     if isinstance(values, dict) and values.get("preset") in presets:
         filled = dict(presets[values["preset"]])
@@ -78,7 +78,7 @@ class DecoderConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _fill_preset(values, DECODER_PRESETS)
+        return fill_preset(values, DECODER_PRESETS)
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -118,7 +118,7 @@ class ModelConfig(Sizes):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _fill_preset(values, ENCODER_PRESETS)
+        return fill_preset(values, ENCODER_PRESETS)
 
     @model_validator(mode="after")
     def _sizes(self):

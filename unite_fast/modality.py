@@ -70,6 +70,9 @@ class Modality(Protocol):
     def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
         """The largest micro-batch of `size` samples that could come, to measure memory with."""
 
+    def record(self, stream: Any) -> dict[str, Any]:
+        """What checkpoints and exports keep of the training data beside the class names; JSON values."""
+
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
         """What the run leaves for people."""
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from multiprocessing.synchronize import Semaphore
 from typing import TypeVar
 
 from unite_fast.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# A worker takes half a second to start, which this many items of a few milliseconds repay.
+FEWEST = 16
 
 
 class Lost(StrEnum):
@@ -54,19 +59,23 @@ def bounded_map(
     # Forking this process would copy its threads' locks and its CUDA state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", function.__module__])
-    workers = min(processes or available_cores(), len(items))
-    pool = ProcessPool(max_workers=workers, context=context, initializer=_silence)
+    workers = min(processes or available_cores(), math.ceil(len(items) / FEWEST))
+    started = context.Semaphore(0)
+    pool = ProcessPool(max_workers=workers, context=context, initializer=_prepare, initargs=(function, started))
     try:
-        results = pool.map(function, items, chunksize=1, timeout=seconds).result()
-        for _ in items:
+        # pool.map would count the wait for a free worker as an item's own time.
+        for future in [pool.schedule(function, args=(item,), timeout=seconds) for item in items]:
             try:
-                result: Result | Lost = next(results)
+                result: Result | Lost = future.result()
             except TimeoutError:
                 result = Lost.timeout
             except ProcessExpired:
                 result = Lost.crash
             advance(1)
             yield result
+        for _ in range(workers):
+            # A worker stopped while it starts would print a traceback; one that takes a minute may do so.
+            started.acquire(timeout=60)
     finally:
         pool.stop()
         pool.join()
@@ -77,8 +86,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _silence() -> None:
+def _prepare(function: Callable, started: Semaphore) -> None:
+    """Start of a worker. That the function comes along has its module imported before any item's time runs."""
     # RDKit's Hückel code prints warnings about close atoms straight to the C library's standard output.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    started.release()

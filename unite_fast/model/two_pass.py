@@ -6,6 +6,7 @@ Shapes: B batch, K registers, D latent channels, S flow draws.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class LatentNorm(nn.Module):
         )
 
 
-class TwoPassModel(nn.Module):
+class TwoPassModel(nn.Module, ABC):
     """Patch embedding, Generative Encoder, latent norm and decoder under one configuration of sizes.
 
     With `config.shared` one encoder serves both modes; otherwise `denoiser` is a second encoder with a latent norm
@@ -63,13 +64,21 @@ class TwoPassModel(nn.Module):
             self.denoiser_norm = LatentNorm(config.latent_dim)
         self.decoder = self.make_decoder(config)
 
+    @abstractmethod
     def make_patches(self, config: Any) -> nn.Module:
         """The module that turns data into patch tokens."""
-        raise TypeError(f"{type(self).__name__} does not say how its data become patch tokens")
 
+    @abstractmethod
     def make_decoder(self, config: Any) -> nn.Module:
         """The module that turns latents into data."""
-        raise TypeError(f"{type(self).__name__} does not say how its latents become data")
+
+    @abstractmethod
+    def _reconstruct(self, **inputs: Any) -> Any:
+        """The tokenization pass with its losses; the first output is z0."""
+
+    @abstractmethod
+    def _flow(self, **inputs: Any) -> Tensor:
+        """The denoising pass of several draws: their flow losses' sum."""
 
     @classmethod
     def state_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:

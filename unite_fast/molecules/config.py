@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unite_fast.config import Config, Fraction, PositiveInt, Section, Sizes, TwoPassConfig, _fill_preset
+from unite_fast.config import Config, Fraction, PositiveInt, Section, Sizes, TwoPassConfig, fill_preset
 
 ELEMENTS = 5  # H C N O F
 MAX_ATOMS = 29  # of `unite_fast.data.molecules`, whose import needs RDKit
@@ -35,7 +35,7 @@ class AtomDecoderConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _fill_preset(values, DECODER_PRESETS)
+        return fill_preset(values, DECODER_PRESETS)
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -68,7 +68,7 @@ class MoleculeModelConfig(Sizes):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        filled = _fill_preset(values, ENCODER_PRESETS)
+        filled = fill_preset(values, ENCODER_PRESETS)
         if filled is not values:
             filled.setdefault("decoder", {"preset": values["preset"]})
         return filled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,6 +58,9 @@ class Molecular:
         molecules = Molecules(elements, torch.randn(atoms, 3, device=device), packed)
         shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
         return Inputs(molecules, torch.zeros(size, dtype=torch.int64, device=device), shape, 1.0)
+
+    def record(self, stream: MoleculeStream) -> dict[str, Any]:
+        return stream.record
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream

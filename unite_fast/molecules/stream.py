@@ -5,7 +5,7 @@ Shapes: b molecules of one rank and backward, N atoms of the largest of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from unite_fast.data.sampler import Sampler
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.molecules.config import MoleculeDataConfig
+from unite_fast.molecules.config import MAX_ATOMS, MoleculeDataConfig
 
 
 class MoleculeBatch(NamedTuple):
@@ -155,6 +155,12 @@ class MoleculeStream:
         if torch.cuda.is_available():
             tensors = [tensor.pin_memory() for tensor in tensors]
         return MoleculeBatch(*tensors, float(counts.sum() * self._ranks / whole), draw.step, draw.micro_batch)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where the molecules come from, and the training histogram of atom counts 0 … 29."""
+        histogram = np.bincount(self.parts.train.counts, minlength=MAX_ATOMS + 1)
+        return {"source": self.parts.train.source, "atom_histogram": histogram.tolist()}
 
     def close(self) -> None:
         """Nothing is open."""

@@ -34,6 +34,8 @@ UNWANTED = tuple(
         "[r3]=[r3]",  # cyclopropenes
         "[r4]=[r4]",  # cyclobutenes
         "[R3]",  # an atom in three small rings: tetrahedranes and propellanes
+        "*1~*2~*~1~*~2",  # bicyclobutanes
+        "[a;r3,r4]",  # aromatic atoms in small rings
     )
 )
 

@@ -49,7 +49,7 @@ class MoleculeSet:
         counts: [n] int64, atoms a molecule.
         names: of the molecules, each once.
         source: one line on where they come from, for records and captions.
-        smiles: canonical SMILES without stereochemistry as the source states them, or None.
+        smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
         gap: [n] float32, HOMO-LUMO gap in eV, or None.
         skipped: reason -> number of molecules that were left out.
     """
@@ -88,6 +88,42 @@ class MoleculeSet:
         """Element codes [count] and positions [count, 3] of one molecule, without padding."""
         count = self.counts[index]
         return self.elements[index, :count], self.positions[index, :count]
+
+
+def from_arrays(
+    elements: ArrayLike, positions: ArrayLike, *, source: str, names: Sequence[str] | None = None
+) -> MoleculeSet:
+    """A set of what a model made.
+
+    Args:
+        elements: [n, N] codes, N at most 29, 0 = padding behind the atoms of a molecule.
+        positions: [n, N, 3] Å; they are centred here, and what stands at padding is ignored.
+        source: one line on where they come from.
+        names: by default molecule_1, molecule_2, …
+
+    Raises:
+        UserError: no molecule, arrays of another shape, padding between atoms, a molecule without atoms, coordinates that
+            are not finite (says how many).
+    """
+    codes, points = np.asarray(elements), np.asarray(positions)
+    if codes.ndim != 2 or not 0 < codes.shape[1] <= MAX_ATOMS or points.shape != (*codes.shape, 3) or not len(codes):
+        raise UserError(
+            f"{source}: elements must be [n, N ≤ {MAX_ATOMS}] and positions [n, N, 3] with at least one molecule, "
+            f"got {list(codes.shape)} and {list(points.shape)}"
+        )
+    if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() > len(SYMBOLS):
+        raise UserError(f"{source}: element codes must be integers 0 … {len(SYMBOLS)}")
+    mask = codes > 0
+    if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise UserError(f"{source}: every molecule needs its atoms first and its padding last, and at least one atom")
+    bad = int((~np.isfinite(points).all(2) & mask).any(1).sum())
+    if bad:
+        raise UserError(f"{bad} of {len(codes)} molecules of {source} have NaN or infinite coordinates: the network diverged")
+    padded = _pad([(row[real], at[real].astype(np.float64)) for row, at, real in zip(codes, points, mask, strict=True)])
+    chosen = tuple(names) if names is not None else tuple(f"molecule_{row + 1}" for row in range(len(codes)))
+    if len(chosen) != len(codes):
+        raise UserError(f"{source}: {len(chosen)} names for {len(codes)} molecules")
+    return MoleculeSet(*padded, chosen, source)
 
 
 class Split(NamedTuple):
@@ -163,7 +199,7 @@ def assemble(
         counts=counts,
         names=tuple(kept),
         source=source,
-        smiles=None if None in smiles else tuple(smiles),
+        smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
         gap=None if None in gaps else np.array(gaps, np.float32),
         skipped=dict(left_out),
     )
