@@ -14,4 +14,5 @@ from unite_kernels.optim import ema_update_, newton_schulz
 from unite_kernels.philox import philox_normal, philox_uniform
 from unite_kernels.pixels import lpips_distance, patch_l1
 from unite_kernels.qk_rope import qk_norm_rope
+from unite_kernels.resample import centre_crop
 from unite_kernels.swiglu import swiglu

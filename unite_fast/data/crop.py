@@ -10,8 +10,9 @@ filter, cut out the centre. FID statistics in the field are computed on these pi
 - 16-bit samples keep their high byte. Pillow does so for 16-bit RGB but clips 16-bit greyscale to white; here both
   keep the high byte.
 - Of an animation the first frame counts.
-- The resampling is Pillow's. Its order of passes changed in Pillow 13 for images more than about 2.5 times as high as
-  wide (pull request 9549), by one level in about a quarter of their pixels; all others are the same in every version.
+- The resampling is Pillow's, bit for bit. Its order of passes changed in Pillow 13 for images more than about 2.5 times as high as
+  wide (pull request 9549), by one level in about a quarter of their pixels; all others are the same in every version. Here it is the order of the
+  Pillow that is installed.
 - 32-bit integer, float and Lab images are refused: their range in 8 bits is a guess.
 """
 
@@ -24,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unite_fast.data.resample import resample_crop
 from unite_fast.errors import UserError
+from unite_kernels.resample import crop_sizes
 
 # 256 MiB as 8-bit RGB, Pillow's own warning limit. It holds for the file and for the resized image, because a
 # one-pixel-wide strip becomes wider than any bomb when its short side is brought to the target.
@@ -66,7 +69,7 @@ def decode(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.u
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")
         rgb = to_rgb(image)
-    return np.asarray(rgb if crop == "none" else centre_crop(rgb, size))
+    return np.asarray(rgb) if crop == "none" else centre_crop(np.asarray(rgb), size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,22 +92,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop of an RGB image.
+def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """ADM's centre crop.
 
     Args:
-        image: RGB, any size.
+        image: [h, w, 3].
         size: side of the result.
 
+    Returns:
+        [size, size, 3].
+
     Raises:
-        ValueError: so long and thin that its short side at `size` makes more than MAX_PIXELS pixels.
+        ValueError: as `require_croppable`.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    require_croppable(*image.shape[:2], size)
+    return resample_crop(image, size)
+
+
+def require_croppable(height: int, width: int, size: int) -> None:
+    """Refuse what is more work than any photograph.
+
+    Raises:
+        ValueError: more than MAX_PIXELS pixels, or so long and thin that it has that many with its short side at `size`.
+    """
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")
+    height, width = crop_sizes(height, width, size)[-1]
     if width * height > MAX_PIXELS:
         raise ValueError(f"too long and thin: {width}×{height} pixels with the short side at {size}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
