@@ -24,7 +24,7 @@ TRAIN = [
     "scipy>=1.11",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4", "webdataset>=0.2.90"]
 
 setup(
     name="unite_fast",

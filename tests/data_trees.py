@@ -1,10 +1,15 @@
-"""Image trees for the data tests: a picture's pixels say which picture it is."""
+"""Image trees for the data tests, where a picture's pixels say which picture it is; permissions and processes."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -30,3 +35,34 @@ def tree(root: Path, per_class: tuple[int, ...] = (5, 4, 6), size: int = 8) -> P
             Image.fromarray(values).save(folder / f"{place:03d}.png")
             number += 1
     return root
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition) -> bool:
+    """Whether it becomes true; a minute is for a busy machine, not a requirement."""
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture
+def unprivileged():
+    """A world-readable folder, and permissions that count even where the tests run as root."""
+    root = Path(tempfile.mkdtemp(dir="/tmp"))
+    root.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield root
+    os.seteuid(user)
+    for folder, _, _ in os.walk(root):
+        os.chmod(folder, 0o755)
+    shutil.rmtree(root)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from data_trees import tree
+from data_trees import tree, unprivileged  # noqa: F401, a fixture
 
 from unite_fast.data.crop import MAX_FILE_BYTES
 from unite_fast.data.folder import ImageFolder
@@ -89,21 +86,6 @@ def test_refused(tmp_path, make, words):
     message = str(error.value)
     assert all(word in message for word in [*words, str(root)])
     assert "\n" not in message
-
-
-@pytest.fixture
-def unprivileged():
-    """A world-readable folder, and permissions that count even where the tests run as root."""
-    root = Path(tempfile.mkdtemp(dir="/tmp"))
-    root.chmod(0o755)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield root
-    os.seteuid(user)
-    for folder, _, _ in os.walk(root):
-        os.chmod(folder, 0o755)
-    shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("denied", ["..", ".", "c1"])

@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_trees import picture, tree
+from data_trees import picture, running, tree, wait_until
 from PIL import Image
 
 from unite_fast.config import DataConfig
@@ -257,22 +256,6 @@ def test_closed_stream(tmp_path):
 
 def worker_processes(images: ImageStream) -> list[int]:
     return images._dataset._workers[:, 0].tolist()
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition) -> bool:
-    """Whether it becomes true; a minute is for a busy machine, not a requirement."""
-    for _ in range(600):
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_killed_worker_is_reported_with_its_file(tmp_path):

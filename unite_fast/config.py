@@ -214,10 +214,10 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """Class-folder image data: one sub-folder a class, sorted by name."""
+    """Images in class folders, one sub-folder a class, sorted by name; or in shards of `unite-fast data prepare`."""
 
-    path: str = Field(..., description="training images, class folders")
-    val_path: str | None = Field(None, description="held-out images, the same class folders")
+    path: str = Field(..., description="training images: class folders or prepared shards")
+    val_path: str | None = Field(None, description="held-out images of the same classes: class folders or prepared shards")
     crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
     flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
     workers: Annotated[int, Field(ge=0)] = Field(8, description="loader processes a rank; 0 loads in the training process")

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from unite_fast.cli.console import error, out, plain
+from unite_fast.cli.data import app as data
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
 from unite_fast.cli.sample import sample
@@ -118,6 +119,7 @@ app.command()(reconstruct)
 app.command()(tokenize)
 app.command("import")(import_)
 app.command()(export)
+app.add_typer(data, name="data")
 
 
 def main(arguments: list[str] | None = None) -> int:

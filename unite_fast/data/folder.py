@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unite_fast.data.crop import MAX_FILE_BYTES
+from unite_fast.data.skip_list import CHECK_RECORD, read_skip_list
 from unite_fast.errors import UserError
 
 EXTENSIONS = frozenset(".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -19,58 +22,87 @@ SCAN_THREADS = 16
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
+class Names:
+    """A fixed list of file names in one byte buffer: a million Python strings would be copied into every worker."""
+
+    def __init__(self, blob: bytes, ends: NDArray[np.int64]):
+        """Take names apart at `ends` [n], where each one ends in `blob`."""
+        self.blob, self.ends = blob, ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Self:
+        """Pack strings, names that are no UTF-8 included."""
+        encoded = [os.fsencode(name) for name in names]
+        return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = 0 if index == 0 else self.ends[index - 1]
+        return os.fsdecode(self.blob[start : self.ends[index]])
+
+
 class ImageFolder:
     """The images of a class-folder tree, ordered by class and then by path inside the class.
 
     Hidden files and folders (leading dot) are ignored, sub-folders of a class belong to it, symbolic links are
-    followed. File names sit in one byte buffer: a million Python strings would be copied into every worker process.
+    followed. Images on the tree's skip list are left out.
 
-    Attributes:
-        root: the tree.
-        classes: sorted class names; the position of a name is its label.
-        labels: [n] int64.
+    Attributes: see `unite_fast.data.source.ImageSource`.
     """
 
-    def __init__(self, path: str | Path, num_classes: int):
+    prepared_size = None
+
+    def __init__(self, path: str | Path, num_classes: int | None, *, skip: bool = True):
         """Scan the tree.
 
         Args:
             path: folder of class folders.
-            num_classes: how many classes there must be.
+            num_classes: how many classes there must be; None takes any number above one.
+            skip: leave out what the skip list names.
 
         Raises:
             UserError: missing, not a folder, unreadable, no class folders, one class only, a class without images,
-                or another number of classes than `num_classes`.
+                another number of classes than `num_classes`, or a damaged skip list.
         """
         self.root = Path(path)
         self.classes = _class_names(self.root, num_classes)
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
             files = list(pool.map(lambda name: _image_names(self.root / name), self.classes))
+        self.skipped: dict[str, str] = {}
+        if skip and (unusable := read_skip_list(self.root)):
+            tree = {label: [f"{label}/{name}" for name in names] for label, names in zip(self.classes, files)}
+            self.skipped = {name: unusable[name] for names in tree.values() for name in names if name in unusable}
+            files = [
+                [name[len(label) + 1 :] for name in names if name not in unusable] for label, names in tree.items()
+            ]
+        listed = f" that {CHECK_RECORD} does not list as unusable" if self.skipped else ""
         empty = [name for name, names in zip(self.classes, files) if not names]
         if len(empty) == len(files):
             raise UserError(
                 f"no readable image in {self.root}: none of its {len(files)} class folders holds a file ending in "
-                f"{' '.join(sorted(EXTENSIONS))}"
+                f"{' '.join(sorted(EXTENSIONS))}{listed}"
             )
         if empty:
             raise UserError(
-                f"{len(empty)} of {len(files)} class folders in {self.root} hold no image: {_some(empty)}; "
+                f"{len(empty)} of {len(files)} class folders in {self.root} hold no image{listed}: {_some(empty)}; "
                 f"fill or remove them"
             )
         self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files])
-        encoded = [os.fsencode(name) for names in files for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._names = b"".join(encoded)
+        self._names = Names.of(name for names in files for name in names)
         self._prefix = os.path.join(self.root, "")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """Path of one image inside the tree."""
+        return f"{self.classes[self.labels[index]]}/{self._names[index]}"
+
     def path(self, index: int) -> str:
         """Path of one image."""
-        start = 0 if index == 0 else self._ends[index - 1]
-        name = os.fsdecode(self._names[start : self._ends[index]])
-        return f"{self._prefix}{self.classes[self.labels[index]]}/{name}"
+        return self._prefix + self.name(index)
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of one image.
@@ -86,7 +118,7 @@ class ImageFolder:
             return file.readall()
 
 
-def _class_names(root: Path, num_classes: int) -> tuple[str, ...]:
+def _class_names(root: Path, num_classes: int | None) -> tuple[str, ...]:
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError:
@@ -107,16 +139,25 @@ def _class_names(root: Path, num_classes: int) -> tuple[str, ...]:
     hint = ""
     if set(map(str.lower, names)) <= SPLIT_NAMES:
         hint = f"; {', '.join(names)} looks like the splits of a data set, did you mean {root / names[0]}?"
+    require_classes(root, names, num_classes, hint)
+    return tuple(names)
+
+
+def require_classes(root: Path, names: Sequence[str], num_classes: int | None, hint: str = "") -> None:
+    """Refuse a data set of one class, or of another number than `num_classes` (None: any).
+
+    Raises:
+        UserError: says so, followed by the hint.
+    """
     if len(names) == 1:
         raise UserError(
             f"data folder {root} has one class only ({names[0]}): class-conditional training needs at least two{hint}"
         )
-    if len(names) != num_classes:
+    if num_classes is not None and len(names) != num_classes:
         raise UserError(
             f"data folder {root} has {len(names)} classes but model.num_classes is {num_classes}: "
             f"set model.num_classes to {len(names)} or correct the folder{hint}"
         )
-    return tuple(names)
 
 
 def _image_names(folder: Path) -> list[str]:

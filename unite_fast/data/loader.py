@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unite_fast.config import DataConfig
-from unite_fast.data.folder import ImageFolder
+from unite_fast.data.processes import leave_with_parent
 from unite_fast.data.reader import BadFiles, FileReader, MemoryReader, Piece, Problem, read_piece
 from unite_fast.data.sampler import Draw, Sampler
+from unite_fast.data.source import open_source
 from unite_fast.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
@@ -64,7 +64,7 @@ class ImageStream:
         world_size: int = 1,
         start_step: int = 0,
     ):
-        """Scan the folder.
+        """Scan the folder, or read the index of the shards.
 
         Args:
             config: where the images are and how they are read.
@@ -79,11 +79,11 @@ class ImageStream:
             start_step: first optimizer step to read.
 
         Raises:
-            UserError: as `ImageFolder`; too little shared memory for what workers keep ready; with `data.cache` also
+            UserError: as `open_source`; too little shared memory for what workers keep ready; with `data.cache` also
                 too many unusable images, a wrong size under crop "none", too little memory.
             ValueError: as `Sampler`.
         """
-        folder = ImageFolder(config.path, num_classes)
+        folder = open_source(config.path, num_classes, image_size=image_size)
         self.classes: tuple[str, ...] = folder.classes
         self.steps_per_epoch: float = len(folder) / global_batch
         self._folder = folder
@@ -115,8 +115,13 @@ class ImageStream:
 
     @property
     def bad_files(self) -> dict[str, str]:
-        """Path and reason of every file that this rank skipped so far."""
+        """Path and reason of every file that this rank skipped so far; those of the skip list are in `left_out`."""
         return dict(self._bad.reasons)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Name and reason of every image that the skip list keeps out of this run."""
+        return dict(self._folder.skipped)
 
     def __iter__(self) -> Self:
         return self
@@ -179,7 +184,7 @@ def load_images(
     """A fixed set of images, unflipped: the first of every class, then the second of every class, and so on.
 
     Args:
-        path: class-folder tree.
+        path: class-folder tree or prepared shards.
         config: its `crop`, `workers` (here threads) and `max_bad_share`.
         image_size: side H.
         num_classes: how many class folders there must be.
@@ -190,10 +195,10 @@ def load_images(
         images [N, 3, H, H] uint8 and labels [N] int64, N ≤ limit. Unusable files are left out and logged.
 
     Raises:
-        UserError: as `ImageFolder`; class names other than `classes`; no or too many unusable images; a wrong size
+        UserError: as `open_source`; class names other than `classes`; no or too many unusable images; a wrong size
             under crop "none".
     """
-    folder = ImageFolder(path, num_classes)
+    folder = open_source(path, num_classes, image_size=image_size)
     if classes is not None and tuple(classes) != folder.classes:
         here, there = next(pair for pair in zip(folder.classes, classes, strict=True) if pair[0] != pair[1])
         raise UserError(
@@ -282,17 +287,10 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # torch's watchdog looks at the parent process, which here is the fork server, and that lives as long as a worker.
-    threading.Thread(target=_leave_with_training_process, daemon=True).start()
+    leave_with_parent()
     info = get_worker_info()
     assert info is not None
     info.dataset.started(worker)
-
-
-def _leave_with_training_process() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unite_fast.data.crop import WrongSizeError, decode
-from unite_fast.data.folder import ImageFolder
 from unite_fast.data.sampler import Draw, flips, substitute
+from unite_fast.data.source import ImageSource, reason_of
 from unite_fast.errors import UserError
 
 log = logging.getLogger("unite_fast.data")
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 class FileReader:
     """Pixels straight from the files."""
 
-    def __init__(self, folder: ImageFolder, image_size: int, crop: Literal["adm", "none"]):
+    def __init__(self, folder: ImageSource, image_size: int, crop: Literal["adm", "none"]):
         self.folder, self.image_size, self.crop = folder, image_size, crop
 
     def pixels(self, index: int) -> Pixels | Problem:
@@ -64,7 +64,7 @@ class FileReader:
             raise WrongSizeError(f"{self.folder.path(index)} {error}") from None
         except Exception as error:
             # A hostile file can make a decoder raise anything, and it must cost no more than itself.
-            return Problem(index, _reason(error))
+            return Problem(index, reason_of(error))
 
 
 class MemoryReader:
@@ -163,7 +163,7 @@ def read_piece(
 class BadFiles:
     """Counts the distinct files that could not be used, names each once in the log, and stops a run with too many."""
 
-    def __init__(self, folder: ImageFolder, max_share: float):
+    def __init__(self, folder: ImageSource, max_share: float):
         self._folder, self._max_share = folder, max_share
         self._seen = 0
         self.reasons: dict[str, str] = {}  # path -> reason
@@ -197,13 +197,3 @@ class BadFiles:
                 f"data.max_bad_share {self._max_share:g} allows: {some}{'; …' if bad > 5 else ''}. "
                 f"Repair or remove them, or raise data.max_bad_share"
             )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file has gone"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    if "cannot identify image file" in str(error):
-        return "not an image, or of no accepted format"
-    return str(error) or type(error).__name__

@@ -1,0 +1,170 @@
+"""`unite-fast data prepare` and `unite-fast data check`: data sets before training."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unite_fast.cli.console import out, plain, progress
+from unite_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from unite_fast.data.check import Report
+    from unite_fast.data.source import ImageSource
+
+NAMED = 20  # files that a command names itself; a check's record holds all
+
+app = typer.Typer(no_args_is_help=True, help="Prepare and check data sets.", rich_markup_mode="markdown")
+
+JobsOption = Annotated[
+    int | None, typer.Option(help="Processes; by default one a core. More help where reading waits.", min=1)
+]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Class folders, a tar of class tars, or a folder of class tars.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    size: Annotated[
+        int | None,
+        typer.Option(help="Crop to this size now, as training would; by default the original bytes are packed.", min=1),
+    ] = None,
+    shard_images: Annotated[int, typer.Option(help="Images a shard, at most.", min=1)] = 8192,
+    devkit: Annotated[
+        Path | None,
+        typer.Option(help="ILSVRC2012_devkit_t12.tar.gz; says the classes of the validation archive.", metavar="FILE"),
+    ] = None,
+    jobs: JobsOption = None,
+) -> None:
+    """Pack images into shards: a few large files with an index, for network file systems.
+
+    Training reads the folder in place of class folders, in the same order: set data.path or data.val_path to it.
+    Shards are WebDataset tar files. Started again after an interruption, the same command goes on where it stopped.
+    Images on the skip list of `unite-fast data check` are left out.
+
+    Example: `unite-fast data prepare data/imagenet/train /lustre/imagenet/train`
+    """
+    from rich.filesize import decimal
+
+    from unite_fast.data.prepare import prepare as pack
+
+    images = _open(source, devkit)
+    with progress("packing", len(images)) as bar:
+        done = pack(
+            images, destination, size=size, shard_images=shard_images, jobs=jobs or _cores(),
+            advance=lambda count: bar.update(bar.task_ids[0], completed=count),
+        )  # fmt: skip
+    before = f", {done.found} of them from before" if done.found else ""
+    out().print(
+        f"{done.images} images of {len(images.classes)} classes in {done.shards} shard{'s' * (done.shards > 1)} ({decimal(done.bytes)}"
+        f"{before}) in {destination}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if done.unreadable:
+        out().print(
+            f"{len(done.unreadable)} could not be read and have their place, but no content: training will skip them"
+        )
+        _name(done.unreadable)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Class folders or prepared shards.")],
+    size: Annotated[int, typer.Option(help="Image size of the runs to come.", min=1)] = 256,
+    jobs: JobsOption = None,
+) -> None:
+    """Look at every image, and list what training is to leave out.
+
+    The list is written into the folder itself, as unite_fast_check.json; every run on that folder then leaves the
+    unusable images out from the start. Images that are converted (CMYK, 16-bit, …) or whose extension or class is in
+    doubt are reported and kept. For shards all checksums are verified. The exit code is 1 if something is unusable.
+
+    Example: `unite-fast data check data/imagenet/train`
+    """
+    from unite_fast.data.check import check as examine
+    from unite_fast.data.check import require_writable
+    from unite_fast.data.source import open_source
+
+    images = open_source(path, None, skip=False)
+    require_writable(path)
+    with progress("checking", len(images)) as bar:
+        report = examine(
+            images, size=size, jobs=jobs or _cores(),
+            advance=lambda count: bar.update(bar.task_ids[0], completed=count),
+        )  # fmt: skip
+    record = report.save()
+    _show(report)
+    if report.skip:
+        out().print("unusable:")
+        _name(report.skip)
+    out().print(
+        f"{len(report.skip)} of {report.images} images are unusable and left out of training; all findings are in "
+        f"{record}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if not report.whole:
+        raise typer.Exit(1)
+
+
+def _open(path: Path, devkit: Path | None) -> ImageSource:
+    from unite_fast.data.archives import is_archive, open_archives
+    from unite_fast.data.source import open_source
+
+    if is_archive(path):
+        with progress("listing archives", 1) as bar:
+            return open_archives(
+                path, devkit, lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total)
+            )
+    if devkit is not None:
+        raise UserError(f"--devkit belongs to the validation archive, and {path} is a folder")
+    return open_source(path, None)
+
+
+def _show(report: Report) -> None:
+    """A table of what was found, kinds of findings with their numbers and an example."""
+    from rich.table import Table
+
+    table = Table(title=plain(f"{report.images} images of {report.root}"), title_justify="left")
+    for column in ("", "finding", "images", "for example"):
+        table.add_column(column, overflow="fold", justify="right" if column == "images" else "left")
+    for verdict, found in (
+        ("unusable", [(name, reason) for name, reason in report.skip.items()]),
+        ("converted", _flat(report.converted)),
+        ("suspicious", _flat(report.mislabelled)),
+        ("damaged shard", list(report.shards.items())),
+    ):
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for name, text in found:
+            kinds[_kind(text)].append(name)
+        for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            table.add_row(verdict, plain(kind), str(len(names)), plain(names[0]))
+    if table.row_count:
+        out().print(table)
+
+
+def _kind(text: str) -> str:
+    """A finding without what is particular to one file."""
+    return re.sub(r"\d+", "…", re.sub(r"^same bytes as .*", "same bytes in another class", text))
+
+
+def _flat(found: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
+    return [(name, text) for name, texts in found.items() for text in texts]
+
+
+def _name(found: Mapping[str, str]) -> None:
+    for name, reason in list(found.items())[:NAMED]:
+        out().print(f"  {name}: {reason}", markup=False, soft_wrap=True)
+    if len(found) > NAMED:
+        out().print(f"  … and {len(found) - NAMED} more")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,94 @@
+"""Where images come from: one interface for class folders, prepared shards and original archives."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unite_fast.data.folder import ImageFolder
+from unite_fast.data.shards import ShardFolder, is_prepared
+from unite_fast.data.skip_list import describe_skipped
+from unite_fast.errors import UserError
+
+log = logging.getLogger("unite_fast.data")
+
+
+class ImageSource(Protocol):
+    """Encoded images by number, ordered by class and then by name; pickled into worker processes.
+
+    Attributes:
+        root: what the user named.
+        classes: sorted class names; the position of a name is its label.
+        labels: [n] int64.
+        skipped: name and reason of the images that the skip list left out; they have no number.
+        prepared_size: side of images that were cropped when they were packed; None for original bytes.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    skipped: dict[str, str]
+    prepared_size: int | None
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """class/file, the same in a folder, its shards and the archives it came from."""
+
+    def path(self, index: int) -> str:
+        """Where a person finds the image."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes, whole or not at all.
+
+        Raises:
+            OSError: the file has gone or cannot be read.
+            ValueError: what is there is not the whole image, or larger than `crop.decode` accepts.
+        """
+
+
+def open_source(
+    path: str | Path, num_classes: int | None, *, image_size: int | None = None, skip: bool = True
+) -> ImageSource:
+    """A class-folder tree or a folder that `unite-fast data prepare` made; what is amiss with it is logged.
+
+    Args:
+        path: the folder.
+        num_classes: how many classes there must be; None takes any number above one.
+        image_size: side of the images a run wants; None: nothing is cropped.
+        skip: leave out what the skip list of `unite-fast data check` names; False opens everything, unremarked.
+
+    Raises:
+        UserError: as `ImageFolder` and `ShardFolder`; images that were cropped for another size.
+    """
+    kind = ShardFolder if is_prepared(Path(path)) else ImageFolder
+    source = kind(path, num_classes, skip=skip)
+    if None not in (image_size, source.prepared_size) and image_size != source.prepared_size:
+        raise UserError(
+            f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and to crop "
+            f"twice gives other pixels: prepare it with --size {image_size} or without --size"
+        )
+    if source.skipped:
+        log.warning(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
+    if skip and isinstance(source, ShardFolder):
+        for shard, damage in source.damaged_shards().items():
+            log.warning(
+                "shard %s: %s; images that cannot be read from it are skipped, `unite-fast data check %s` lists them",
+                source.shards[shard], damage, source.root,
+            )  # fmt: skip
+    return source
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be used, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "the file has gone"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if "cannot identify image file" in str(error):
+        return "not an image, or of no accepted format"
+    return str(error) or type(error).__name__
