@@ -240,6 +240,7 @@ def _from_checkpoint(folder: Path, weights: Which) -> Trained:
         "weights": weights,
         "sampling": config.sampling.model_dump(mode="json") | {"time_shift": config.objective.time_shift},
         "class_names": state["extra"].get("class_names"),
+        "data": state["extra"].get("data"),
         "versions": _versions(),
     }
     return Trained(config.model, tensors, made_by, str(folder))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import Config
-from unite_fast.data.loader import ImageStream
+from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
@@ -85,7 +85,7 @@ class Run:
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
         self.first_step = self.engine.step_count
-        self.report = Report(config, self.folder, world, self.engine, self.stream.classes)
+        self.report = Report(config, self.folder, world, self.engine, self.stream.classes, self.stream.mode)
         self._stop: signal.Signals | None = None
 
     def go(self) -> Path:
@@ -192,10 +192,11 @@ class Run:
         step = try_step if world.device.type == "cuda" else bounded_on_cpu(try_step)
         return resolve_batch(train, world.size, find_micro_batch(step, candidates, agree=world.all_true))
 
-    def _open_stream(self, first_step: int) -> ImageStream:
+    def _open_stream(self, first_step: int) -> Stream:
         config = self.config
-        return ImageStream(
+        return open_stream(
             config.data,
+            device=self.world.device,
             image_size=config.model.image_size,
             num_classes=config.model.num_classes,
             seed=config.train.seed,
@@ -223,6 +224,7 @@ class Run:
             extra = {
                 "images": self.engine.step_count * self.batch.global_batch,
                 "class_names": list(self.stream.classes),
+                "data": self.stream.mode,
                 "training_seconds": self._seconds_before + meter.seconds,
             }
             checkpoint.save(self.engine, self.folder, extra)

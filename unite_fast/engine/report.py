@@ -37,8 +37,17 @@ class Report:
     Everything that can be wrong with the held-out data is said when the run starts.
     """
 
-    def __init__(self, config: Config, folder: Path, world: World, engine: Engine, classes: tuple[str, ...]):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        world: World,
+        engine: Engine,
+        classes: tuple[str, ...],
+        data_mode: dict[str, str],
+    ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
+        self.data_mode = data_mode
         self._judge: SmallDataJudge | None = None
         if not world.is_main:
             return
@@ -136,6 +145,7 @@ class Report:
             "sampling": self.config.sampling.model_dump(mode="json")
             | {"time_shift": self.config.objective.time_shift},
             "class_names": list(self.classes),
+            "data": self.data_mode,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
