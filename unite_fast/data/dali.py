@@ -1,15 +1,13 @@
 """Micro-batches through NVIDIA DALI: JPEG decoded by its threads or on a GPU, cropped by our own resampler.
 
 The order, the flips and the substitutes are those of the worker loader, and in decode mode "exact" so is every bit.
-DALI gets plain JPEG files and nothing else: what Pillow's reader of headers calls 8-bit YCbCr or greyscale of an
-accepted size. All other files take the worker loader's own way through Pillow, and so do those that DALI refuses or
-whose last pixel is the grey that libjpeg puts where data are missing: Pillow then judges them.
+DALI gets plain JPEG files and nothing else, see jpeg.py. All other files take the worker loader's own way through
+Pillow, and so do those that DALI refuses or whose last pixel is the grey that libjpeg puts where data are missing.
 """
 
 from __future__ import annotations
 
 import ctypes
-import io
 import math
 import re
 from collections import deque
@@ -21,22 +19,20 @@ import numpy as np
 import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from unite_fast.config import DaliConfig, DataConfig
-from unite_fast.data.crop import centre_crop, expose_missing_data, require_croppable
+from unite_fast.data.crop import centre_crop, ends_grey
+from unite_fast.data.jpeg import Jpeg, JpegReader
 from unite_fast.data.loader import MicroBatch
-from unite_fast.data.reader import BadFiles, FileReader, Problem, Served, piece_of, serve
+from unite_fast.data.reader import BadFiles, FileReader, Served, piece_of, serve
 from unite_fast.data.resample import TALL_FIRST
 from unite_fast.data.sampler import Draw, Sampler, flips
-from unite_fast.data.source import open_source, reason_of
+from unite_fast.data.source import open_source
 from unite_fast.errors import UserError
 from unite_kernels import centre_crop as centre_crop_on_device
 
 INSTALL = "pip install nvidia-dali-cuda130 (or the package of your CUDA version)"
-# libjpeg's value of a block without data, after its conversion to RGB.
-MISSING = 128
 
 
 def dali_version() -> str | None:
@@ -46,54 +42,6 @@ def dali_version() -> str | None:
     except ImportError:
         return None
     return nvidia.dali.__version__
-
-
-class Jpeg(NamedTuple):
-    """A file for DALI to decode."""
-
-    data: NDArray[np.uint8]
-    height: int
-    width: int
-
-
-class JpegReader:
-    """Reads files, keeps plain JPEG for DALI and decodes everything else.
-
-    Attributes:
-        refused: indices of JPEG files that only Pillow shall decode.
-    """
-
-    def __init__(self, files: FileReader):
-        self.files, self.folder, self.image_size = files, files.folder, files.image_size
-        self.refused: set[int] = set()
-
-    def pixels(self, index: int) -> Jpeg | NDArray[np.uint8] | Problem:
-        """A JPEG, [H, H, 3] uint8 pixels, or why there is neither; raises as `FileReader.pixels`."""
-        if index not in self.refused:
-            try:
-                data = self.folder.read(index)
-            except Exception as error:  # as FileReader: one file must cost no more than itself
-                return Problem(index, reason_of(error))
-            size = self._plain(data)
-            if size is not None:
-                return Jpeg(np.frombuffer(data, np.uint8), *size)
-        return self.files.pixels(index)
-
-    def _plain(self, data: bytes) -> tuple[int, int] | None:
-        """(height, width) of a JPEG whose pixels mean the same to all decoders, else None."""
-        try:
-            expose_missing_data(data)  # a file without an end would only cost a restart of DALI's pipeline
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                width, height = image.size
-                # Adobe's transform 0 stores RGB. Without either mark, decoders guess from the components' names.
-                marked = "jfif" in image.info or image.info.get("adobe_transform") == 1
-                plain = image.mode == "L" or (image.mode == "RGB" and marked)
-            if self.files.crop == "adm":
-                require_croppable(height, width, self.image_size)
-                return (height, width) if plain else None
-        except Exception:  # whatever it is, Pillow says it in FileReader
-            return None
-        return (height, width) if plain and width == height == self.image_size else None
 
 
 class DecoderError(Exception):
@@ -154,7 +102,7 @@ class JpegDecoder:
             self._pipeline.schedule_run()
 
     def take(self) -> tuple[Any, NDArray[np.bool_]]:
-        """The oldest decoded images, a DALI tensor list [h, w, 3] each until `release`; and which end in MISSING: [b].
+        """The oldest decoded images, a DALI tensor list [h, w, 3] each until `release`; and which `ends_grey`: [b].
 
         Raises:
             DecoderError: some cannot be decoded, or some of those submitted after them; see `restart`.
@@ -163,7 +111,7 @@ class JpegDecoder:
             stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
             images, corners = self._pipeline.share_outputs(cuda_stream=stream)
             # Bytes, not pixels, and on the host in any case: nothing waits for the images.
-            grey = (np.asarray(corners.as_array()).reshape(len(corners), 3) == MISSING).all(axis=1)
+            grey = ends_grey(np.asarray(corners.as_array()).reshape(len(corners), 3))
         return images, grey
 
     def release(self) -> None:
