@@ -24,6 +24,7 @@ TRAIN = [
     "scipy>=1.11",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
+DALI = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4", "webdataset>=0.2.90"]
 
 setup(
@@ -39,8 +40,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "deepspeed": [*TRAIN, *DEEPSPEED],
+        "dali": [*TRAIN, *DALI],
         "flash": ["flash-attn>=2.6"],
-        "test": [*TRAIN, *DEEPSPEED, *TEST],
+        "test": [*TRAIN, *DEEPSPEED, *DALI, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
 )
