@@ -58,7 +58,7 @@ def test_images_a_second(name, data, inputs):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     times = result.pop("seconds_an_image")
-    ratios = measure.spread([slow / fast for slow, fast in zip(times["pillow"], times["loader"], strict=True)])
+    ours = measure.spread(times["loader"])
     inputs.append(
         result
         | {
@@ -66,10 +66,10 @@ def test_images_a_second(name, data, inputs):
             "size": SIZE,
             "cores": CORES,
             "seconds_an_image": {kind: measure.spread(values) for kind, values in times.items()},
-            "images_per_second_a_core": 1 / measure.spread(times["loader"])["median"],
+            "images_per_second_a_core": 1 / ours["median"],
+            "spread": (ours["high"] - ours["low"]) / 2 / ours["median"],
+            "pillow_images_per_second_a_core": 1 / measure.spread(times["pillow"])["median"],
             "images_per_second": 1 / measure.spread(times["loader_wall"])["median"],
-            "times_faster_than_pillow": ratios["median"],
-            "spread": (ratios["high"] - ratios["low"]) / 2 / ratios["median"],
             "peak_mib": result["peak_bytes"] / 2**20,
         }
     )

@@ -280,9 +280,7 @@ def aot_specialisations() -> list[Specialisation]:
     ]  # fmt: skip
 
 
-def centre_crop(
-    pixels: Tensor, sizes: Sequence[tuple[int, int]], side: int, *, tall_first: bool = False
-) -> Tensor:
+def centre_crop(pixels: Tensor, sizes: Sequence[tuple[int, int]], side: int, *, tall_first: bool = False) -> Tensor:
     """ADM's centre crop of B images, bit for bit that of Pillow.
 
     Args:

@@ -14,11 +14,12 @@ from PIL import Image
 from test_data_hostile import CONVERTED, SKIPPED
 
 from unite_fast.config import DataConfig
-from unite_fast.data.dali import DaliStream, DecoderError, JpegDecoder, _translated, gather
+from unite_fast.data.dali import DaliStream, DecoderError, JpegDecoder, _image_errors, gather
 from unite_fast.data.jpeg import Jpeg, JpegReader
 from unite_fast.data.loader import ImageStream
 from unite_fast.data.prepare import prepare
 from unite_fast.data.reader import FileReader
+from unite_fast.data.resample import resample_crop
 from unite_fast.data.sampler import Sampler
 from unite_fast.data.source import open_source
 from unite_fast.data.stream import open_stream
@@ -212,11 +213,11 @@ def test_gathering_on_a_device(crop):
     found = [by_pillow, jpeg, by_pillow[::-1], jpeg]
     images = gather(flat, shapes, [1, 2, 3], found, mirrored, SIZE, crop)
     assert images.shape == (4, 3, SIZE, SIZE) and images.is_contiguous()
-    from unite_fast.data.resample import resample_crop
-
     expected = [by_pillow, resample_crop(decoded[0], SIZE), by_pillow[::-1], resample_crop(decoded[2], SIZE)]
     for image, pixels, flip in zip(images.numpy(), expected, mirrored):
         assert np.array_equal(image, (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1))
+    alone = gather(flat[:0], [], [], [by_pillow], mirrored[:1], SIZE, crop)
+    assert np.array_equal(alone[0].numpy(), by_pillow.transpose(2, 0, 1))
 
 
 def test_which_files_dali_gets(tmp_path):
@@ -263,9 +264,13 @@ def test_decoder_says_which_images_it_cannot_decode():
 
 
 def test_other_errors_of_dali_are_not_taken_for_bad_files():
-    with pytest.raises(RuntimeError, match="out of memory") as error, _translated():
-        raise RuntimeError("CUDA allocation failed: out of memory")
-    assert type(error.value) is RuntimeError
+    with pytest.raises(RuntimeError, match="out of memory"), _image_errors():
+        raise RuntimeError("CUDA allocation failed: out of memory. Current pipeline object is no longer valid.")
+    decoder = JpegDecoder(DataConfig(path="").dali, 4, False, CPU)
+    decoder.submit([Jpeg(np.arange(100, dtype=np.uint8), 1, 1)])
+    with pytest.raises(DecoderError) as error:
+        decoder.take()
+    assert error.value.places is None  # DALI does not say, so all of them are suspect
 
 
 def test_closed_stream(photographs):

@@ -99,7 +99,11 @@ def test_a_run_with_dali_is_the_run_with_workers(folder):
     data = dict(crop="adm", cache=False, max_bad_share=0.0)
     train_ = dict(steps=4, checkpoint_every=2, log_every=2)
     weights = {}
-    for name, loaders in (("dali", ("dali", "dali")), ("workers", ("workers", "workers")), ("both", ("workers", "dali"))):
+    for name, loaders in (
+        ("dali", ("dali", "dali")),
+        ("workers", ("workers", "workers")),
+        ("both", ("workers", "dali")),
+    ):
         for steps, loader in zip((2, 4), loaders):
             run = train(
                 config(folder, name=name, train=train_ | {"steps": steps}, data=data | {"loader": loader}),

@@ -185,7 +185,7 @@ def require_croppable(height: int, width: int, size: int) -> None:
     """Refuse what is more work than any photograph.
 
     Raises:
-        ValueError: more than MAX_PIXELS pixels, or so long and thin that it has that many with its short side at `size`.
+        ValueError: more than MAX_PIXELS pixels, or so long and thin that they are more with its short side at `size`.
     """
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")

@@ -11,8 +11,9 @@ import ctypes
 import math
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -91,13 +92,17 @@ class JpegDecoder:
         self._pipeline = pipeline()
         self._pipeline.build()
 
+    def close(self) -> None:
+        """Let the pipeline and its memory go."""
+        self._pipeline = None
+
     def submit(self, jpegs: Sequence[Jpeg]) -> None:
         """Begin to decode.
 
         Raises:
             DecoderError: as `take`, about images submitted before.
         """
-        with _translated():
+        with _image_errors():
             self._pipeline.feed_input("encoded", [jpeg.data for jpeg in jpegs])
             self._pipeline.schedule_run()
 
@@ -107,10 +112,9 @@ class JpegDecoder:
         Raises:
             DecoderError: some cannot be decoded, or some of those submitted after them; see `restart`.
         """
-        with _translated():
-            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-            images, corners = self._pipeline.share_outputs(cuda_stream=stream)
-            # Bytes, not pixels, and on the host in any case: nothing waits for the images.
+        with _image_errors():
+            # Without a stream given, DALI has finished on return; this thread is the only one that waits.
+            images, corners = self._pipeline.share_outputs()
             grey = ends_grey(np.asarray(corners.as_array()).reshape(len(corners), 3))
         return images, grey
 
@@ -119,19 +123,17 @@ class JpegDecoder:
         self._pipeline.release_outputs()
 
 
-class _translated:  # noqa: N801 - reads as a verb
+@contextmanager
+def _image_errors() -> Iterator[None]:
     """DALI's errors about images as DecoderError; anything else, such as a lack of memory, passes."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        message = str(error)
-        places = [int(number) for number in re.findall(r"decode sample #(\d+)", message)]
-        if places or "nvImageCodec" in message or "no longer valid" in message:
-            raise DecoderError(message, places or None) from error
+    try:
+        yield
+    except RuntimeError as error:
+        places = [int(number) for number in re.findall(r"decode sample #(\d+)", str(error))]
+        # nvImageCodec's codes 3 and 4 are a bad and an unsupported code stream; it does not say whose.
+        if places or re.search(r"nvImageCodec failure: '#[34]'", str(error)):
+            raise DecoderError(str(error), places or None) from error
+        raise
 
 
 class _Batch(NamedTuple):
@@ -239,6 +241,7 @@ class DaliStream:
         """Stop the threads; calling it again does nothing."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -288,9 +291,7 @@ class DaliStream:
             self._decoder.release()
         return images, batch
 
-    def _gather_on_host(
-        self, batch: _Batch, decoded: Any, numbers: list[int], mirrored: NDArray[np.bool_]
-    ) -> Tensor:
+    def _gather_on_host(self, batch: _Batch, decoded: Any, numbers: list[int], mirrored: NDArray[np.bool_]) -> Tensor:
         size = self._files.image_size
         images = np.empty((len(batch.places), 3, size, size), np.uint8)
         where = {number: place for place, number in enumerate(numbers)}
@@ -305,15 +306,13 @@ class DaliStream:
         list(self._pool.map(fill, range(len(batch.places))))
         return torch.from_numpy(images)
 
-    def _gather_on_device(
-        self, batch: _Batch, decoded: Any, numbers: list[int], mirrored: NDArray[np.bool_]
-    ) -> Tensor:
+    def _gather_on_device(self, batch: _Batch, decoded: Any, numbers: list[int], mirrored: NDArray[np.bool_]) -> Tensor:
         shapes = [tuple(shape) for shape in decoded.shape()] if decoded is not None else []
         flat = torch.empty(sum(map(math.prod, shapes)), dtype=torch.uint8, device=self._device)
         if shapes:
-            pointer = ctypes.c_void_p(flat.data_ptr())
-            stream = torch.cuda.current_stream(self._device)
-            decoded.copy_to_external(pointer, stream.cuda_stream, non_blocking=True)
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            # Waits for the copy, after which DALI may have its memory back.
+            decoded.copy_to_external(ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(stream))
         sizes = [(height, width) for height, width, _ in shapes]
         return gather(
             flat, sizes, numbers, [place.found for place in batch.places], mirrored, self._files.image_size,
@@ -377,7 +376,7 @@ def gather(
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
     if crop == "none":
-        pixels = flat.view(-1, size, size, 3)
+        pixels = flat.view(len(sizes), size, size, 3)
     else:
         pixels = centre_crop_on_device(flat, sizes, size, tall_first=TALL_FIRST)
     order = dict(zip(numbers, range(len(numbers))))

@@ -34,7 +34,9 @@ def write_photographs(folder: str | Path, count: int) -> Path:
     try:
         from sklearn.datasets import load_sample_image
     except ImportError:
-        raise UserError("the photographs come with scikit-learn, which is not installed: pip install scikit-learn") from None
+        raise UserError(
+            "the photographs come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     folder = Path(folder)
     originals = {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")}
     try:
