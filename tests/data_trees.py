@@ -37,6 +37,19 @@ def tree(root: Path, per_class: tuple[int, ...] = (5, 4, 6), size: int = 8) -> P
     return root
 
 
+def photographs(root: Path) -> Path:
+    """Six JPEG pictures of different sizes in three classes."""
+    for number in range(6):
+        folder = root / f"c{number // 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(40 + 9 * number, 90 - 7 * number, number).save(folder / f"{number}.JPEG", quality=90)
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"

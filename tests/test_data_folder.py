@@ -89,7 +89,7 @@ def test_refused(tmp_path, make, words):
 
 
 @pytest.mark.parametrize("denied", ["..", ".", "c1"])
-def test_unreadable_folder(unprivileged, denied):
+def test_unreadable_folder(unprivileged, denied):  # noqa: F811
     user = os.geteuid()
     if user == 65534:
         os.seteuid(0)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from unite_fast.config import DataConfig
 from unite_fast.data.check import check
-from unite_fast.data.crop import MAX_FILE_BYTES
+from unite_fast.data.crop import MAX_FILE_BYTES, expose_missing_data
 from unite_fast.data.loader import ImageStream, load_images
 from unite_fast.data.prepare import prepare
 from unite_fast.data.source import open_source
@@ -148,9 +148,10 @@ def test_skipped_alike_everywhere(tmp_path, name):
     for form in forms:
         batches, again = served(form)
         assert again == reasons
-        assert all(torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
-                   for a, b in zip(batches, expected))  # fmt: skip
-        held_out, _ = load_images(form, DataConfig(path="", workers=1, max_bad_share=0.5), image_size=SIZE, num_classes=3)
+        for a, b in zip(batches, expected, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
+        config = DataConfig(path="", workers=1, max_bad_share=0.5)
+        held_out, _ = load_images(form, config, image_size=SIZE, num_classes=3)
         assert len(held_out) == FILES
         report = check(open_source(form, 3, skip=False), size=SIZE)
         assert report.skip == reasons
@@ -284,3 +285,40 @@ def test_flipped_byte_in_a_shard(tmp_path):
     report = check(open_source(tmp_path / "s", 3), size=SIZE)
     assert report.skip == reasons
     assert "checksum" in report.shards["000000.tar"]
+
+
+def test_whole_jpegs_keep_every_pixel():
+    """What exposes missing data must not touch files that lack nothing."""
+    random = np.random.default_rng(0)
+    for number in range(150):
+        image = picture(*map(int, random.integers(1, 90, 2)), number)
+        if number % 5 == 0:
+            image = flat("RGB", tuple(map(int, random.integers(0, 256, 3))), *image.size)  # the shortest codes
+        image = image.convert(("RGB", "L", "CMYK")[number % 3])
+        options = dict(
+            quality=int(random.integers(5, 101)), subsampling=int(random.integers(3)), optimize=number % 2 == 0,
+            progressive=number % 7 == 0, restart_marker_blocks=number % 4,
+        )  # fmt: skip
+        content = jpeg(image, **options) + (b"", b"junk after the end", PHOTO)[number % 3]
+        assert np.array_equal(_pixels(expose_missing_data(content)), _pixels(content)), options
+    both_eyes = saved("MPO", picture(60, 50), save_all=True, append_images=[picture(60, 50, 1)])
+    assert np.array_equal(_pixels(expose_missing_data(both_eyes)), _pixels(both_eyes))
+
+
+def test_closed_jpegs_are_refused_wherever_they_were_cut():
+    """But for a last few bytes, whose absence hides a block or two."""
+    whole = _pixels(PHOTO)
+    start = PHOTO.index(b"\xff\xda") + 14
+    for end in range(start, len(PHOTO) - 2, 7):
+        content = PHOTO[:end].rstrip(b"\xff") + b"\xff\xd9"
+        try:
+            pixels = _pixels(expose_missing_data(content))
+        except OSError:
+            continue
+        assert end > len(PHOTO) - 64
+        # At 4:2:0 blocks come in squares of 16 × 16 pixels, whose colour is smoothed into their neighbours.
+        assert (pixels != whole).any(-1).sum() <= 2 * 18 * 18
+
+
+def _pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_trees import picture, running, tree, wait_until
+from data_trees import files, photographs, picture, running, tree, wait_until
 from PIL import Image
+from runs import config, image_tree
 
 from unite_fast.cli import main
 from unite_fast.config import DataConfig
@@ -28,22 +31,10 @@ from unite_fast.data.prepare import prepare
 from unite_fast.data.sampler import Sampler
 from unite_fast.data.shards import INDEX, ShardFolder
 from unite_fast.data.source import open_source
+from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
 
 COUNT = 15  # of tree()'s default
-
-
-def photographs(root: Path) -> Path:
-    """Six JPEG pictures of different sizes in three classes."""
-    for number in range(6):
-        folder = root / f"c{number // 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(40 + 9 * number, 90 - 7 * number, number).save(folder / f"{number}.JPEG", quality=90)
-    return root
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def packed(source: Path, destination: Path, *, size=None, shard_images=4, jobs=1) -> ShardFolder:
@@ -133,7 +124,8 @@ def test_cropped_shards_serve_one_size_only(tmp_path):
         stream(tmp_path / "s", crop="adm", size=8)
     with pytest.raises(UserError, match="original images"):
         packed(tmp_path / "s", tmp_path / "t", size=8)
-    repacked = packed(tmp_path / "s", tmp_path / "t", shard_images=2)
+    assert main(["data", "prepare", str(tmp_path / "s"), str(tmp_path / "t"), "--shard-images", "2"]) == 0
+    repacked = open_source(tmp_path / "t", 3)
     assert repacked.prepared_size == 16
     assert repacked.read(3) == open_source(tmp_path / "s", 3).read(3)
 
@@ -146,6 +138,28 @@ def test_training_reads_shards_as_it_reads_the_folder(tmp_path, kind):
     expected = take(stream(root, crop="adm", size=16), 9)
     assert same(take(stream(tmp_path / "s", crop="adm", size=16, **kind), 9), expected)
     assert same(take(stream(tmp_path / "cropped", crop="none", size=16, **kind), 9), expected)
+
+
+def test_a_run_on_shards_is_the_run_on_folders(tmp_path):
+    """Losses, evaluation and export to the bit, over a resume that moves to the shards."""
+    for split, count in (("train", 12), ("val", 8)):
+        packed(image_tree(tmp_path / split, per_class=count), tmp_path / f"{split}_shards", shard_images=5)
+    workers = {"cache": False, "workers": 0}
+    folders = workers | {"path": str(tmp_path / "train"), "val_path": str(tmp_path / "val")}
+    shards = workers | {"path": str(tmp_path / "train_shards"), "val_path": str(tmp_path / "val_shards")}
+    through = train(config(tmp_path, name="folders", data=folders))
+    train(config(tmp_path, name="moved", data=folders, train={"steps": 10}))
+    moved = train(config(tmp_path, name="moved", data=shards, train={"steps": 20}), resume=True)
+    for name in ("loss_flow", "loss_l1", "z0_std"):
+        assert last_record(moved)[name] == last_record(through)[name]
+    psnr = [json.loads((run / "summary.json").read_text())["psnr"] for run in (through, moved)]
+    assert psnr[0] == psnr[1]
+    weights = [(run / "export" / "model.safetensors").read_bytes() for run in (through, moved)]
+    assert weights[0] == weights[1]
+
+
+def last_record(run: Path) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def test_resume_moves_from_folder_to_shards(tmp_path):
@@ -163,90 +177,6 @@ def test_evaluation_reads_shards(tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(UserError, match="c2 stands where x is expected"):
         load_images(tmp_path / "s", config, classes=("c0", "c1", "x"), **numbers)
-
-
-def class_tar(folder: Path, file) -> None:
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for path in sorted(folder.iterdir(), reverse=True):
-            tar.add(path, path.name)
-        tar.addfile(tarfile.TarInfo("notes.txt"))
-
-
-@pytest.mark.parametrize("kind", ["tar of tars", "folder of tars"])
-def test_training_archives_give_the_folders_shards(tmp_path, kind):
-    root = photographs(tmp_path / "d")
-    (tmp_path / "tars").mkdir()
-    for folder in root.iterdir():
-        with open(tmp_path / "tars" / f"{folder.name}.tar", "wb") as file:
-            class_tar(folder, file)
-    source = tmp_path / "tars"
-    if kind == "tar of tars":
-        source = tmp_path / "ILSVRC2012_img_train.tar"
-        with tarfile.open(source, "w") as tar:
-            for path in sorted((tmp_path / "tars").iterdir(), reverse=True):
-                tar.add(path, path.name)
-    packed(root, tmp_path / "expected", shard_images=2)
-    arguments = ["data", "prepare", str(source), str(tmp_path / "s"), "--shard-images", "2", "--jobs", "2"]
-    assert main(arguments) == 0
-    assert files(tmp_path / "s") == files(tmp_path / "expected")
-
-
-def devkit(path: Path, numbers: list[int], synsets: dict[int, str]) -> None:
-    from scipy.io import savemat
-
-    table = np.array(list(synsets.items()), dtype=[("ILSVRC2012_ID", "f8"), ("WNID", "O")])
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": table})
-    truth = "".join(f"{number}\n" for number in numbers).encode()
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in (("meta.mat", mat.getvalue()), ("ILSVRC2012_validation_ground_truth.txt", truth)):
-            info = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_validation_archive_takes_its_classes_from_the_devkit(tmp_path, capsys):
-    root = photographs(tmp_path / "d")
-    archive = tmp_path / "ILSVRC2012_img_val.tar"
-    with tarfile.open(archive, "w") as tar:
-        for path in sorted(root.glob("*/*.JPEG"), reverse=True):
-            tar.add(path, path.name)
-    arguments = ["data", "prepare", str(archive), str(tmp_path / "s")]
-    assert main(arguments) == 2
-    assert "--devkit" in capsys.readouterr().err
-    devkit(tmp_path / "kit.tar.gz", [2, 2, 1, 1, 3, 3], {1: "c1", 2: "c0", 3: "c2"})
-    assert main([*arguments, "--devkit", str(tmp_path / "kit.tar.gz")]) == 0
-    shards, folder = open_source(tmp_path / "s", 3), open_source(root, 3)
-    assert [shards.name(image) for image in range(6)] == [folder.name(image) for image in range(6)]
-    assert [shards.read(image) for image in range(6)] == [folder.read(image) for image in range(6)]
-    devkit(tmp_path / "short.tar.gz", [2, 2, 1], {1: "c1", 2: "c0"})
-    assert main([*arguments, "--devkit", str(tmp_path / "short.tar.gz")]) == 2
-    assert "3 images, the archive holds 6" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("damage", ["text", "cut", "compressed", "empty class"])
-def test_bad_archives_are_refused(tmp_path, capsys, damage):
-    archive = tmp_path / "train.tar"
-    with tarfile.open(archive, "w:gz" if damage == "compressed" else "w") as tar:
-        for label in ("c0", "c1"):
-            inner = io.BytesIO()
-            folder = tree(tmp_path / label, (3,)) / "c0"
-            if damage == "empty class":
-                shutil.rmtree(folder)
-                folder.mkdir()
-            class_tar(folder, inner)
-            info = tarfile.TarInfo(f"{label}.tar")
-            info.size = len(inner.getvalue())
-            inner.seek(0)
-            tar.addfile(info, inner)
-    if damage == "text":
-        archive.write_text("no tar" * 1000)
-    elif damage == "cut":
-        archive.write_bytes(archive.read_bytes()[:9000])
-    assert main(["data", "prepare", str(archive), str(tmp_path / "s")]) == 2
-    message = capsys.readouterr().err
-    assert ("holds no image" if damage == "empty class" else "is not a whole, uncompressed tar file") in message
-    assert "Traceback" not in message
 
 
 SLOW_PREPARE = """
@@ -272,7 +202,8 @@ def test_killed_preparation_continues_to_the_same_result(tmp_path, how):
     (tmp_path / "pids").mkdir()
     script = tmp_path / "script.py"
     script.write_text(SLOW_PREPARE)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(
         [sys.executable, script, root, tmp_path / "s", tmp_path / "pids"], env=environment, stderr=subprocess.DEVNULL
     )
@@ -285,6 +216,9 @@ def test_killed_preparation_continues_to_the_same_result(tmp_path, how):
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*.tar")}
     assert 3 <= len(written) < 15
     assert not (tmp_path / "s" / INDEX).exists()
+    with pytest.raises(UserError, match="is not finished.*prepare"):
+        open_source(tmp_path / "s", 3)
+    assert main(["data", "prepare", str(tmp_path / "s"), str(tmp_path / "t")]) == 2  # no class tars either
     (tmp_path / "s" / ".000009.tar.1.tmp").write_bytes(b"left behind")
     source = open_source(root, None)
     done = prepare(source, tmp_path / "s", size=8, shard_images=4)
@@ -315,6 +249,23 @@ def test_unwritable_destination(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["data", "prepare", str(root), str(tmp_path / "file" / "s")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """As a limit on the size of files, which the second shard breaks."""
+    root = tree(tmp_path / "d")
+    (root / "c0" / "000.png").write_bytes(np.random.default_rng(0).bytes(100_000))
+    packed(root, tmp_path / "through")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*: File too large; the same command continues"):
+            packed(root, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "s").glob(".*.tmp"))
+    packed(root, tmp_path / "s")
+    assert files(tmp_path / "s") == files(tmp_path / "through")
 
 
 def test_nothing_readable_to_prepare(tmp_path):

@@ -41,8 +41,11 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA if there is 
 
 
 def plain(text: object) -> Text:
-    """Text of a table cell or title that is no markup: brackets in a file's name would be read as such."""
-    return Text(str(text))
+    """Text of a table cell or title that is no markup: brackets in a file's name would be read as such.
+
+    What is no UTF-8 in a name is written as \\udcff: a terminal may refuse it.
+    """
+    return Text(str(text).encode("utf-8", "backslashreplace").decode())
 
 
 def out() -> Console:

@@ -37,7 +37,9 @@ def prepare(
         int | None,
         typer.Option(help="Crop to this size now, as training would; by default the original bytes are packed.", min=1),
     ] = None,
-    shard_images: Annotated[int, typer.Option(help="Images a shard, at most.", min=1)] = 8192,
+    shard_images: Annotated[
+        int | None, typer.Option(help="Images a shard, at most; by default 8,192, about 0.9 GB of ImageNet.", min=1)
+    ] = None,
     devkit: Annotated[
         Path | None,
         typer.Option(help="ILSVRC2012_devkit_t12.tar.gz; says the classes of the validation archive.", metavar="FILE"),
@@ -54,24 +56,27 @@ def prepare(
     """
     from rich.filesize import decimal
 
+    from unite_fast.data.prepare import SHARD_IMAGES
     from unite_fast.data.prepare import prepare as pack
 
     images = _open(source, devkit)
     with progress("packing", len(images)) as bar:
         done = pack(
-            images, destination, size=size, shard_images=shard_images, jobs=jobs or _cores(),
+            images, destination, size=size, shard_images=shard_images or SHARD_IMAGES, jobs=jobs or _cores(),
             advance=lambda count: bar.update(bar.task_ids[0], completed=count),
         )  # fmt: skip
+    shards = f"{done.shards} shard{'s' * (done.shards > 1)} of {decimal(done.bytes)}"
     before = f", {done.found} of them from before" if done.found else ""
     out().print(
-        f"{done.images} images of {len(images.classes)} classes in {done.shards} shard{'s' * (done.shards > 1)} ({decimal(done.bytes)}"
-        f"{before}) in {destination}",
+        f"{done.images} images of {len(images.classes)} classes in {shards}{before} in {destination}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     if done.unreadable:
         out().print(
-            f"{len(done.unreadable)} could not be read and have their place, but no content: training will skip them"
-        )
+            f"{len(done.unreadable)} could not be read and have their place, but no content: training will skip them. "
+            f"To pack them after all, mend them, remove {destination} and prepare it again",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
         _name(done.unreadable)
 
 
@@ -143,7 +148,7 @@ def _show(report: Report) -> None:
     ):
         kinds: dict[str, list[str]] = defaultdict(list)
         for name, text in found:
-            kinds[_kind(text)].append(name)
+            kinds[text if verdict == "converted" else _kind(text)].append(name)
         for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
             table.add_row(verdict, plain(kind), str(len(names)), plain(names[0]))
     if table.row_count:
@@ -152,7 +157,7 @@ def _show(report: Report) -> None:
 
 def _kind(text: str) -> str:
     """A finding without what is particular to one file."""
-    return re.sub(r"\d+", "…", re.sub(r"^same bytes as .*", "same bytes in another class", text))
+    return re.sub(r"\d+(?! bits)", "…", re.sub(r"^same bytes as .*", "same bytes in another class", text))
 
 
 def _flat(found: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
@@ -161,10 +166,11 @@ def _flat(found: Mapping[str, Iterable[str]]) -> list[tuple[str, str]]:
 
 def _name(found: Mapping[str, str]) -> None:
     for name, reason in list(found.items())[:NAMED]:
-        out().print(f"  {name}: {reason}", markup=False, soft_wrap=True)
+        out().print(plain(f"  {name}: {reason}"), soft_wrap=True)
     if len(found) > NAMED:
         out().print(f"  … and {len(found) - NAMED} more")
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    # Linux knows which cores this process may use; a container or a scheduler often grants fewer than there are.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

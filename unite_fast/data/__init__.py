@@ -1,1 +1,1 @@
-"""Images in: class-folder trees, the ADM crop, a stateless order, and the stream of micro-batches made of them."""
+"""Images in: class folders and shards, the ADM crop, a stateless order, the stream of micro-batches, data tools."""

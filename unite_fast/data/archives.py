@@ -22,6 +22,7 @@ import numpy as np
 
 from unite_fast.data.folder import EXTENSIONS, Names, require_classes
 from unite_fast.data.packed import PackedImages
+from unite_fast.data.shards import is_prepared
 from unite_fast.errors import UserError
 
 SCAN_THREADS = 8  # reading a header waits for the file system
@@ -40,10 +41,10 @@ class Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the path is a file, which can only be an archive, or a folder that holds tar files and no folders."""
-    if path.is_file():
-        return True
-    return path.is_dir() and bool(_tars(path)) and not any(entry.is_dir() for entry in path.iterdir())
+    """Whether the path is a file, which can only be an archive, or a folder of class tars: tar files and no folders."""
+    if not path.is_dir():
+        return path.is_file()
+    return not is_prepared(path) and bool(_tars(path)) and not any(entry.is_dir() for entry in path.iterdir())
 
 
 def open_archives(

@@ -111,7 +111,7 @@ def expose_missing_data(data: bytes) -> bytes:
 
     In a sequential JPEG of one scan the end-of-image marker gives way to zeros, just enough for libjpeg's read-ahead:
     whole pixel data decode as before, and data that end early make the decoder ask for more, which Pillow reports as
-    a truncated file. The missing few bytes that the zeros can stand for hide less than six 8×8 blocks a component.
+    a truncated file. Where no more than the last few bytes are missing the zeros stand for them: a block or two.
     Progressive files are left as they are: without their last scans they are blurred, not grey.
 
     Args:

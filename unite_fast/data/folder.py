@@ -42,6 +42,18 @@ class Names:
         start = 0 if index == 0 else self.ends[index - 1]
         return os.fsdecode(self.blob[start : self.ends[index]])
 
+    def among(self, wanted: Iterable[str]) -> NDArray[np.bool_]:
+        """[n] which of the names are wanted."""
+        encoded = {os.fsencode(name) for name in wanted}
+        ends = self.ends.tolist()
+        return np.array([self.blob[start:end] in encoded for start, end in zip([0, *ends], ends)], bool)
+
+    def kept(self, keep: NDArray[np.bool_]) -> Names:
+        """The names where keep [n] is true."""
+        lengths = np.diff(self.ends, prepend=0)
+        blob = np.frombuffer(self.blob, np.uint8)[np.repeat(keep, lengths)].tobytes()
+        return Names(blob, np.cumsum(lengths[keep], dtype=np.int64))
+
 
 class ImageFolder:
     """The images of a class-folder tree, ordered by class and then by path inside the class.

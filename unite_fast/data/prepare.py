@@ -27,11 +27,10 @@ from unite_fast.data.crop import content_format, decode
 from unite_fast.data.folder import Names
 from unite_fast.data.processes import Holding, spread
 from unite_fast.data.sampler import permutation
-from unite_fast.data.shards import DTYPES, FORMAT, UNREADABLE, Index, is_prepared
+from unite_fast.data.shards import DTYPES, FORMAT, INDEX, PLAN, UNREADABLE, Index
 from unite_fast.data.source import ImageSource, reason_of
 from unite_fast.errors import UserError
 
-PLAN = ".plan"  # holds the fingerprint while shards are written
 SHARD_IMAGES = 8192  # about 0.9 GB of ImageNet: few enough files, and a cut shard costs 0.6 % of the data
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "WEBP": "webp", "TIFF": "tif", "PPM": "ppm"}
 UNKNOWN_SUFFIX = "bin"
@@ -130,7 +129,7 @@ def _fingerprint(source: ImageSource, names: Names, size: int | None, shard_imag
 def _begin(destination: Path, plan: str) -> bool:
     """Take or make the folder; whether everything is there already."""
     there = None
-    if is_prepared(destination):
+    if (destination / INDEX).is_file():
         there = Index.load(destination).plan
         if there == plan:
             return True

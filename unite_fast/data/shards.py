@@ -26,6 +26,7 @@ from unite_fast.data.skip_list import CHECK_RECORD, read_skip_list
 from unite_fast.errors import UserError
 
 INDEX = "index.safetensors"
+PLAN = ".plan"  # in the place of the index while shards are written; holds the fingerprint
 FORMAT = 1
 UNREADABLE = -1  # size of an image that could not be packed
 DTYPES = {
@@ -85,7 +86,9 @@ class Index:
             with safe_open(path, "numpy") as file:
                 facts = json.loads((file.metadata() or {})["unite_fast"])
                 if facts["format"] != FORMAT:
-                    raise UserError(f"{path} has format {facts['format']}, this version reads {FORMAT}: prepare it again")
+                    raise UserError(
+                        f"{path} has format {facts['format']}, this version reads {FORMAT}: prepare it again"
+                    )
                 arrays = {name: file.get_tensor(name) for name in DTYPES}
             index = cls(
                 tuple(facts["classes"]),
@@ -96,6 +99,10 @@ class Index:
             )
             whole = facts["crc32"] == _checksum(arrays)
         except OSError as error:
+            if (root / PLAN).exists():
+                raise UserError(
+                    f"{root} is not finished: run the `unite-fast data prepare` that began it again, it will continue"
+                ) from None
             raise UserError(f"cannot read {path}: {error.strerror or error}; check that it is there") from None
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError):
             whole = False
@@ -131,7 +138,7 @@ class ShardFolder(PackedImages):
         unusable = read_skip_list(root) if skip else {}
         keep = np.ones(len(names), bool)
         if unusable:
-            keep = np.array([names[row] not in unusable for row in range(len(names))])
+            keep = ~names.among(unusable)
             empty = np.setdiff1d(np.arange(len(index.classes)), a["labels"][keep])
             if len(empty):
                 raise UserError(
@@ -141,7 +148,7 @@ class ShardFolder(PackedImages):
         rows = np.flatnonzero(keep)
         self.shards = tuple(os.path.join(root, f"{shard:06d}.tar") for shard in range(len(a["shard_size"])))
         super().__init__(
-            root, index.classes, a["labels"][rows], names if keep.all() else Names.of(names[row] for row in rows),
+            root, index.classes, a["labels"][rows], names.kept(keep),
             self.shards, a["shard"][rows], a["offset"][rows], a["size"][rows],
         )  # fmt: skip
         self.skipped = {names[row]: unusable[names[row]] for row in np.flatnonzero(~keep)}
@@ -188,8 +195,8 @@ class ShardFolder(PackedImages):
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a folder was made by `unite-fast data prepare`, an unreadable one included."""
-    return os.path.lexists(path / INDEX)
+    """Whether a folder was made by `unite-fast data prepare`, an unfinished or unreadable one included."""
+    return os.path.lexists(path / INDEX) or os.path.lexists(path / PLAN)
 
 
 def _checksum(arrays: Mapping[str, NDArray]) -> int:
