@@ -73,6 +73,9 @@ def prepare(
 ) -> Prepared:
     """Write the shards and the index, or what an earlier call left to do.
 
+    An image that cannot be read, or with `size` not be decoded, keeps its place in the index with the reason in place
+    of its bytes, so that training skips, counts and names it as it would in the source.
+
     Args:
         source: the images.
         destination: folder to make; its parents are made too.
@@ -80,9 +83,6 @@ def prepare(
         shard_images: images a shard, at most.
         jobs: processes.
         advance: told how many images are done.
-
-    An image that cannot be read, or with `size` not be decoded, keeps its place in the index with the reason in place
-    of its bytes, so that training skips, counts and names it as it would in the source.
 
     Raises:
         UserError: a destination that holds something else, no readable image, a full disk, a process that died.
