@@ -25,6 +25,7 @@ TRAIN = [
     "jinja2>=3.1",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
+DALI = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 MOLECULES = ["rdkit>=2025.3", "pebble>=5.1"]
 PARQUET = ["pyarrow>=17"]
 TEST = [
@@ -50,11 +51,12 @@ setup(
     extras_require={
         "train": TRAIN,
         "deepspeed": [*TRAIN, *DEEPSPEED],
+        "dali": [*TRAIN, *DALI],
         "flash": ["flash-attn>=2.6"],
         "molecules": [*TRAIN, *MOLECULES],
         "parquet": PARQUET,
         "wandb": ["wandb>=0.19"],
-        "test": [*TRAIN, *DEEPSPEED, *MOLECULES, *PARQUET, *TEST],
+        "test": [*TRAIN, *DEEPSPEED, *DALI, *MOLECULES, *PARQUET, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
 )

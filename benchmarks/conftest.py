@@ -6,6 +6,7 @@ import measure
 import pytest
 
 RESULTS = pytest.StashKey[list]()
+INPUTS = pytest.StashKey[list]()
 BANDWIDTH = pytest.StashKey[float]()
 
 
@@ -15,6 +16,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+    config.stash[INPUTS] = []
 
 
 @pytest.fixture(scope="session")
@@ -30,17 +32,51 @@ def results(request):
     return request.config.stash[RESULTS]
 
 
+@pytest.fixture
+def inputs(request):
+    """The same for the benchmarks of the input."""
+    return request.config.stash[INPUTS]
+
+
 def _optional(number: float | None, form: str) -> str:
     return "-" if number is None else format(number, form)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    found = config.stash[RESULTS]
-    if not found:
-        return
-    bandwidth = config.stash[BANDWIDTH]
-    where = measure.environment()
+    found, inputs = config.stash[RESULTS], config.stash[INPUTS]
+    bandwidth = config.stash.get(BANDWIDTH, None)
     write = terminalreporter.write_line
+    if found:
+        _write_operators(write, found, bandwidth)
+    if inputs:
+        _write_inputs(write, inputs)
+    if (found or inputs) and config.getoption("--record"):
+        write(f"recorded in {measure.write_record(bandwidth, found, inputs)}")
+
+
+def _write_inputs(write, inputs):
+    write("")
+    # In some processes Pillow is two to three times as slow as in others, for their whole life: the best one counts.
+    rival = max(entry["pillow_images_per_second_a_core"] for entry in inputs)
+    write(
+        f"{measure.environment()['device']}, {inputs[0]['cores']} cores: photographs of about 500×375, ADM's crop to "
+        f"{inputs[0]['size']}; a plain Pillow loop: {rival:.0f} images/s a core (the best of {len(inputs)} processes)"
+    )
+    write(
+        f"{'':20} {'images/s a core':>16} {'± %':>5} {'over Pillow':>12} {'images/s':>9} {'start s':>8} "
+        f"{'resume s':>9} {'MiB':>6} {'data_wait':>10}"
+    )
+    for entry in inputs:
+        rate = entry["images_per_second_a_core"]
+        write(
+            f"{entry['loader']:20} {rate:16.0f} {entry['spread']:5.0%} {rate / rival:11.2f}x "
+            f"{entry['images_per_second']:9.0f} {entry['start_seconds']:8.2f} {entry['resume_seconds']:9.2f} "
+            f"{entry['peak_mib']:6.0f} {_optional(entry.get('data_wait'), '10.1%'):>10}"
+        )
+
+
+def _write_operators(write, found, bandwidth):
+    where = measure.environment()
     write("")
     write(f"{where['device']}, torch {where['torch']}: copies {bandwidth / 1e9:.0f} GB/s")
     write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} {'eager':>7} {'compile':>7}")
@@ -53,6 +89,3 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{result['times_faster_than']['eager']:6.2f}x "
             f"{_optional(result['times_faster_than'].get('compile'), '6.2f'):>6}{'x' if where['cuda'] else ' '}"
         )
-    if not config.getoption("--record"):
-        return
-    write(f"recorded in {measure.write_record(bandwidth, found)}")

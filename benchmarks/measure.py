@@ -112,14 +112,14 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write_record(bandwidth: float, results: list[dict]) -> Path:
+def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict]) -> Path:
     """Write one run's results under records/ and return the file."""
     where = environment()
     name = "_".join("".join(c if c.isalnum() else "-" for c in where[key]).strip("-") for key in ("device", "date"))
     path = RECORDS / f"{name}.json"
     RECORDS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    record = where | {"copy_bytes_per_second": bandwidth, "results": results}
+    record = where | {"copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -26,6 +26,7 @@ from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mi
 from unite_kernels.philox import normals
 from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
 from unite_kernels.qk_rope import qk_norm_rope_reference
+from unite_kernels.resample import centre_crop_reference, crop_plan
 from unite_kernels.swiglu import swiglu_reference
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -239,6 +240,23 @@ def lpips_distance(features: tuple[int, int, int]) -> Case:
     )
 
 
+def centre_crop(batch: int) -> Case:
+    height, width, side = (375, 500, 256) if ON_GPU else (90, 120, 64)
+    pixels = torch.randint(256, (batch * 3 * height * width,), dtype=torch.uint8, device=measure.DEVICE)
+    sizes = [(height, width)] * batch
+    plan = crop_plan(height, width, side)
+    window = (plan.rows[1] - plan.rows[0]) * (plan.columns[1] - plan.columns[0])
+    # The window that counts read, the crop written.
+    return Case(
+        f"{batch}x{height}x{width} to {side}",
+        lambda pixels: uk.centre_crop(pixels, sizes, side),
+        lambda pixels: centre_crop_reference(pixels, sizes, side, False),
+        (pixels,),
+        {FORWARD: 3 * batch * (window + side * side)},
+        compiled=False,
+    )
+
+
 def ema_update_(blocks: int) -> Case:
     width, hidden = 768, 2048
     shapes = [(3 * width, width), (width, width), (2 * hidden, width), (width, hidden), (width,), (width,)]
@@ -293,10 +311,11 @@ OPERATORS = {
     "latent_norm_flow_loss": (latent_norm_flow_loss, BATCHES),
     "patch_l1": (patch_l1, IMAGES),
     "lpips_distance": (lpips_distance, MAPS),
+    "centre_crop": (centre_crop, IMAGES),
     "ema_update_": (ema_update_, BLOCKS),
     "newton_schulz": (newton_schulz, MATRICES),
 }
-FORWARD_ONLY = {"philox_normal", "ema_update_", "newton_schulz"}
+FORWARD_ONLY = {"philox_normal", "centre_crop", "ema_update_", "newton_schulz"}
 
 
 def directions(operator: str) -> tuple[str, ...]:

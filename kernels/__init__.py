@@ -15,4 +15,5 @@ from .optim import ema_update_, newton_schulz
 from .philox import philox_normal, philox_uniform
 from .pixels import lpips_distance, patch_l1
 from .qk_rope import qk_norm_rope
+from .resample import centre_crop
 from .swiglu import swiglu

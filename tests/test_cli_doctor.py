@@ -69,7 +69,7 @@ def test_broken_packages_are_rows_not_crashes(error, capsys, monkeypatch):
 
 
 def test_absent_packages_are_missing(capsys, monkeypatch):
-    for name in ("triton", "deepspeed", "nvidia", "apex"):
+    for name in ("triton", "deepspeed", "nvidia", "nvidia.dali", "apex"):
         monkeypatch.setitem(sys.modules, name, None)
     found = _findings(capsys)
     for name in ("Triton", "DALI", "NVIDIA Apex", "DeepSpeed"):

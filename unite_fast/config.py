@@ -231,6 +231,15 @@ class TrainConfig(Section):
         return self
 
 
+class DaliConfig(Section):
+    """NVIDIA DALI's pipeline, where data.loader chooses it."""
+
+    threads: PositiveInt = Field(4, description="threads a rank that read and decode; on a CPU they crop, too")
+    prefetch: PositiveInt = Field(2, description="micro-batches decoded ahead")
+    hw_decoder_load: Fraction = Field(0.65, description="share of the images that a GPU's JPEG engine decodes, the rest is left to its cores; for data.decode fast")
+    preallocate: tuple[PositiveInt, PositiveInt] | None = Field(None, description="width and height of a large image of the data set: a GPU decoder takes its memory at the start, not in mid-run")
+
+
 class DataConfig(Section):
     """Images in class folders, one sub-folder a class, sorted by name; or in shards of `unite-fast data prepare`."""
 
@@ -238,10 +247,21 @@ class DataConfig(Section):
     val_path: str | None = Field(None, description="held-out images of the same classes: class folders or prepared shards")
     crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
     flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
+    loader: Literal["auto", "workers", "dali"] = Field("auto", description="who reads: processes with Pillow, or NVIDIA DALI; auto: DALI on CUDA where it is installed, workers elsewhere and with cache")
+    decode: Literal["exact", "fast"] = Field("exact", description="exact: JPEG decoded on the CPU, the pixels of every loader; fast: on the GPU, whose rounding differs, or with a CPU's fast transform; needs DALI")
     workers: Annotated[int, Field(ge=0)] = Field(8, description="loader processes a rank; 0 loads in the training process")
     prefetch: PositiveInt = Field(4, description="micro-batches each worker keeps ready")
     max_bad_share: Fraction = Field(0.01, description="share of unreadable images that stops the run")
     cache: bool = Field(False, description="keep decoded images in memory (small data sets)")
+    dali: DaliConfig = Field(DaliConfig(), description="DALI's pipeline")
+
+    @model_validator(mode="after")
+    def _loaders(self):
+        if self.loader == "dali" and self.cache:
+            raise ValueError("loader dali keeps no decoded images: set cache to false, or loader to workers")
+        if self.decode == "fast" and (self.loader == "workers" or self.cache):
+            raise ValueError("decode fast is DALI's: set loader to dali and cache to false, or decode to exact")
+        return self
 
 
 class SamplingConfig(Section):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from unite_fast.config import Config, ModelConfig
-from unite_fast.data.loader import ImageStream, MicroBatch
+from unite_fast.data.loader import MicroBatch
+from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.report import Report
@@ -26,9 +27,10 @@ class Images:
     def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
         return Objective(config.objective, config.model.num_classes, device, autocast)
 
-    def stream(self, config: Config, batch: Batch, world: World, *, start_step: int) -> ImageStream:
-        return ImageStream(
+    def stream(self, config: Config, batch: Batch, world: World, *, start_step: int) -> Stream:
+        return open_stream(
             config.data,
+            device=world.device,
             image_size=config.model.image_size,
             num_classes=config.model.num_classes,
             seed=config.train.seed,
@@ -50,11 +52,11 @@ class Images:
         images = torch.rand(size, 3, side, side, device=device)
         return Inputs(images, torch.zeros(size, dtype=torch.int64, device=device), self._latents(config, size), 1.0)
 
-    def record(self, stream: ImageStream) -> dict[str, Any]:
-        return {}
+    def record(self, stream: Stream) -> dict[str, Any]:
+        return stream.mode
 
-    def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: ImageStream) -> Report:
-        return Report(config, folder, world, engine, stream.classes)
+    def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
+        return Report(config, folder, world, engine, stream.classes, stream.mode)
 
     def commands(self) -> None:
         return None

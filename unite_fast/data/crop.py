@@ -12,8 +12,9 @@ filter, cut out the centre. FID statistics in the field are computed on these pi
 - Of an animation the first frame counts.
 - A JPEG whose pixel data ends early is refused. libjpeg fills what is missing with mid-grey and Pillow says nothing if
   the end-of-image marker is there, so such a file would be trained on as a grey image.
-- The resampling is Pillow's. Its order of passes changed in Pillow 13 for images more than about 2.5 times as high as
-  wide (pull request 9549), by one level in about a quarter of their pixels; all others are the same in every version.
+- The resampling is Pillow's, bit for bit, and its order of passes that of the Pillow that is installed. It changed in
+  Pillow 13 for images more than about 2.5 times as high as wide (pull request 9549), by one level in about a quarter of
+  their pixels; all others are the same in every version.
 - 32-bit integer, float and Lab images are refused: their range in 8 bits is a guess.
 """
 
@@ -27,7 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unite_fast.data.resample import resample_crop
 from unite_fast.errors import UserError
+from unite_kernels.resample import crop_sizes
 
 # 256 MiB as 8-bit RGB, Pillow's own warning limit. It holds for the file and for the resized image, because a
 # one-pixel-wide strip becomes wider than any bomb when its short side is brought to the target.
@@ -66,7 +69,16 @@ def decode(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.u
         Exception: whatever Pillow raises on a broken file (OSError, SyntaxError, ValueError, struct.error, …);
             ValueError for pixels that have no 8-bit meaning, for decompression bombs and for a JPEG that ends early.
     """
-    with Image.open(io.BytesIO(expose_missing_data(data)), formats=FORMATS) as image:
+    exposing = expose_missing_data(data)
+    rgb = _open_rgb(data, size, crop)
+    if exposing is not data and ends_grey(rgb[-1, -1]):
+        _open_rgb(exposing, size, crop)
+    return rgb if crop == "none" else centre_crop(rgb, size)
+
+
+def _open_rgb(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.uint8]:
+    """[h, w, 3] of the whole image; raises as `decode`."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if crop == "none" and (width, height) != (size, size):
             raise WrongSizeError(
@@ -75,8 +87,15 @@ def decode(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.u
             )
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")
-        rgb = to_rgb(image)
-    return np.asarray(rgb if crop == "none" else centre_crop(rgb, size))
+        return np.asarray(to_rgb(image))
+
+
+def ends_grey(last: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether an image's last pixel [..., 3] may stem from a block without data, whose luma libjpeg sets to 128.
+
+    Its colour may come from the blocks around it. One photograph in a hundred ends so by itself.
+    """
+    return abs(last @ np.array([299, 587, 114]) - 128_000) <= 1_500  # the weights of JPEG's luma, and its rounding
 
 
 def content_format(data: bytes) -> str | None:
@@ -87,7 +106,8 @@ def content_format(data: bytes) -> str | None:
 
 
 def expose_missing_data(data: bytes) -> bytes:
-    """A file as given, or a JPEG changed so that Pillow fails where it would fill missing pixels with grey.
+    """A file as given, or a JPEG changed so that Pillow fails where it would fill missing pixels with grey. Decoding
+    both and comparing their last pixels with grey (`ends_grey`) is what all loaders do alike.
 
     In a sequential JPEG of one scan the end-of-image marker gives way to zeros, just enough for libjpeg's read-ahead:
     whole pixel data decode as before, and data that end early make the decoder ask for more, which Pillow reports as
@@ -144,22 +164,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop of an RGB image.
+def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """ADM's centre crop.
 
     Args:
-        image: RGB, any size.
+        image: [h, w, 3].
         size: side of the result.
 
+    Returns:
+        [size, size, 3].
+
     Raises:
-        ValueError: so long and thin that its short side at `size` makes more than MAX_PIXELS pixels.
+        ValueError: as `require_croppable`.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    require_croppable(*image.shape[:2], size)
+    return resample_crop(image, size)
+
+
+def require_croppable(height: int, width: int, size: int) -> None:
+    """Refuse what is more work than any photograph.
+
+    Raises:
+        ValueError: more than MAX_PIXELS pixels, or so long and thin that they are more with its short side at `size`.
+    """
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")
+    height, width = crop_sizes(height, width, size)[-1]
     if width * height > MAX_PIXELS:
         raise ValueError(f"too long and thin: {width}×{height} pixels with the short side at {size}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))

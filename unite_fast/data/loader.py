@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -31,7 +32,7 @@ SHARED_MEMORY = "/dev/shm"
 class MicroBatch(NamedTuple):
     """Images of one rank and backward."""
 
-    images: Tensor  # [b, 3, H, H] uint8, RGB; pinned when there is CUDA
+    images: Tensor  # [b, 3, H, H] uint8, RGB
     labels: Tensor  # [b] int64
     indices: Tensor  # [b] int64, which images of the folder these are, substitutes included
     step: int  # optimizer step, counted from 0
@@ -48,6 +49,7 @@ class ImageStream:
     Attributes:
         classes: class names; the position of a name is its label.
         steps_per_epoch: optimizer steps in one pass over the data, a fraction in general.
+        mode: what the pixels depend on, for the record.
     """
 
     def __init__(
@@ -86,6 +88,9 @@ class ImageStream:
         folder = open_source(config.path, num_classes, image_size=image_size)
         self.classes: tuple[str, ...] = folder.classes
         self.steps_per_epoch: float = len(folder) / global_batch
+        self.mode = {
+            "loader": "workers", "decode": "exact", "crop": config.crop, "decoded_on": "cpu", "pillow": PIL.__version__
+        }  # fmt: skip
         self._folder = folder
         self._bad = BadFiles(folder, config.max_bad_share)
         sampler = Sampler(len(folder), seed, global_batch, micro_batch, accumulation, rank, world_size)

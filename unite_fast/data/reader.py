@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,20 @@ class Problem(NamedTuple):
 
     index: int
     reason: str
+
+
+class Reader(Protocol):
+    """Makes pixels, or something that becomes pixels, of an image by its number."""
+
+    folder: ImageSource
+    image_size: int
+
+    def pixels(self, index: int) -> Any | Problem:
+        """What was read, or why nothing was.
+
+        Raises:
+            WrongSizeError: crop "none" and an image of another size.
+        """
 
 
 class Piece(NamedTuple):
@@ -103,8 +117,44 @@ class MemoryReader:
         return self.problems.get(index) or self._images[index]
 
 
+class Served(NamedTuple):
+    """What stands at one place of a micro-batch."""
+
+    index: int  # of the image, after substitution
+    found: Any  # what the reader made of it; None where nothing could be read
+    problems: list[Problem]
+    fatal: str | None  # what stops the run
+
+
+def serve(
+    reader: Reader, seed: int, epoch: int, wanted: int, holding: Callable[[int], None] = lambda index: None
+) -> Served:
+    """Read the image that a place asks for, or the first usable one of those that `substitute` puts there.
+
+    Args:
+        reader: where pixels come from.
+        seed, epoch, wanted: what substitutes depend on, beside the attempt.
+        holding: told the index of every file before it is opened.
+    """
+    index, problems = wanted, []
+    try:
+        for attempt in range(MAX_ATTEMPTS + 1):
+            holding(index)
+            found = reader.pixels(index)
+            if not isinstance(found, Problem):
+                return Served(index, found, problems, None)
+            problems.append(found)
+            if attempt < MAX_ATTEMPTS:
+                index = substitute(len(reader.folder), seed, epoch, wanted, attempt)
+    except WrongSizeError as error:
+        return Served(index, None, problems, str(error))
+    example = f"{reader.folder.path(index)} ({problems[-1].reason})"
+    fatal = f"no readable image among {len(problems)} tries in {reader.folder.root}: {example}"
+    return Served(index, None, problems, fatal)
+
+
 def read_piece(
-    reader: FileReader | MemoryReader,
+    reader: Reader,
     draw: Draw,
     *,
     seed: int,
@@ -123,40 +173,37 @@ def read_piece(
         flip: mirror half of the images.
         holding: told the index of every file before it is opened.
     """
-    size, count = reader.image_size, len(reader.folder)
+    size = reader.image_size
     images = np.empty((len(draw.indices), 3, size, size), np.uint8)
+    places: list[Served] = []
+    for epoch, wanted in zip(draw.epochs.tolist(), draw.indices.tolist()):
+        place = serve(reader, seed, epoch, wanted, holding)
+        places.append(place)
+        if place.fatal:
+            break
+        rows = place.found
+        if flip and flips(seed, epoch, place.index)[0]:
+            rows = rows[:, ::-1]
+        images[len(places) - 1] = rows.transpose(2, 0, 1)
+    return piece_of(draw, places, torch.from_numpy(images), reader.folder.labels)
+
+
+def piece_of(draw: Draw, places: list[Served], images: Tensor, labels: NDArray[np.int64]) -> Piece:
+    """A micro-batch of what was served, up to the first place that stops the run.
+
+    Args:
+        draw: what was asked for.
+        places: in order.
+        images: [b, 3, H, H].
+        labels: of every image of the data set.
+    """
     indices = draw.indices.copy()
-    mirrored = flips(seed, draw.epochs, indices) if flip else np.zeros(len(indices), bool)
-    problems: list[Problem] = []
-    fatal: str | None = None
-    for place in range(len(indices)):
-        epoch, wanted = int(draw.epochs[place]), int(draw.indices[place])
-        index, attempt = wanted, 0
-        try:
-            holding(index)
-            found = reader.pixels(index)
-            while isinstance(found, Problem) and attempt < MAX_ATTEMPTS:
-                problems.append(found)
-                index = substitute(count, seed, epoch, wanted, attempt)
-                attempt += 1
-                holding(index)
-                found = reader.pixels(index)
-        except WrongSizeError as error:
-            fatal = str(error)
-            break
-        if isinstance(found, Problem):
-            problems.append(found)
-            example = f"{reader.folder.path(index)} ({found.reason})"
-            fatal = f"no readable image among {attempt + 1} tries in {reader.folder.root}: {example}"
-            break
-        if index != wanted:
-            indices[place] = index
-            mirrored[place] = flip and flips(seed, epoch, index)[0]
-        rows = found[:, ::-1] if mirrored[place] else found
-        images[place] = rows.transpose(2, 0, 1)
-    labels = torch.from_numpy(reader.folder.labels[indices])
+    indices[: len(places)] = [place.index for place in places]
+    fatal = next((number for number, place in enumerate(places) if place.fatal), None)
+    reached = places if fatal is None else places[: fatal + 1]
     return Piece(
-        draw.step, draw.micro_batch, torch.from_numpy(images), labels, torch.from_numpy(indices), problems, fatal
+        draw.step, draw.micro_batch, images, torch.from_numpy(labels[indices]), torch.from_numpy(indices),
+        [problem for place in reached for problem in place.problems], None if fatal is None else places[fatal].fatal,
     )  # fmt: skip
 
 

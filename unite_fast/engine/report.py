@@ -48,8 +48,17 @@ class Report:
         ("reconstructions.png", "held-out originals above their reconstructions"),
     )
 
-    def __init__(self, config: Config, folder: Path, world: World, engine: Engine, classes: tuple[str, ...]):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        world: World,
+        engine: Engine,
+        classes: tuple[str, ...],
+        data: dict[str, Any],
+    ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
+        self._data = data
         if world.is_main:
             self._prepare()
 
@@ -152,6 +161,7 @@ class Report:
             "sampling": self.config.sampling.model_dump(mode="json")
             | {"time_shift": self.config.objective.time_shift},
             "class_names": list(self.classes),
+            "data": self._data,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 

@@ -52,9 +52,9 @@ class MoleculeReport(Report):
     def __init__(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
     ):
-        self._parts, self._record = stream.parts, stream.record
+        self._parts = stream.parts
         self._judge: MoleculeJudge | None = None
-        super().__init__(config, folder, world, engine, stream.classes)
+        super().__init__(config, folder, world, engine, stream.classes, stream.record)
 
     def _prepare(self) -> None:
         held_out = self._parts.held_out
@@ -110,7 +110,7 @@ class MoleculeReport(Report):
         sampling, seed, pieces = self.config.sampling, self.config.train.seed + 1, []
         for first in range(0, count, self.config.evaluation.batch):
             numbers = np.arange(first, min(first + self.config.evaluation.batch, count))
-            counts = draw_counts(self._record["atom_histogram"], len(numbers), seed=seed, first=first)
+            counts = draw_counts(self._data["atom_histogram"], len(numbers), seed=seed, first=first)
             labels = torch.from_numpy(numbers % len(self.classes)) if self.classes else None
             pieces.append(
                 generate(
@@ -124,9 +124,6 @@ class MoleculeReport(Report):
     @property
     def _processes(self) -> int | None:
         return self.config.evaluation.workers or None
-
-    def _made_by(self, steps: int) -> dict[str, Any]:
-        return super()._made_by(steps) | {"data": self._record}
 
 
 def joined(pieces: list[Any], source: str, names: tuple[str, ...] | None = None) -> MoleculeSet:
