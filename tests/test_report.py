@@ -306,6 +306,9 @@ def test_a_trajectory_ends_in_the_sample(finished):
     """Its last image is what `generate` makes of the same noise, and sample sheets hold `generate`'s images."""
     trained, settings = open_trained(finished), open_run(finished).config
     model = trained.build()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # twenty steps leave a network that ignores what it is given
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     result = probe(trained, model, config(finished.parents[1], **{
         name: settings[name] for name in ("data", "evaluation", "sampling")
     }), Options(columns=2, held_out=8))  # fmt: skip
@@ -314,6 +317,7 @@ def test_a_trajectory_ends_in_the_sample(finished):
     with torch.no_grad():
         expected = generate(model, torch.tensor([0, 1]), noise=_noise(model, 0, 0, 0, 2), **options)
         samples = generate(model, torch.tensor([0, 0, 1, 1]), noise=_noise(model, 0, 0, 0, 4), **options)
+    assert len({row.images.tobytes() for row in result.trajectory}) == 2
     for row, image in zip(result.trajectory, expected):
         last = torch.from_numpy(row.images[-1]).permute(2, 0, 1) / 255
         assert (last - image).abs().max() < 1.5 / 255
