@@ -176,6 +176,17 @@ def test_quick_takes_the_sheets_on_disk(folder, monkeypatch):
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
 
 
+def test_a_run_on_something_else_than_images(folder):
+    settings = json.loads((folder / "config.json").read_text()) | {"modality": "molecules"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"molecules": 7}) + "\n" for r in records))
+    page = Page(write_report(folder))
+    assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training") and "gFID" in page.says("results")
+    assert "This is a run on molecules" in page.says("trajectory")
+    assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+
+
 @pytest.mark.parametrize("name", ["summary.json", "evaluations/broken.json", "evaluations/list.json"])
 def test_broken_files_are_named_and_the_rest_is_shown(name, folder):
     (folder / name).write_text("[1]" if "list" in name else '{"metrics": 3}' if "evaluations" in name else '{"psnr": ')

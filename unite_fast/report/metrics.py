@@ -45,7 +45,7 @@ SUMMARY_PROTOCOL = (
     "feature_side", "steps", "training_seconds", "parameters", "made_by",
 )  # fmt: skip
 NOT_PROTOCOL = ("model", "environment", "warnings")  # parts of a protocol that may differ between steps of one curve
-MOST_LINES = 4  # that a chart has colours for
+MOST_LINES = 5  # that a chart has colours for
 REAL = ("_train", "_real")  # endings of what real images score by the same protocol
 
 
