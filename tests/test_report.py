@@ -1,4 +1,4 @@
-"""The report: what the page holds, what it says is missing, hostile and broken runs, the numbers behind its pictures."""
+"""The report: what the page holds and says is missing, hostile and broken runs, the numbers behind its pictures."""
 
 import base64
 import io
@@ -182,7 +182,8 @@ def test_a_run_on_something_else_than_images(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"molecules": 7}) + "\n" for r in records))
     page = Page(write_report(folder))
-    assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training") and "gFID" in page.says("results")
+    assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training")
+    assert "gFID" in page.says("results")
     assert "This is a run on molecules" in page.says("trajectory")
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
 
@@ -307,7 +308,8 @@ def test_statistics_of_latents():
     assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
     assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
     assert latents.rank == pytest.approx(4, abs=0.05)
-    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02) and latents.spectrum[0] == max(latents.spectrum)
+    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02)
+    assert latents.spectrum[0] == max(latents.spectrum)
     width = 2 * latents.range / len(latents.histogram)
     assert latents.histogram.sum() * width == pytest.approx(1, abs=0.01)
     assert latents.reference.sum() * width == pytest.approx(1, abs=0.01)
