@@ -15,20 +15,25 @@ HOSTILE = "<script>alert('x')</script> & \"co\""
 EVALUATION = {
     "metrics": {"gfid": 12.345678, "is": 101.5, "precision": 0.75, "of_its_own_kind": 3, "kid": float("nan")},
     "protocol": {
-        "model": {"step": 20, "weights": "ema"}, "warnings": ["few images for `gfid`"], "solver": "heun", "steps": 50, "guidance": 2.4, "interval": [0.1, 1.0], "seed": 0,
-        "checkpoint": {"sha256": "a" * 64, "step": 20}, "note": HOSTILE,
+        "model": {"step": 20, "weights": "ema"},
+        "warnings": ["few images for `gfid`"],
+        "solver": "heun", "steps": 50, "guidance": 2.4, "interval": [0.1, 1.0], "seed": 0,
+        "checkpoint": {"sha256": "a" * 64, "step": 20},
+        "note": HOSTILE,
     },
     "tables": {
         "odd": [{"guidance": 1.0, "gfid": 20.5}, {"guidance": 1.2, "gfid": 18.25, "is": 90}],
         "guidance_search": [
-            {"guidance": w, "low": low, "high": 1.0, "score": 20 - w + low} for low in (0.0, 0.2) for w in (1.0, 2.0, 3.0)
+            {"guidance": w, "low": low, "high": 1.0, "score": 20 - w + low}
+            for low in (0.0, 0.2)
+            for w in (1.0, 2.0, 3.0)
         ],
     },
 }  # fmt: skip
 
 
 def trained_run(folder: Path) -> Path:
-    """Train 20 steps on 16×16 images of two classes, then add an evaluation and a second session and report on all of it."""
+    """Train 20 steps on 16×16 images of two classes, add evaluations and a second session, report on all of it."""
     image_tree(folder / "train")
     image_tree(folder / "val", per_class=8)
     for split in ("train", "val"):

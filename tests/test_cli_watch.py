@@ -80,6 +80,15 @@ def test_a_resumed_run_that_repeats_steps(tmp_path, capsys):
     assert "step 40 of 100" in shown(capsys, folder_of(tmp_path / "run", records))
 
 
+def test_losses_and_rates_of_another_modality(tmp_path, capsys):
+    entries = [
+        {"step": step, "loss": 2.0, "loss_element": 0.5, "molecules_per_second": 640.0, "time": time.time()}
+        for step in (1, 2)
+    ]
+    text = shown(capsys, folder_of(tmp_path / "run", entries))
+    assert "  element" in text and "molecules/s" in text and "640" in text and "images/s" not in text
+
+
 def test_a_run_before_its_first_record(tmp_path, capsys):
     folder = folder_of(tmp_path / "run", [])
     (folder / "metrics.jsonl").unlink()

@@ -138,7 +138,8 @@ def test_the_form_is_that_of_torchs_own_optimizers(trained, file):
     content = torch.load(file, weights_only=True)
     model = Config.load(trained / "config.json").model
     ours = our_names((name.replace("._orig_mod", "") for name in content["model"]), model)
-    tensors = {ours[key]: content["model"][name] for name in content["model"] if (key := name.replace("._orig_mod", "")) in ours}
+    plain = {name.replace("._orig_mod", ""): tensor for name, tensor in content["model"].items()}
+    tensors = {ours[name]: tensor for name, tensor in plain.items() if name in ours}
     for key, kind in (("optimizer", torch.optim.AdamW), ("optimizer_muon", torch.optim.Muon)):
         names = parameter_order(content["model"], model)[key]
         parameters = [torch.nn.Parameter(tensors[name].clone()) for name in names]
@@ -177,7 +178,8 @@ def test_other_hyperparameters_are_told(folder, file, capsys):
     overrides = ["optimizer.eps=1e-8", "optimizer.momentum=0.9", "optimizer.lr=0.0001"]
     assert _import(folder, file, "told", *overrides) == 0
     warned = capsys.readouterr().err
-    assert "eps of `optimizer` was 1e-06, is 1e-08" in warned and "momentum of `optimizer_muon` was 0.95, is 0.9" in warned
+    assert "eps of `optimizer` was 1e-06, is 1e-08" in warned
+    assert "momentum of `optimizer_muon` was 0.95, is 0.9" in warned
     assert "learning rate of `optimizer` was 0.001, above this configuration's peak 0.0001" in warned
 
 
@@ -186,6 +188,10 @@ def _changed(file, path, change):
     change(content)
     torch.save(content, path)
     return path
+
+
+def _positions(content, key):
+    return content[key]["param_groups"][0]["params"]
 
 
 def _first(content, key):
@@ -197,19 +203,19 @@ def _first(content, key):
     [
         (lambda c: c.pop("optimizer_muon"), "it holds no `optimizer_muon`; `unite-fast import FILE --out DIR` takes"),
         (lambda c: (c.pop("ema"), c.pop("optimizer")), "it holds no `ema` and no `optimizer`"),
-        (lambda c: c.update(optimizer={}), "`optimizer` is no optimizer state of one parameter group: it has no groups"),
+        (lambda c: c.update(optimizer={}), "no optimizer state of one parameter group: it has no groups"),
         (lambda c: c["optimizer"]["param_groups"].append({"params": []}), "it has 2 groups"),
         (lambda c: c["optimizer"]["param_groups"][0].pop("params"), "does not list its parameters"),
-        (lambda c: c["optimizer_muon"]["param_groups"][0]["params"].pop(), "`optimizer_muon` holds 20 parameters, this model has 21"),
-        (lambda c: c["optimizer"]["param_groups"][0]["params"].extend([97, 98]), "`optimizer` holds"),
+        (lambda c: _positions(c, "optimizer_muon").pop(), "`optimizer_muon` holds 20 parameters, this model has 21"),
+        (lambda c: _positions(c, "optimizer").extend([97, 98]), "`optimizer` holds"),
         (lambda c: c["optimizer"]["state"].pop(3), "`optimizer` holds no state for parameter 3"),
-        (lambda c: _first(c, "optimizer").update(max_exp_avg_sq=torch.zeros(1)), "`optimizer` keeps max_exp_avg_sq for"),
+        (lambda c: _first(c, "optimizer").update(max_exp_avg_sq=torch.zeros(1)), "keeps max_exp_avg_sq for"),
         (lambda c: _first(c, "optimizer_muon").pop("momentum_buffer"), "`optimizer_muon` momentum_buffer of"),
-        (lambda c: c["optimizer_muon"]["param_groups"][0]["params"].reverse(), "list their parameters in another order"),
+        (lambda c: _positions(c, "optimizer_muon").reverse(), "list their parameters in another order"),
         (lambda c: _first(c, "optimizer").update(exp_avg=torch.zeros(2)), "has shape [2] where the parameter has"),
         (lambda c: _first(c, "optimizer")["exp_avg_sq"].fill_(float("nan")), "holds NaN or infinite values"),
-        (lambda c: _first(c, "optimizer").update(step=torch.tensor(3.0)), "counts no common number of steps: [3.0, 6.0]"),
-        (lambda c: [entry.pop("step") for entry in c["optimizer"]["state"].values()], "counts no common number of steps: []"),
+        (lambda c: _first(c, "optimizer").update(step=torch.tensor(3.0)), "no common number of steps: [3.0, 6.0]"),
+        (lambda c: [e.pop("step") for e in c["optimizer"]["state"].values()], "no common number of steps: []"),
         (lambda c: c["ema"].pop("latent_tokens"), "'latent_tokens' is missing"),
         (lambda c: c["model"].update({"encoder_layer_norm.bias": torch.full((4,), torch.nan)}), "1 entries hold NaN"),
     ],
@@ -242,8 +248,8 @@ def test_an_optimizer_that_leaves_the_unused_parameter_out(folder, trained, file
     ("sections", "says"),
     [
         ({"model": {"depth": 3}}, "model.depth is 3, there 2"),
-        ({"model": {"decoder": {"depth": 2, "width": 16, "heads": 2, "inner": 16}}}, "model.decoder.depth is 2, there 1"),
-        ({"model": {"num_classes": 5, "latent_dim": 8}}, "model.latent_dim is 8, there 4; model.num_classes is 5, there 2"),
+        ({"model": {"decoder": {"depth": 2, "width": 16, "heads": 2, "inner": 16}}}, "model.decoder.depth is 2, there"),
+        ({"model": {"num_classes": 5, "latent_dim": 8}}, "latent_dim is 8, there 4; model.num_classes is 5, there 2"),
         ({"model": {"shared": False}}, "set model.shared to true"),
         ({"optimizer": {"kind": "adamw"}}, "continues under optimizer.kind muon"),
         ({"name": "first", "runs": None}, "already holds a run: choose another name"),
@@ -283,7 +289,8 @@ def test_golden_names_and_shapes(tmp_path):
     sizes = read_published(_saved(tmp_path / "w.pt", weights)).config
     order = parameter_order(weights, sizes)
     state = {name: weights[published] for published, name in our_names(weights, sizes).items()}
-    content = {"step": 8, "epoch": 0, "model": weights, "ema": {k: v + 0.01 * v.std() for k, v in weights.items() if v.numel() > 1}}
+    averages = {name: tensor + 0.01 for name, tensor in weights.items()}
+    content = {"step": 8, "epoch": 0, "model": weights, "ema": averages}
     for key, kind in (("optimizer", torch.optim.AdamW), ("optimizer_muon", torch.optim.Muon)):
         parameters = [torch.nn.Parameter(state[name].clone()) for name in order[key]]
         optimizer = kind(parameters, lr=1e-4)

@@ -1,4 +1,4 @@
-"""The report: what the page holds, what it says is missing, hostile and broken runs, the numbers behind its pictures."""
+"""The report: what the page holds and says is missing, hostile and broken runs, the numbers behind its pictures."""
 
 import base64
 import io
@@ -176,6 +176,18 @@ def test_quick_takes_the_sheets_on_disk(folder, monkeypatch):
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
 
 
+def test_a_run_on_something_else_than_images(folder):
+    settings = json.loads((folder / "config.json").read_text()) | {"modality": "molecules"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"molecules": 7}) + "\n" for r in records))
+    page = Page(write_report(folder))
+    assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training")
+    assert "gFID" in page.says("results")
+    assert "This is a run on molecules" in page.says("trajectory")
+    assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+
+
 @pytest.mark.parametrize("name", ["summary.json", "evaluations/broken.json", "evaluations/list.json"])
 def test_broken_files_are_named_and_the_rest_is_shown(name, folder):
     (folder / name).write_text("[1]" if "list" in name else '{"metrics": 3}' if "evaluations" in name else '{"psnr": ')
@@ -296,7 +308,8 @@ def test_statistics_of_latents():
     assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
     assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
     assert latents.rank == pytest.approx(4, abs=0.05)
-    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02) and latents.spectrum[0] == max(latents.spectrum)
+    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02)
+    assert latents.spectrum[0] == max(latents.spectrum)
     width = 2 * latents.range / len(latents.histogram)
     assert latents.histogram.sum() * width == pytest.approx(1, abs=0.01)
     assert latents.reference.sum() * width == pytest.approx(1, abs=0.01)
@@ -306,6 +319,9 @@ def test_a_trajectory_ends_in_the_sample(finished):
     """Its last image is what `generate` makes of the same noise, and sample sheets hold `generate`'s images."""
     trained, settings = open_trained(finished), open_run(finished).config
     model = trained.build()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # twenty steps leave a network that ignores what it is given
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     result = probe(trained, model, config(finished.parents[1], **{
         name: settings[name] for name in ("data", "evaluation", "sampling")
     }), Options(columns=2, held_out=8))  # fmt: skip
@@ -314,6 +330,7 @@ def test_a_trajectory_ends_in_the_sample(finished):
     with torch.no_grad():
         expected = generate(model, torch.tensor([0, 1]), noise=_noise(model, 0, 0, 0, 2), **options)
         samples = generate(model, torch.tensor([0, 0, 1, 1]), noise=_noise(model, 0, 0, 0, 4), **options)
+    assert len({row.images.tobytes() for row in result.trajectory}) == 2
     for row, image in zip(result.trajectory, expected):
         last = torch.from_numpy(row.images[-1]).permute(2, 0, 1) / 255
         assert (last - image).abs().max() < 1.5 / 255

@@ -1,4 +1,4 @@
-"""The report in a real browser, without network: pictures, errors, phone, dark mode, contrast, values under the pointer."""
+"""The report in a real browser, without network: pictures, errors, phone, dark mode, contrast, pointer."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 import pytest
 from report_run import LONG, trained_run
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 if BROWSER is None or DRIVER is None:
     pytest.skip("no Chromium with its driver here (apt install chromium chromium-driver)", allow_module_level=True)
@@ -118,8 +118,8 @@ def test_values_under_the_pointer(browser, page):
 
     _open(browser, page)
     last = json.loads((page.parent / "metrics.jsonl").read_text().splitlines()[-1])
-    titles = browser.execute_script("return [...document.querySelectorAll('.chart-card figcaption')].map(e => e.innerText)")
-    chart = browser.find_elements("css selector", ".chart-card svg")[titles.index("Gradient norm")]
+    titles = [caption.text for caption in browser.find_elements("css selector", "#training .chart-card figcaption")]
+    chart = browser.find_elements("css selector", "#training .chart-card svg")[titles.index("Gradient norm")]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
     edge = int(chart.size["width"] / 2 * 0.94)  # just inside the plot's right end
     ActionChains(browser).move_to_element_with_offset(chart, edge, 0).perform()

@@ -71,7 +71,9 @@ def import_training(path: str | Path, config: Config) -> Continued:
     if config.optimizer.kind != "muon":
         raise UserError("a published checkpoint continues under optimizer.kind muon, which it was trained with")
     content = read_explained(path)
-    missing = [key for key in (*SETS, *MOMENTS) if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
+    missing = [key for key in (*SETS, *MOMENTS) if not isinstance(content.get(key), dict)]
     if missing:
         raise UserError(
             f"{path} cannot be continued from: it holds no {' and no '.join(f'`{key}`' for key in missing)}; "
@@ -131,7 +133,8 @@ def export_training(source: str | Path, path: str | Path) -> list[str]:
     state, tensors = checkpoint.read(directory)
     config = Config.parse(state["config"], source=f"configuration in {directory / checkpoint.STATE}")
     if config.optimizer.kind != "muon":
-        raise UserError(f"{directory} was trained with optimizer.kind {config.optimizer.kind}; the published form has Muon")
+        kind = config.optimizer.kind
+        raise UserError(f"{directory} was trained with optimizer.kind {kind}; the published form has Muon")
     run = directory.parents[1]
     kept = read_file(run / KEPT) if (run / KEPT).is_file() else None
     if kept is None:
@@ -213,7 +216,8 @@ def _read_moments(
             raise UserError(f"{path}: `{key}` holds no state for parameter {index}, {name}")
         unknown = sorted(map(str, set(entry) - {"step", *MOMENTS[key]}))
         if unknown:
-            raise UserError(f"{path}: `{key}` keeps {', '.join(unknown)} for {name}; {', '.join(MOMENTS[key])} is known")
+            known = ", ".join(MOMENTS[key])
+            raise UserError(f"{path}: `{key}` keeps {', '.join(unknown)} for {name}; {known} is known")
         for moment in MOMENTS[key]:
             moments[f"{moment}/{name}"] = _tensor(entry.get(moment), f"`{key}` {moment} of {name}", shapes[name], path)
         count = entry.get("step")
@@ -303,8 +307,8 @@ def _last_lr(run: Path, state: dict[str, Any], options: OptimizerConfig) -> floa
         for record in read_lines(run / METRICS):
             if record.get("step") == state["step"] and number(record.get("lr")) is not None:
                 return float(record["lr"])
-    images = state["extra"].get("images")
-    return peak_lr(options, images // state["step"] if isinstance(images, int) and state["step"] else options.lr_batch or 1)
+    images, step = state["extra"].get("images"), state["step"]
+    return peak_lr(options, images // step if isinstance(images, int) and step else options.lr_batch or 1)
 
 
 def _differences(content: dict[str, Any], config: Config) -> list[str]:
@@ -321,9 +325,9 @@ def _differences(content: dict[str, Any], config: Config) -> list[str]:
             theirs = tuple(theirs) if isinstance(theirs, list | tuple) else theirs
             if theirs is not None and theirs != mine:
                 found.append(f"{name} of `{key}` was {theirs}, is {mine}")
-        lr = number(group.get("lr"))
-        if lr is not None and batch and lr > peak_lr(options, batch) * (1 + 1e-6):
-            found.append(f"learning rate of `{key}` was {lr:.3g}, above this configuration's peak {peak_lr(options, batch):.3g}")
+        lr, peak = number(group.get("lr")), peak_lr(options, batch) if batch else None
+        if lr is not None and peak is not None and lr > peak * (1 + 1e-6):
+            found.append(f"learning rate of `{key}` was {lr:.3g}, above this configuration's peak {peak:.3g}")
     return found
 
 

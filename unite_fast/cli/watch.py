@@ -24,12 +24,12 @@ from unite_fast.records import RunFolder, duration, number, open_run
 BARS = "▁▂▃▄▅▆▇█"
 TREND = 40  # characters of a sparkline
 RECENT = 20  # records that the pace is measured on
-# key -> title, logarithmic
-ROWS = (
-    ("loss", "loss", True), ("loss_l1", "  L1", True), ("loss_lpips", "  LPIPS", True), ("loss_flow", "  flow", True),
-    ("grad_norm", "gradient norm", True), ("lr", "learning rate", False), ("z0_std", "latent deviation", False),
-    ("z0_rank", "latent rank", False), ("images_per_second", "images/s", False), ("data_wait", "waiting for data", False),
-)  # fmt: skip
+# Keys beside losses and rates, which every modality names by itself: title, whether the trend is logarithmic.
+ROWS = {
+    "grad_norm": ("gradient norm", True), "lr": ("learning rate", False), "z0_std": ("latent deviation", False),
+    "z0_rank": ("latent rank", False), "data_wait": ("waiting for data", False),
+}  # fmt: skip
+RATE = "_per_second"
 # A tenth of the time spent waiting is what a second loader process or another crop mode would give back.
 WAIT_WARNING = 0.1
 # Records that the speed warning compares with the run's median before them.
@@ -76,7 +76,7 @@ def view(run: RunFolder, now: float) -> RenderableType:
         parts.append(_progress(run, state, now))
     if run.metrics:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-        for key, title, log in ROWS:
+        for key, (title, log) in _rows(run.metrics[-1]).items():
             values = [value for record in run.metrics if (value := number(record.get(key))) is not None]
             if values:
                 trend = Text(sparkline(values, TREND, log=log), style="cyan")
@@ -88,6 +88,20 @@ def view(run: RunFolder, now: float) -> RenderableType:
     if notes:
         parts += [Text(), *(Text(f"! {note}", style="yellow") for note in notes)]
     return Panel(Group(*parts), title=Text(str(run.path)), title_align="left", expand=False, padding=(0, 2))
+
+
+def _rows(record: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Key -> (title, logarithmic) of what is shown of a record, in its order."""
+    rows = {}
+    for key in record:
+        if key == "loss" or key.startswith("loss_"):
+            name = key.removeprefix("loss_")
+            rows[key] = (key if key == "loss" else f"  {name.upper() if name in ('l1', 'lpips') else name}", True)
+        elif key.endswith(RATE):
+            rows[key] = (f"{key.removesuffix(RATE)}/s", False)
+        elif key in ROWS:
+            rows[key] = ROWS[key]
+    return rows
 
 
 def warnings(run: RunFolder, state: str, now: float) -> list[str]:
@@ -106,11 +120,14 @@ def warnings(run: RunFolder, state: str, now: float) -> list[str]:
     wait = _recent(run, "data_wait")
     if wait is not None and wait > WAIT_WARNING:
         notes.append(f"{100 * wait:.0f} % of the time goes into waiting for data: raise data.workers or data.prefetch")
-    speeds = [value for record in run.metrics if (value := number(record.get("images_per_second")))]
-    if len(speeds) >= 3 * RECENT:
+    for key in (name for name in last if name.endswith(RATE)):
+        speeds = [value for record in run.metrics if (value := number(record.get(key)))]
+        if len(speeds) < 3 * RECENT:
+            continue
         before, lately = _median(speeds[:-RECENT]), _median(speeds[-RECENT:])
         if lately < SLOW_SHARE * before:
-            notes.append(f"slower than before: {lately:.0f} images/s, {before:.0f} until {RECENT} records ago")
+            what = f"{key.removesuffix(RATE)}/s"
+            notes.append(f"slower than before: {lately:.0f} {what}, {before:.0f} until {RECENT} records ago")
     if state == "stopped":
         silent = now - (number(last.get("time")) or now)
         notes.append(f"no record for {duration(silent)}: the run has ended early; --resume continues it")

@@ -32,7 +32,8 @@ def write_report(
 ) -> Path:
     """Write the report of a run, finished or in training.
 
-    What is missing (weights, data, evaluations) is named on the page in the place where it would stand.
+    What is missing (weights, data, evaluations) is named on the page in the place where it would stand. Of a run on
+    anything but images the model is not run: sheets, curves, results, configuration and environment stand.
 
     Args:
         folder: the run.
@@ -55,7 +56,10 @@ def write_report(
 
     run = open_run(folder)
     result, why = None, None
-    if quick:
+    subject = run.config.get("modality", "images")
+    if subject != "images":
+        why = f"This is a run on {subject}: what is generated is drawn for images only."
+    elif quick:
         why = "The model was not run for this report (--quick)."
     else:
         from unite_fast.engine import checkpoint

@@ -105,7 +105,8 @@ def line_chart(curves: Sequence[Curve], *, log: bool, x_name: str, marks: Sequen
         floor = 0.0 if low >= 0 and high - low > low / 3 else low
         y = Axis(*_room(floor, high + 0.06 * (high - floor)), HEIGHT - BOTTOM, TOP)
     drawn = [_grid(x, y)]
-    drawn += [f'<line class="mark" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for at in marks]
+    for at in map(float, map(x, marks)):
+        drawn.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     data = []
     for index, curve in enumerate(curves):
         window = len(curve.y) // SMOOTHING if curve.noisy else 1

@@ -30,7 +30,7 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "l1": ("L1", "", "lower", "mean absolute error, pixels in 0 … 1"),
     "class_accuracy": ("class accuracy", "", "higher", "generated images that a classifier of real ones recognises"),
     "class_accuracy_worst": ("class accuracy, worst class", "", "higher", ""),
-    "frechet_pca": ("Fréchet distance, PCA", "", "lower", "to the held-out images; the mean image alone scores about 1"),
+    "frechet_pca": ("Fréchet distance, PCA", "", "lower", "to held-out images; the mean image alone scores about 1"),
     "coverage": ("coverage", "", "higher", "share of held-out images with a generated one nearby"),
     "coverage_worst": ("coverage, worst class", "", "higher", ""),
     "density": ("density", "", "", "generated images per neighbourhood of real ones"),
@@ -45,7 +45,7 @@ SUMMARY_PROTOCOL = (
     "feature_side", "steps", "training_seconds", "parameters", "made_by",
 )  # fmt: skip
 NOT_PROTOCOL = ("model", "environment", "warnings")  # parts of a protocol that may differ between steps of one curve
-MOST_LINES = 4  # that a chart has colours for
+MOST_LINES = 5  # that a chart has colours for
 REAL = ("_train", "_real")  # endings of what real images score by the same protocol
 
 

@@ -100,8 +100,9 @@ def _summary_line(run: RunFolder) -> list[str]:
         parts.append(f"{model['registers']} × {model.get('latent_dim')} latents")
     if run.step:
         parts.append(f"step {run.step:,}" + (f" of {run.total:,}" if run.total else ""))
-        images = run.metrics[-1].get("images")
-        parts.append(f"{images:,} images seen" if isinstance(images, int) else "")
+        subject = run.config.get("modality", "images")
+        seen = run.metrics[-1].get(subject)
+        parts.append(f"{seen:,} {subject} seen" if isinstance(seen, int) else "")
     seconds = number((run.summary or {}).get("training_seconds"))
     if seconds:
         parts.append(f"{duration(seconds)} of training")
