@@ -133,6 +133,7 @@ class Report:
             "run": self.config.name,
             "step": steps,
             "weights": "ema",
+            "ema_decay": self.config.optimizer.ema_decay,
             "sampling": self.config.sampling.model_dump(mode="json")
             | {"time_shift": self.config.objective.time_shift},
             "class_names": list(self.classes),
