@@ -112,7 +112,7 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write_record(bandwidth: float, results: list[dict]) -> Path:
+def write_record(bandwidth: float | None, results: list[dict]) -> Path:
     """Write one run's results under records/ and return the file."""
     where = environment()
     name = "_".join("".join(c if c.isalnum() else "-" for c in where[key]).strip("-") for key in ("device", "date"))

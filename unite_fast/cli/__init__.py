@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from unite_fast.cli.compare import compare, reference
 from unite_fast.cli.console import error, out, plain
+from unite_fast.cli.evaluate import evaluate
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
 from unite_fast.cli.sample import sample
@@ -118,6 +120,9 @@ app.command()(reconstruct)
 app.command()(tokenize)
 app.command("import")(import_)
 app.command()(export)
+app.command()(evaluate)
+app.command()(reference)
+app.command()(compare)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -122,6 +122,11 @@ class Run:
                 if shows:
                     with meter.paused():
                         self.report.pictures(step)
+                if self._measures(step):
+                    with meter.paused():
+                        measured = self.report.measure(step)
+                    if records:
+                        records.scalars(step, measured)
             if self._stop is not None:
                 if checkpoint.latest_step(self.folder) != engine.step_count:
                     self._save(meter)
@@ -140,6 +145,14 @@ class Run:
             self.stream.close()
         self.report.finish(self.total, self._seconds_before + meter.seconds)
         return self.folder
+
+    def _measures(self, step: int) -> bool:
+        """Whether an epoch that `evaluation.metrics_epochs` counts ended with this step; the last step always does."""
+        every = self.config.evaluation.metrics_epochs
+        if every is None or step == self.total:
+            return False
+        length = every * self.stream.steps_per_epoch
+        return int(step / length) > int((step - 1) / length)
 
     def _micro_batches(self, meter: Meter) -> StepLosses:
         """Forward and backward of one optimizer step: the mean losses and the last micro-batch's latents."""

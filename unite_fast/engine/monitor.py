@@ -65,6 +65,11 @@ class Records:
             if name not in ("step", "images", "time"):
                 self._board.add_scalar(name, value, record["step"])
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of an evaluation, for TensorBoard; the evaluation keeps its own record."""
+        for name, value in values.items():
+            self._board.add_scalar(f"evaluation/{name}", value, step)
+
     def close(self) -> None:
         self._file.close()
         self._board.close()

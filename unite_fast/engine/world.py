@@ -55,6 +55,14 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank. Collective, any object that pickles."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.all_true(True)

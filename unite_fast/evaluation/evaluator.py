@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +14,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from unite_fast.config import DataConfig, LpipsConfig, ModelConfig
+from unite_fast.config import Config, DataConfig, LpipsConfig, ModelConfig
 from unite_fast.data.folder import AllImages
 from unite_fast.data.loader import load_images
-from unite_fast.data.reader import FileReader, Problem
+from unite_fast.data.reader import FileReader
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
-from unite_fast.evaluation.generation import balanced_labels, draw, encode, to_bytes
+from unite_fast.evaluation.generation import balanced_labels, draw, to_bytes
+from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
 from unite_fast.evaluation.inception import FEATURES, Inception
 from unite_fast.evaluation.protocol import DEFINITIONS, METRICS, environment, names_hash
-from unite_fast.evaluation.reconstruction import l1, psnr, require_finite, summarise
+from unite_fast.evaluation.reconstruction import require_finite, summarise
 from unite_fast.evaluation.reference import read_reference
 from unite_fast.evaluation.small_data import SmallDataJudge
 from unite_fast.evaluation.work import Work
@@ -39,7 +38,7 @@ from unite_fast.pictures import save_png
 
 # Raised when pieces of former versions must not be continued, because images or features come out differently.
 PIECES = 1
-READ_THREADS = 8  # Pillow's decoders release the GIL
+INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,30 @@ class Plan:
     save_images: Path | None = None
 
 
+def plan_of(config: Config, device: torch.device, metrics: tuple[str, ...] | None = None) -> Plan:
+    """What a run measures of itself, or these metrics in the same way."""
+    evaluation, data = config.evaluation, config.data
+    if metrics is None:
+        small = ("small",) if evaluation.samples_per_class else ()
+        ssim = ("ssim",) if config.model.image_size >= SSIM_WINDOW else ()
+        metrics = (*evaluation.metrics, *small, "psnr", *ssim, "l1")
+    of_small = evaluation.samples_per_class * config.model.num_classes
+    return Plan(
+        metrics=metrics,
+        count=of_small if of_small and "small" in metrics and not INCEPTION_OF_GENERATED.intersection(metrics)
+        else evaluation.count,
+        batch=evaluation.batch,
+        precision="fp32" if autocast_dtype(config, device) is None else "bf16",
+        reference=evaluation.reference,
+        inception=evaluation.inception,
+        data=data.val_path or data.path,
+        data_count=evaluation.reconstructions,
+        train_data=data.path,
+        data_config=data,
+        lpips=config.objective.lpips,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Numbers and what made them, as stored in RUN/evaluations."""
@@ -102,9 +125,11 @@ class Evaluator:
         self.plan, self.sizes, self.world = plan, sizes, world
         wanted = frozenset(plan.metrics)
         check_metrics(plan.metrics)
-        self._of_generated = self._among("gfid", "is", "kid", "precision", "recall")
-        self._of_pairs = self._among("rfid", "psnr", "ssim", "lpips", "l1")
-        self._of_real = self._among("kid", "precision", "recall", "rfid")
+        self._of_generated = wanted & INCEPTION_OF_GENERATED
+        self._of_pairs = wanted & {"rfid", "psnr", "ssim", "lpips", "l1"}
+        self._of_real = wanted & {"kid", "precision", "recall", "rfid"}
+        if "ssim" in wanted and sizes.image_size < SSIM_WINDOW:
+            raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
         if self._of_generated or "small" in wanted or plan.save_images:
             check_balance(plan.count, sizes.num_classes)
         self.inception = Inception.open(plan.inception) if self._of_generated or "rfid" in wanted else None
@@ -119,16 +144,14 @@ class Evaluator:
         if "lpips" in wanted:
             # As the metric is defined, whatever the loss was fed with.
             self.lpips = Lpips.from_config(plan.lpips.model_copy(update={"rescale": True, "dropout": False}))
-        self.reader = None
+        self.held_out = None
         if self._of_pairs or self._of_real:
             if plan.data is None:
                 names = ", ".join(name for name in plan.metrics if name in self._of_pairs | self._of_real)
                 raise UserError(f"{names} compare with held-out images: give --data FOLDER (data.val_path)")
-            self.reader = FileReader(AllImages(plan.data), sizes.image_size, plan.data_config.crop)
+            reader = FileReader(AllImages(plan.data), sizes.image_size, plan.data_config.crop)
+            self.held_out = HeldOut(reader, plan.data_count, plan.batch, self.inception, self.lpips)
         self.judge = self._small_judge(classes) if "small" in wanted and world.is_main else None
-
-    def _among(self, *names: str) -> frozenset[str]:
-        return frozenset(self.plan.metrics).intersection(names)
 
     def _small_judge(self, classes: Iterable[str] | None) -> SmallDataJudge:
         plan = self.plan
@@ -233,81 +256,19 @@ class Evaluator:
         return self.plan.save_images / f"{index:06d}_class{index % self.sizes.num_classes:04d}.png"
 
     def _held_out(self, model, device, about, work, wanted) -> dict[str, Tensor] | None:
-        """number [n] of each readable image; psnr, l1, ssim, lpips [n] of its pair; real, rebuilt [n, 2048]."""
+        """See `HeldOut.measure`."""
         real, pairs = self._of_real.intersection(wanted), self._of_pairs.intersection(wanted)
         if not (real or pairs):
             return None
-        chosen = self._chosen()
-
-        def make(first: int, stop: int) -> dict[str, Tensor]:
-            pixels, readable = self._read(chosen[first:stop])
-            made = {"number": torch.arange(first, stop)[readable]}
-            originals = pixels.to(device)[readable]
-            if not len(originals):
-                return made | {name: torch.empty(0, *shape) for name, shape in self._empty(real, pairs).items()}
-            if pairs:
-                with self._autocast(device), torch.no_grad():
-                    rebuilt = model.decode(encode(model, pixels, seed=self.plan.seed, first=first))[readable]
-                rebuilt = rebuilt.float()
-                require_finite(rebuilt, "reconstructions")
-                made |= self._distances(originals, rebuilt.clamp(0, 1), pairs)
-                if "rfid" in pairs:
-                    made["rebuilt"] = self.inception(to_bytes(rebuilt))[0]
-            if real:
-                made["real"] = self.inception(originals)[0]
-            return made
-
-        key = self._key("held-out", about if pairs else {}) | {
-            "data": self._data(), "real": bool(real), "pairs": sorted(pairs),
-            "inception": self.inception.sha256 if real else None,
-            "lpips": self.lpips.sha256 if "lpips" in pairs else None,
-        }  # fmt: skip
-        found = work.gather("reconstructing" if pairs else "reading", key, len(chosen), self.plan.batch, make)
-        if found is not None and not len(found["number"]):
-            raise UserError(f"none of the {len(chosen)} images of {self.plan.data} is readable")
-        return found
-
-    @torch.no_grad()
-    def _distances(self, originals: Tensor, rebuilt: Tensor, pairs: frozenset[str]) -> dict[str, Tensor]:
-        made = {"psnr": psnr(originals, rebuilt), "l1": l1(originals, rebuilt)}
-        exact = originals.float() / 255
-        if "ssim" in pairs:
-            made["ssim"] = structural_similarity_index_measure(rebuilt, exact, data_range=1.0, reduction="none")
-        if "lpips" in pairs:
-            made["lpips"] = self.lpips.distances(exact, rebuilt)
-        return made
-
-    def _empty(self, real: frozenset[str], pairs: frozenset[str]) -> dict[str, tuple[int, ...]]:
-        names = {"psnr", "l1"} | (pairs & {"ssim", "lpips"}) if pairs else set()
-        vectors = ({"real"} if real else set()) | ({"rebuilt"} if "rfid" in pairs else set())
-        return {name: () for name in names} | {name: (FEATURES,) for name in vectors}
-
-    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """[n, 3, H, H] uint8, zero where a file is unreadable, and [n] bool, where it is not."""
-        with ThreadPoolExecutor(min(READ_THREADS, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(self.reader.pixels, indices))
-        side = self.sizes.image_size
-        pixels = torch.zeros(len(indices), side, side, 3, dtype=torch.uint8)
-        readable = torch.tensor([not isinstance(image, Problem) for image in found], dtype=torch.bool)
-        for place, image in enumerate(found):
-            if not isinstance(image, Problem):
-                pixels[place] = torch.tensor(image)
-        return pixels.permute(0, 3, 1, 2).contiguous(), readable
-
-    def _chosen(self) -> list[int]:
-        total = len(self.reader.folder)
-        count = min(total, self.plan.data_count or total)
-        return [place * total // count for place in range(count)]
+        key = self._key("held-out", about if pairs else {})
+        return self.held_out.measure(
+            model, device, work, key, pairs=pairs, with_real=bool(real), seed=self.plan.seed, autocast=self._autocast
+        )
 
     def _key(self, what: str, about: dict[str, Any]) -> dict[str, Any]:
         plan = self.plan
         return {"what": what, "pieces": PIECES, "model": about.get("sha256"), "seed": plan.seed,
                 "precision": plan.precision, "batch": plan.batch, "size": self.sizes.image_size}  # fmt: skip
-
-    def _data(self) -> dict[str, Any]:
-        folder: AllImages = self.reader.folder
-        chosen = [folder.names[index] for index in self._chosen()]
-        return {"names_sha256": names_hash(chosen), "crop": self.plan.data_config.crop}
 
     def _compute(self, generated, held_out, wanted, count, warnings) -> dict[str, float | int]:
         """The metrics, on rank 0."""
@@ -349,12 +310,12 @@ class Evaluator:
                 "image_size": self.sizes.image_size,
             }  # fmt: skip
             if sampling["solver"] == "dopri5":  # whose steps adapt to the batch as a whole
-                sections["generation"]["batch"] = min(plan.batch, work.reduced_batch or plan.batch)
+                sections["generation"]["batch"] = min(plan.batch, work.patience.limit or plan.batch)
         if held_out is not None:
             used = len(held_out["number"])
             sections["held_out"] = {
-                "path": plan.data, "count": used, "skipped": len(self._chosen()) - used, **self._data(), **network,
-                "image_size": self.sizes.image_size,
+                "path": plan.data, "count": used, "skipped": len(self.held_out.chosen) - used,
+                **self.held_out.about, **network, "image_size": self.sizes.image_size,
             }  # fmt: skip
         if self.inception is not None:
             sections["inception"] = {

@@ -102,7 +102,8 @@ def _on_features(metric, **options):
     """A metric of torchmetrics that takes features as they are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
-        return metric(feature=torch.nn.Identity(), **options)
+        # One rank has all features and computes alone: a metric that gathered them would wait for the others for ever.
+        return metric(feature=torch.nn.Identity(), sync_on_compute=False, **options)
 
 
 def _computed(metric, seed: int) -> tuple[float, float]:

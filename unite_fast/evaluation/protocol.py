@@ -18,6 +18,7 @@ from torch import Tensor
 from unite_fast.engine.world import World
 
 FOLDER = "evaluations"  # of a run; one JSON file an evaluation: metrics, protocol, tables
+WORK = ".work"  # in it: pieces of evaluations under way
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,19 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from unite_fast.data.folder import AllImages
+from unite_fast.data.reader import FileReader
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.inception import FEATURES
+from unite_fast.evaluation.held_out import read_images
+from unite_fast.evaluation.inception import FEATURES, Inception
+from unite_fast.evaluation.work import Patience, progress
 from unite_fast.weights import file_hash, write_arrays
 
 
@@ -131,3 +138,40 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
             f"{inception[:8]}…): use the same file for both"
         )
     return Reference(np.asarray(mu, np.float64), np.asarray(sigma, np.float64), about)
+
+
+def folder_statistics(
+    folder: Path, inception: Path | None, *, image_size: int, crop: Literal["adm", "none"], batch: int, world: World
+) -> tuple[Moments, dict[str, Any]]:
+    """Statistics of every readable image below a folder, all ranks sharing the work. Collective.
+
+    Returns:
+        (moments over all ranks, what made them: crop, image_size, inception, skipped).
+
+    Raises:
+        UserError: no images, wrong weights, a wrong size under crop "none", memory that ends at one image.
+    """
+    network = Inception.open(inception).to(world.device)
+    reader = FileReader(AllImages(folder), image_size, crop)
+    total = len(reader.folder)
+    mine, skipped = Moments(), 0
+
+    def features(first: int, stop: int) -> dict[str, Tensor]:
+        pixels, readable = read_images(reader, range(first, stop))
+        chosen = pixels[readable]
+        return {"features": network(chosen.to(world.device))[0].cpu() if len(chosen) else torch.empty(0, FEATURES)}
+
+    patient = Patience()
+    spans = [(first, min(first + batch, total)) for first in range(0, total, batch)]
+    with progress("reading", total, 0, shown=world.is_main) as advance:
+        for first, stop in spans[world.rank :: world.size]:
+            rows = patient.make(features, first, stop)["features"]
+            mine.add(rows.numpy())
+            skipped += stop - first - len(rows)
+            advance((stop - first) * world.size)
+    merged = Moments()
+    parts = world.collect((mine, skipped))
+    for moments, _ in parts:
+        merged.merge(moments)
+    about = {"crop": crop, "image_size": image_size, "inception": network.sha256, "skipped": sum(missed for _, missed in parts)}
+    return merged, about

@@ -126,10 +126,12 @@ def search_curve(rows: list[dict[str, float]], name: str, path: str | Path) -> N
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
     intervals = list(dict.fromkeys((row["low"], row["high"]) for row in rows))
+    markers = "osD^v<>P*X"
     for index, (low, high) in enumerate(intervals):
         line = sorted((row["guidance"], row["score"]) for row in rows if (row["low"], row["high"]) == (low, high))
         label = f"t in ({low:g}, {high:g})"
-        axes.plot(*zip(*line), marker="o", markersize=4, linewidth=1.4, color=COLOURS[index % len(COLOURS)], label=label)
+        style = {"marker": markers[index % len(markers)], "color": COLOURS[index % len(COLOURS)]}
+        axes.plot(*zip(*line), markersize=4, linewidth=1.4, label=label, **style)
     best = min(rows, key=lambda row: row["score"])
     axes.plot(best["guidance"], best["score"], "o", markersize=12, fillstyle="none", color="#222222")
     axes.annotate(

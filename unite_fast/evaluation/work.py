@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ class Work:
 
     def __init__(self, folder: Path, world: World, *, shown: bool = True):
         self.folder, self.world, self._shown = folder, world, shown and world.is_main
-        self.reduced_batch: int | None = None  # after memory ran out
+        self.patience = Patience()
 
     def gather(
         self,
@@ -75,9 +74,9 @@ class Work:
         missing = self.world.share(missing)
         size, rank = self.world.size, self.world.rank
         finished = count - sum(stop - first for first, stop in missing)
-        with self._progress(what, count, finished) as advance:
+        with progress(what, count, finished, shown=self._shown) as advance:
             for first, stop in missing[rank::size]:
-                write_tensors(self._halving(make, first, stop), _piece(folder, (first, stop)))
+                write_tensors(self.patience.make(make, first, stop), _piece(folder, (first, stop)))
                 advance((stop - first) * size)
         self.world.barrier()
         if not self.world.is_main:
@@ -95,63 +94,81 @@ class Work:
         """Delete all pieces: the result is on record. For rank 0."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _halving(self, make: Make, first: int, stop: int) -> dict[str, Tensor]:
-        """`make` in parts as small as memory asks for."""
+
+class Patience:
+    """Makes images in parts as small as memory asks for.
+
+    Attributes:
+        limit: images at a time after memory ran out, None before.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+
+    def make(self, make: Make, first: int, stop: int) -> dict[str, Tensor]:
+        """What `make` yields of images first … stop − 1, joined.
+
+        Raises:
+            UserError: memory ends at one image.
+        """
         parts = []
         while first < stop:
-            size = min(stop - first, self.reduced_batch or stop - first)
+            size = min(stop - first, self.limit or stop - first)
             try:
                 part = make(first, first + size)
             except torch.OutOfMemoryError:
                 part = None  # handled outside, where the failed call's tensors are no longer referenced
             if part is None:
                 if size == 1:
-                    raise UserError("the device runs out of memory on a single image: use a larger device or --device cpu")
-                self.reduced_batch = size // 2
+                    raise UserError("the device runs out of memory on a single image: take a larger one, or --device cpu")
+                self.limit = size // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                print(f"warning: out of memory at {size} images, going on with {size // 2}", file=sys.stderr)
+                Console(stderr=True).print(f"warning: out of memory at {size} images, going on with {self.limit}")
                 continue
             parts.append(part)
             first += size
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    @contextmanager
-    def _progress(self, what: str, count: int, finished: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that is told how many more images all ranks have done, by rank 0's own count."""
-        console = Console(stderr=True)
-        if not self._shown or finished >= count:
-            yield lambda images: None
-        elif console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-            )  # fmt: skip
-            with Progress(*columns, console=console, transient=True) as bar:
-                task = bar.add_task(what, total=count, completed=finished, rate="")
 
-                def advance(images: int) -> None:
-                    bar.advance(task, images)
-                    bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
+@contextmanager
+def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Progress on stderr: a bar on a terminal, a line every so often elsewhere, with rate and time left.
 
-                yield advance
-        else:
-            began = printed = time.monotonic()
-            done = 0
+    Yields:
+        A function that is told how many more images all ranks have done, by one rank's own count.
+    """
+    console = Console(stderr=True)
+    if not shown or finished >= count:
+        yield lambda images: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=count, completed=finished, rate="")
 
-            def say(images: int) -> None:
-                nonlocal printed, done
-                done = min(done + images, count - finished)
-                now = time.monotonic()
-                if now - printed >= SECONDS_BETWEEN_LINES:
-                    printed, rate = now, done / (now - began)
-                    left = (count - finished - done) / rate
-                    console.print(
-                        f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left {left // 60:.0f}:{left % 60:02.0f}",
-                        highlight=False,
-                    )
+            def advance(images: int) -> None:
+                bar.advance(task, images)
+                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
 
-            yield say
+            yield advance
+    else:
+        began = printed = time.monotonic()
+        done = 0
+
+        def say(images: int) -> None:
+            nonlocal printed, done
+            done = min(done + images, count - finished)
+            now = time.monotonic()
+            if now - printed >= SECONDS_BETWEEN_LINES:
+                printed, rate = now, done / (now - began)
+                left = (count - finished - done) / rate
+                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left {left // 60:.0f}:{left % 60:02.0f}"
+                console.print(text, highlight=False)
+
+        yield say
 
 
 def digest(value: Any) -> str:
