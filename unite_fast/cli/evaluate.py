@@ -215,10 +215,7 @@ class _Session:
 
         if not {"gfid", "small"}.intersection(self.evaluator.plan.metrics):
             raise UserError("--search needs a score: put gfid (or small) among --metrics")
-        try:
-            check_balance(count, self.evaluator.sizes.num_classes)
-        except UserError as error:
-            raise UserError(str(error).replace("--count", "--search-count")) from None
+        check_balance(count, self.evaluator.sizes.num_classes, "--search-count")
 
     def _score(self, model, about, sampling, count: int) -> float:
         metrics = ("gfid",) if self._objective() == "gfid" else ("small",)

@@ -17,7 +17,7 @@ from unite_fast.data.loader import load_images
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluator import Evaluation, Evaluator, plan_of
+from unite_fast.evaluation.evaluator import Evaluation, Evaluator, check_files, plan_of
 from unite_fast.evaluation.generation import draw, encode
 from unite_fast.evaluation.protocol import FOLDER, WORK
 from unite_fast.evaluation.record import about_model, default_name, write_record
@@ -43,12 +43,10 @@ class Report:
     def __init__(self, config: Config, folder: Path, world: World, engine: Engine, classes: tuple[str, ...]):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
         try:
-            self._evaluator = Evaluator(plan_of(config, world.device), config.model, world, classes)
+            check_files(plan := plan_of(config, world.device), config.model)
         except UserError as error:
-            wanted = ", ".join(config.evaluation.metrics)
-            raise UserError(
-                f"{error}" + (f"; evaluation.metrics asks for {wanted}, [] trains without" if wanted else "")
-            ) from None
+            raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
+        self._evaluator = Evaluator(plan, config.model, world, classes)
         if world.is_main:
             self._held_out = load_images(
                 config.data.val_path or config.data.path, config.data, image_size=config.model.image_size,

@@ -29,7 +29,7 @@ from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
 from unite_fast.evaluation.inception import FEATURES, Inception
 from unite_fast.evaluation.protocol import DEFINITIONS, METRICS, environment, names_hash
 from unite_fast.evaluation.reconstruction import require_finite, summarise
-from unite_fast.evaluation.reference import read_reference
+from unite_fast.evaluation.reference import Reference, read_reference
 from unite_fast.evaluation.small_data import SmallDataJudge
 from unite_fast.evaluation.work import Work
 from unite_fast.model.unite import Unite
@@ -125,6 +125,7 @@ class Evaluator:
         self.plan, self.sizes, self.world = plan, sizes, world
         wanted = frozenset(plan.metrics)
         check_metrics(plan.metrics)
+        self.inception, self.reference, self.lpips = check_files(plan, sizes)
         self._of_generated = wanted & INCEPTION_OF_GENERATED
         self._of_pairs = wanted & {"rfid", "psnr", "ssim", "lpips", "l1"}
         self._of_real = wanted & {"kid", "precision", "recall", "rfid"}
@@ -132,18 +133,6 @@ class Evaluator:
             raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
         if self._of_generated or "small" in wanted or plan.save_images:
             check_balance(plan.count, sizes.num_classes)
-        self.inception = Inception.open(plan.inception) if self._of_generated or "rfid" in wanted else None
-        self.reference = None
-        if "gfid" in wanted:
-            if plan.reference is None:
-                raise UserError("gfid needs reference statistics: give --reference FILE.npz (evaluation.reference)")
-            self.reference = read_reference(
-                plan.reference, image_size=sizes.image_size, inception=self.inception.sha256
-            )
-        self.lpips = None
-        if "lpips" in wanted:
-            # As the metric is defined, whatever the loss was fed with.
-            self.lpips = Lpips.from_config(plan.lpips.model_copy(update={"rescale": True, "dropout": False}))
         self.held_out = None
         if self._of_pairs or self._of_real:
             if plan.data is None:
@@ -334,6 +323,28 @@ class Evaluator:
         return sections
 
 
+def check_files(plan: Plan, sizes: ModelConfig) -> tuple[Inception | None, Reference | None, Lpips | None]:
+    """Read the weights and statistics that the plan's metrics need.
+
+    Raises:
+        UserError: a file that is not given, missing, damaged or of something else.
+    """
+    wanted = frozenset(plan.metrics)
+    inception = Inception.open(plan.inception) if wanted & (INCEPTION_OF_GENERATED | {"rfid"}) else None
+    reference = lpips = None
+    if "gfid" in wanted:
+        if plan.reference is None:
+            raise UserError("gfid needs reference statistics: give --reference FILE.npz (evaluation.reference)")
+        reference = read_reference(plan.reference, image_size=sizes.image_size, inception=inception.sha256)
+    if "lpips" in wanted:
+        # As the metric is defined, whatever the loss was fed with.
+        try:
+            lpips = Lpips.from_config(plan.lpips.model_copy(update={"rescale": True, "dropout": False}))
+        except UserError as error:
+            raise UserError(f"lpips: {error} (unite-fast evaluate takes --vgg and --linear)") from None
+    return inception, reference, lpips
+
+
 def check_metrics(names: tuple[str, ...]) -> None:
     """Raise a UserError for an unknown metric, or two that go by one name."""
     for name in names:
@@ -343,12 +354,12 @@ def check_metrics(names: tuple[str, ...]) -> None:
         raise UserError("small has a precision of its own: measure it and Inception's precision in two evaluations")
 
 
-def check_balance(count: int, classes: int) -> None:
-    """Raise a UserError where classes cannot have equally many images."""
+def check_balance(count: int, classes: int, option: str = "--count, evaluation.count") -> None:
+    """Raise a UserError that names the option where classes cannot have equally many images."""
     if count < classes or count % classes:
         below, above = count // classes * classes, -(-count // classes) * classes
         near = f"{below} or {above}" if below else str(above)
-        raise UserError(f"--count {count} does not balance {classes} classes: take {near}")
+        raise UserError(f"{count} images do not balance {classes} classes: take {near} ({option})")
 
 
 def _warn(warnings: list[str], what: str, text: str | None) -> None:
