@@ -37,10 +37,12 @@ def runs(tmp_path):
 
 def test_equal_protocols_are_ranked(runs, capsys):
     rows = read_records(runs / "one") + read_records(runs / "two")
-    assert ranking(rows, "gfid") == (1, []) and ranking(rows, "is") == (0, []) and ranking(rows, "psnr") == (0, [])
+    assert ranking(rows, "gfid") == ([1], []) and ranking(rows, "is") == ([0], [])
+    assert ranking(rows, "psnr") == ([0], []) and ranking(rows + rows, "psnr") == ([0, 2], [])
     assert run("compare", runs / "one", runs / "two") == 0
     printed = capsys.readouterr().out
     assert "2.1 *" in printed and "200 *" in printed and "≠" not in printed
+    assert "[1] one/a" in printed and "[2] two/b" in printed
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change,
     assert run("compare", runs / "one", runs / "three") == 0
     printed = capsys.readouterr().out
     assert says in printed and "not ranked, protocols differ" in printed
-    assert ranking(read_records(runs / "one") + read_records(runs / "three"), untouched)[0] == 1
+    assert ranking(read_records(runs / "one") + read_records(runs / "three"), untouched)[0] == [1]
     assert run("compare", runs / "one", runs / "three", "--anyway") == 0
     printed = capsys.readouterr().out
     assert "ranked all the same, --anyway" in printed and says in printed

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unite_fast.cli.console import Device, DeviceOption, out, plain, warn
+from unite_fast.cli.console import Device, DeviceOption, out, warn
 from unite_fast.errors import UserError
 
 DIFFERENCES_SHOWN = 4  # a metric; the records have all
@@ -94,27 +94,28 @@ def compare(
     shown = [name for name in METRICS | SMALL if any(name in row.metrics for row in rows)]
     if not shown:
         raise UserError(f"the records of {', '.join(map(str, runs))} hold none of {', '.join(METRICS)}")
-    table = Table(title="evaluations", title_justify="left")
-    table.add_column("", overflow="fold")
+    # Metrics downwards and evaluations across, by number: names are long, and one metric's values stand beside another.
+    table = Table(title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for number in range(1, len(rows) + 1):
+        table.add_column(f"[{number}]", justify="right", no_wrap=True)
     notes: list[str] = []
-    best: dict[str, int | None] = {}
     for name in shown:
-        best[name], reasons = ranking(rows, name)
-        mark = " ≠" if reasons else ""
-        table.add_column(f"{name} {'↓' if (METRICS | SMALL)[name].better == 'lower' else '↑'}{mark}", justify="right")
+        best, reasons = ranking(rows, name)
         if reasons:
-            if anyway:
-                best[name] = best_of(rows, name)
+            best = best_of(rows, name) if anyway else []
             verdict = "ranked all the same, --anyway" if anyway else "not ranked"
             more = f"; and {len(reasons) - DIFFERENCES_SHOWN} more" if len(reasons) > DIFFERENCES_SHOWN else ""
             notes.append(f"{name}: {verdict}, protocols differ in {'; '.join(reasons[:DIFFERENCES_SHOWN])}{more}")
-    for index, row in enumerate(rows):
         cells = []
-        for name in shown:
+        for index, row in enumerate(rows):
             value = row.metrics.get(name)
-            text = "" if value is None else f"{value:.4g}" + (" *" if best[name] == index else "")
-            cells.append(Text(text, style="bold green" if best[name] == index else ""))
-        table.add_row(plain(row.name), *cells)
+            text = "" if value is None else f"{value:.4g}{' *' if index in best else ''}"
+            cells.append(Text(text, style="bold green" if index in best else ""))
+        arrow = "↓" if (METRICS | SMALL)[name].better == "lower" else "↑"
+        table.add_row(f"{name} {arrow}{' ≠' if reasons else ''}", *cells)
+    for number, row in enumerate(rows, start=1):
+        out().print(f"[{number}] {row.name}", markup=False, soft_wrap=True)
     out().print(table)
     for note in notes:
         out().print(f"≠ {note}", markup=False, soft_wrap=True)

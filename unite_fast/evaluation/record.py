@@ -83,25 +83,23 @@ def read_records(source: Path) -> list[Row]:
     return rows
 
 
-def ranking(rows: list[Row], metric: str) -> tuple[int | None, list[str]]:
-    """(index of the best row, what keeps the values from being compared); no best where they differ in protocol.
+def ranking(rows: list[Row], metric: str) -> tuple[list[int], list[str]]:
+    """(indices of the best rows, what keeps the values from being compared); none is best where protocols differ.
 
     Args:
         metric: a key of `METRICS` or `SMALL`; rows without it are passed over.
     """
-    having = [index for index, row in enumerate(rows) if metric in row.metrics]
+    having = [row for row in rows if metric in row.metrics]
     if len(having) < 2:
-        return None, []
+        return [], []
     reasons: list[str] = []
-    for index in having[1:]:
-        reasons += differences(rows[having[0]].protocol, rows[index].protocol, metric)
-    if reasons:
-        return None, list(dict.fromkeys(reasons))
-    return best_of(rows, metric), []
+    for row in having[1:]:
+        reasons += differences(having[0].protocol, row.protocol, metric)
+    return ([], list(dict.fromkeys(reasons))) if reasons else (best_of(rows, metric), [])
 
 
-def best_of(rows: list[Row], metric: str) -> int:
-    """Index of the best value, whatever protocols say."""
-    sign = 1 if (METRICS | SMALL)[metric].better == "lower" else -1
-    having = [index for index, row in enumerate(rows) if metric in row.metrics]
-    return min(having, key=lambda index: sign * rows[index].metrics[metric])
+def best_of(rows: list[Row], metric: str) -> list[int]:
+    """Indices of the best value, whatever protocols say; several if it is met several times."""
+    values = [row.metrics[metric] for row in rows if metric in row.metrics]
+    best = min(values) if (METRICS | SMALL)[metric].better == "lower" else max(values)
+    return [index for index, row in enumerate(rows) if row.metrics.get(metric) == best]
