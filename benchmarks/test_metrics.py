@@ -19,8 +19,8 @@ from unite_fast.evaluation.inception import Inception
 
 ON_GPU = measure.DEVICE == "cuda"
 IMAGES = 64 if ON_GPU else 2
-FEATURES, ROWS = (2048, 10_000) if ON_GPU else (256, 2_000)
-ROUNDS = 5
+FEATURES, ROWS = (2048, 10_000) if ON_GPU else (256, 500)
+ROUNDS = 5 if ON_GPU else 3
 
 
 def features(seed: int) -> torch.Tensor:
