@@ -26,6 +26,10 @@ $(VENV)/.installed-%: setup.py pyproject.toml
 	  { echo "unite_fast needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@# A rival that tests compare with stands beside the packages, not among them: without torchvision, which would come
+	@# with it, torchmetrics fails to import where it finds it.
+	@test $* != test || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/rivals 'torch-fidelity==0.4.*'
 	@touch $@
 
 clean:

@@ -78,9 +78,12 @@ def _write_inputs(write, inputs):
 def _write_operators(write, found, bandwidth):
     where = measure.environment()
     write("")
-    write(f"{where['device']}, torch {where['torch']}: copies {bandwidth / 1e9:.0f} GB/s")
-    write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} {'eager':>7} {'compile':>7}")
-    for result in found:
+    copies = "" if bandwidth is None else f": copies {bandwidth / 1e9:.0f} GB/s"
+    write(f"{where['device']}, torch {where['torch']}{copies}")
+    operators = [result for result in found if "operator" in result]
+    if operators:
+        write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} {'eager':>7} {'compile':>7}")
+    for result in operators:
         ours = result["seconds"]["ours"]
         label = f"{result['operator']} {result['direction']} {result['shape']} {result['dtype']}"
         write(
@@ -88,4 +91,14 @@ def _write_operators(write, found, bandwidth):
             f"{_optional(result['gb_per_second'], '7.0f'):>7} {_optional(result['share_of_floor'], '6.0%'):>6} "
             f"{result['times_faster_than']['eager']:6.2f}x "
             f"{_optional(result['times_faster_than'].get('compile'), '6.2f'):>6}{'x' if where['cuda'] else ' '}"
+        )
+    work = [result for result in found if "work" in result]
+    if work:
+        write(f"{'':62} {'s':>9} {'±':>8} {'images/s':>10}  times faster than")
+    for result in work:
+        ours = result["seconds"]["ours"]
+        rivals = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in result["times_faster_than"].items())
+        write(
+            f"{result['work']:62} {ours['median']:9.3f} {(ours['high'] - ours['low']) / 2:8.3f} "
+            f"{result['images_per_second']:10.1f}  {rivals}"
         )

@@ -61,6 +61,7 @@ class Toy(nn.Module):
 
 def toy_config(*, stage: int = 0, kind: str = "muon", **optimizer: Any) -> Config:
     options = {"kind": kind, "lr": 0.02, "lr_batch": None, "clip_norm": 0.7, "weight_decay": 0.01, "ema_decay": 0.8}
+    options |= {"ema_decays": [0.5]}
     return Config.parse(
         {
             "train": {"steps": 5, "global_batch": GLOBAL_BATCH, "accumulation": 2, "device": "cpu", "zero_stage": stage},

@@ -47,7 +47,7 @@ def trained_run(folder: Path) -> Path:
         sampling={"solver": "euler", "steps": 8, "guidance": 1.5},
     )
     run = train(settings)
-    (run / "evaluations").mkdir()
+    (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations" / "guided & swept.json").write_text(json.dumps(EVALUATION))
     for step, gfid in ((5, 80.0), (10, 40.0)):
         earlier = EVALUATION["protocol"] | {"model": {"step": step, "weights": "ema"}}

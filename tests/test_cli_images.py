@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from unite_fast import load
-from unite_fast.cli.images import NOISE_STREAM
+from unite_fast.evaluation.generation import TOKENIZE_STREAM
 from unite_fast.data.crop import decode
 from unite_kernels import philox_normal
 
@@ -43,7 +43,7 @@ def _latents(model, paths, seed):
     pixels = torch.stack([torch.tensor(decode(path.read_bytes(), SIDE, "adm")).permute(2, 0, 1) for path in paths])
     latents = []
     for index, image in enumerate(pixels):
-        noise = philox_normal((CONFIG.registers, CONFIG.latent_dim), seed, 0, NOISE_STREAM, draws=1, first_draw=index)
+        noise = philox_normal((CONFIG.registers, CONFIG.latent_dim), seed, 0, TOKENIZE_STREAM, draws=1, first_draw=index)
         latents.append(model.tokenize(image[None].float() / 255, noise=noise, t=torch.tensor([0.005])))
     return torch.cat(latents), pixels
 

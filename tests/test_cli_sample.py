@@ -8,7 +8,7 @@ import torch
 from cli_toy import CLASSES, MADE_BY, SAMPLING, SIDE, mistake, read, run, save_toy, small_disk, toy_model
 
 from unite_fast import generate
-from unite_fast.cli.sample import NOISE_STREAM
+from unite_fast.evaluation.generation import SAMPLE_STREAM
 from unite_fast.flow import sampling
 from unite_kernels import philox_normal
 
@@ -34,7 +34,7 @@ def _drawn(labels, seed=0, **changes):
     model = toy_model()
     settings = RECORDED | {"interval": tuple(RECORDED["interval"])} | changes
     noise = torch.cat(
-        [philox_normal((16, 4), seed, 0, NOISE_STREAM, draws=1, first_draw=index) for index in range(len(labels))]
+        [philox_normal((16, 4), seed, 0, SAMPLE_STREAM, draws=1, first_draw=index) for index in range(len(labels))]
     )
     images = generate(model, torch.tensor(labels), noise=noise, **settings)
     return images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -47,6 +47,8 @@ def test_shipped_configurations_are_valid(path):
         (merged(train={"zero_stage": 3}), ["Muon", "ZeRO 3", "adamw"]),
         (merged(optimizer={"hold_until_epoch": 5, "cosine_until_epoch": 2}), ["cosine_until_epoch 2"]),
         (merged(optimizer={"lr": float("nan")}), ["optimizer.lr"]),
+        (merged(optimizer={"ema_decays": [0.9, 0.9978]}), ["ema_decays [0.9, 0.9978]", "ema_decay 0.9978"]),
+        (merged(evaluation={"metrics": ["fid"]}), ["evaluation.metrics", "'gfid'"]),
         ({"train": MINIMAL["train"]}, ["data", "required"]),
         ({**MINIMAL, "name": "../escape"}, ["name"]),
     ],

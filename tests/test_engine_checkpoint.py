@@ -25,7 +25,7 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = ("model.safetensors", "ema.safetensors", "ema_0.5.safetensors", "optimizer.safetensors")
 
 
 def engine_at(steps: int, *, width: int = 11, keep: int = 3, **optimizer) -> Engine:
@@ -43,7 +43,8 @@ def advance(engine: Engine, steps: int) -> list[float]:
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
     state = {f"{names[id(p)]}/{k}": t.clone() for p, s in engine.optimizer.state.items() for k, t in s.items()}
-    return dict(engine.model_state()) | {f"ema/{n}": t for n, t in engine.ema_state()} | state
+    averages = {f"ema/{decay}/{n}": t for decay in (None, *engine.ema.extra) for n, t in engine.ema_state(decay)}
+    return dict(engine.model_state()) | averages | state
 
 
 def assert_identical(left: Engine, right: Engine) -> None:
@@ -68,6 +69,24 @@ def test_resume_is_exact_bit_for_bit(tmp_path, kind):
     advance(second, 5)
     assert_identical(second, whole)
     assert second.last_lr == whole.last_lr != whole.peak_lr
+
+
+def test_several_averages_are_kept_at_once(tmp_path):
+    engine, alone = engine_at(4, ema_decays=[0.5, 0.99]), engine_at(4, ema_decay=0.5, ema_decays=[])
+    saved = checkpoint.save(engine, tmp_path, {})
+    assert checkpoint.ema_decays(checkpoint.read_state(saved)) == [0.8, 0.5, 0.99]
+    kept = load_file(saved / "ema_0.5.safetensors")
+    for name, tensor in alone.ema_state():
+        assert torch.equal(kept[name], tensor), name
+    assert not torch.equal(kept["first.weight"], load_file(saved / "ema_0.99.safetensors")["first.weight"])
+    fewer = engine_at(0, ema_decays=[])
+    checkpoint.load(fewer, saved)
+    advance(fewer, 1)
+    with pytest.raises(UserError, match="no average of decay 0.9, which optimizer.ema_decays asks for"):
+        checkpoint.load(engine_at(0, ema_decays=[0.9]), saved)
+    (saved / "ema_0.99.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"ema_0.99.safetensors is truncated"):
+        checkpoint.load(fewer, saved)
 
 
 def test_a_save_changes_nothing(tmp_path):

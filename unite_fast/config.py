@@ -189,10 +189,18 @@ class OptimizerConfig(Section):
     newton_schulz_steps: PositiveInt = Field(5, description="Muon orthogonalisation steps")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(3.0, description="global gradient norm clip, before Muon; null turns it off")
     ema_decay: Fraction = Field(0.9978, description="EMA of the weights, every optimizer step")
+    ema_decays: tuple[Fraction, ...] = Field((), description="further EMAs kept beside it; evaluate --search ema chooses after the run")
     warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="linear warm-up from 0")
     hold_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="constant until here")
     cosine_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="cosine from the hold to final_ratio until here, constant after; 0 turns the decay off")
     final_ratio: Fraction = Field(0.5, description="learning rate after the cosine, as a share of the peak")
+
+    @model_validator(mode="after")
+    def _averages(self):
+        decays = (self.ema_decay, *self.ema_decays)
+        if len(set(decays)) < len(decays):
+            raise ValueError(f"ema_decays {list(self.ema_decays)} must differ from each other and from ema_decay {self.ema_decay}")
+        return self
 
     @model_validator(mode="after")
     def _order(self):
@@ -278,7 +286,12 @@ class EvaluationConfig(Section):
 
     every: PositiveInt | None = Field(None, description="optimizer steps between sample and reconstruction sheets; null: only at the end")
     samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class that small-data metrics judge at the end; 0 turns them off")
-    reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics are measured on, at most")
+    reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics and rfid, kid, precision, recall use, at most")
+    metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="measured at the end beside psnr, ssim and l1, as unite-fast evaluate does")
+    metrics_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="epochs between such measurements during training; null: only at the end")
+    count: PositiveInt = Field(50_000, description="generated images of these metrics, a multiple of model.num_classes")
+    reference: str | None = Field(None, description="mu/sigma file of the training images for gfid, .npz; unite-fast reference makes one")
+    inception: str | None = Field(None, description="Inception-v3 weights of the FID layout, pt_inception-2015-12-05-6726825d.pth")
     sheet_classes: PositiveInt = Field(10, description="classes (rows) on the sample sheet")
     sheet_columns: PositiveInt = Field(10, description="images a class on the sample sheet")
     batch: PositiveInt = Field(64, description="images a forward pass in evaluation")

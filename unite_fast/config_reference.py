@@ -77,6 +77,8 @@ def _name(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is typing.Annotated:
         return _name(arguments[0])
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {_name(arguments[0])}"
     if origin is tuple:
         return "[" + ", ".join(_name(argument) for argument in arguments) + "]"
     if arguments:

@@ -91,7 +91,7 @@ class Trained:
         return record
 
 
-def open_trained(path: str | Path, *, weights: Which = "ema") -> Trained:
+def open_trained(path: str | Path, *, weights: Which = "ema", ema_decay: float | None = None) -> Trained:
     """Weights of a run, of a run still in training, of one checkpoint, or of an exported folder.
 
     A run's export is taken unless the run went on after it; then its newest checkpoint is.
@@ -99,9 +99,10 @@ def open_trained(path: str | Path, *, weights: Which = "ema") -> Trained:
     Args:
         path: the folder.
         weights: "ema", or "model" for the weights as trained, which only checkpoints hold.
+        ema_decay: one of the run's `optimizer.ema_decays`, which only checkpoints hold; None takes the main one.
 
     Raises:
-        UserError: no such folder, nothing to load in it, damaged files, weights of the other kind.
+        UserError: no such folder, nothing to load in it, damaged files, weights of the other kind, no such average.
     """
     folder = Path(path)
     if folder.is_file():
@@ -110,6 +111,10 @@ def open_trained(path: str | Path, *, weights: Which = "ema") -> Trained:
         )
     if not folder.exists():
         raise UserError(f"no folder {folder}")
+    if ema_decay is not None:
+        if weights != "ema":
+            raise UserError("an EMA decay was given together with the weights as trained: choose one")
+        return _from_checkpoint(find_checkpoint(folder), weights, ema_decay)
     if (folder / checkpoint.STATE).is_file():
         return _from_checkpoint(folder, weights)
     newest = checkpoint.latest(folder)
@@ -260,16 +265,35 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
             temporary.unlink()
 
 
-def _from_checkpoint(folder: Path, weights: Which) -> Trained:
+def find_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest of the run.
+
+    Raises:
+        UserError: neither.
+    """
+    found = folder if (folder / checkpoint.STATE).is_file() else checkpoint.latest(folder)
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint: averages of several decays are in RUN/checkpoints/step_… only")
+    return found
+
+
+def _from_checkpoint(folder: Path, weights: Which, ema_decay: float | None = None) -> Trained:
     state = checkpoint.read_state(folder)
     config = Config.parse(state["config"], source=f"configuration in {folder / checkpoint.STATE}")
-    file = folder / (checkpoint.EMA if weights == "ema" else checkpoint.WEIGHTS)
+    name = checkpoint.EMA if weights == "ema" else checkpoint.WEIGHTS
+    if ema_decay is not None and ema_decay != config.optimizer.ema_decay:
+        name = checkpoint.ema_file(ema_decay)
+        if name not in state["files"]:
+            kept = ", ".join(map(str, checkpoint.ema_decays(state)))
+            raise UserError(f"{folder} holds no average of decay {ema_decay}: it holds {kept} (optimizer.ema_decays)")
+    file = folder / name
     tensors = read_tensors(file)
     check_state(tensors, config.model, source=str(file))
     made_by = {
         "run": config.name,
         "step": state["step"],
         "weights": weights,
+        **({"ema_decay": config.optimizer.ema_decay if ema_decay is None else ema_decay} if weights == "ema" else {}),
         "sampling": config.sampling.model_dump(mode="json") | {"time_shift": config.objective.time_shift},
         "class_names": state["extra"].get("class_names"),
         "data": state["extra"].get("data"),

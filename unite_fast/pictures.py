@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +16,9 @@ from torch import Tensor
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
 from unite_fast.records import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TILE = 96  # images smaller than this are enlarged by a whole factor: 32×32 is shown at 96×96
 GAP = 2  # pixels between neighbouring images
@@ -159,6 +162,15 @@ def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
         _draw(axes, title, scale, curves)
         if index + columns >= len(panels):
             axes.set_xlabel("optimizer step", color="#555555", fontsize=9)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a Matplotlib figure as PNG.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
     _write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 

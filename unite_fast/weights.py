@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unite_fast.errors import UserError
+
+
+# How PyTorch's hubs name what they publish: the name ends in the first hexadecimal digits of the file's SHA-256.
+_NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def check_named_hash(path: str | Path) -> str:
+    """SHA-256 of a file; where its name carries the first eight digits (`vgg16-397923af.pth`), they must be these.
+
+    Raises:
+        UserError: a file that cannot be read, or that is not what its name says.
+    """
+    found, named = file_hash(path), _NAMED_HASH.search(Path(path).name)
+    if named and not found.startswith(named[1]):
+        raise UserError(
+            f"{path} is damaged: the SHA-256 of the file it is named after begins with {named[1]}, its own with "
+            f"{found[:8]} ({Path(path).stat().st_size} bytes); fetch it again"
+        )
+    return found
 
 
 def read_file(path: str | Path) -> Any:
@@ -86,6 +121,26 @@ def write_text(text: str, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        _discard(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_arrays(arrays: dict[str, np.ndarray], path: str | Path) -> None:
+    """Write an uncompressed `.npz` under a temporary name, flush to disk, rename.
+
+    Raises:
+        UserError: full disk or unwritable folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from unite_fast.cli.compare import compare, reference
 from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.data import app as data
+from unite_fast.cli.evaluate import evaluate
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
 from unite_fast.cli.report import report
@@ -123,6 +125,9 @@ app.command()(report)
 app.command()(watch)
 app.command("import", cls=TrainCommand)(import_)
 app.command()(export)
+app.command()(evaluate)
+app.command()(reference)
+app.command()(compare)
 app.add_typer(data, name="data")
 
 

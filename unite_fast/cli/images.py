@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from unite_fast.model.unite import Unite
 
 RECORD = "reconstructions.json"
-NOISE_STREAM = 1  # of the counter-based generator; sampling noise has its own
 TABLE_ROWS = 20  # more are in the record
 LONGEST_STEM = 80  # characters of a file's name that its picture keeps: file systems end at 255 bytes
 
@@ -121,6 +120,7 @@ def reconstruct(
         return
     from rich.table import Table
 
+    from unite_fast.evaluation.generation import encode
     from unite_fast.evaluation.reconstruction import psnr
     from unite_fast.pictures import comparison
     from unite_fast.weights import write_json
@@ -190,6 +190,7 @@ def tokenize(
         return
     import torch
 
+    from unite_fast.evaluation.generation import encode
     from unite_fast.weights import write_tensors
 
     trained, model, reader = _open(trained, images, device)
@@ -258,32 +259,6 @@ def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
         else:
             raise UserError(f"no image file or folder {path}")
     return found
-
-
-def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
-    """Latents of images number `first` … of a call.
-
-    The register noise of image i depends on (seed, i) alone, and the tokenization time is the middle of its range, so
-    that a file gives the same latents again whatever the batch size.
-
-    Args:
-        model: a `Unite` on the device to use.
-        pixels: [n, 3, H, H] uint8.
-
-    Returns:
-        z0 [n, K, D] float32 on the model's device.
-    """
-    import torch
-
-    from unite_fast.model.unite import TOKENIZE_T_MAX
-    from unite_kernels import philox_normal
-
-    device = model.latent_norm.weight.device
-    shape = (model.config.registers, model.config.latent_dim)
-    noise = philox_normal(shape, seed, 0, NOISE_STREAM, draws=len(pixels), first_draw=first, device=device)
-    t = torch.full((len(pixels),), TOKENIZE_T_MAX / 2, device=device)
-    with torch.no_grad():
-        return model.tokenize(pixels.to(device).float() / 255, noise=noise, t=t)
 
 
 def _stack(squares: list[Square]) -> Tensor:

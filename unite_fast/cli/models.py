@@ -99,6 +99,9 @@ def export(
     weights: Annotated[
         Which, typer.Option(help="ema: averaged, for use; model: as trained, which only checkpoints hold.")
     ] = Which.ema,
+    ema_decay: Annotated[
+        float | None, typer.Option(help="One of the run's optimizer.ema_decays. Default: the main one.")
+    ] = None,
     published: Annotated[
         Path | None,
         typer.Option(
@@ -125,7 +128,7 @@ def export(
         raise UserError("--with-optimizer belongs to --published FILE")
     from unite_fast.importing import open_trained, write_published
 
-    trained = open_trained(source, weights=weights.value)
+    trained = open_trained(source, weights=weights.value, ema_decay=ema_decay)
     if out_dir is not None:
         trained.save(out_dir)
         _describe(trained, out_dir)

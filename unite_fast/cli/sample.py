@@ -21,15 +21,12 @@ from unite_fast.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unite_fast.model.unite import Unite
-
 Solver = Enum(
     "Solver", {name: name for name in typing.get_args(SamplingConfig.model_fields["solver"].annotation)}, type=str
 )
 
 RECORD, SHEET = "samples.json", "sheet.png"
 OURS = re.compile(r"\d{6,}_class\d+\.png")
-NOISE_STREAM = 0  # of the counter-based generator; tokenization noise has its own
 # A sheet of more is too large to look at: at 256×256 pixels this one is 2,600 × 10,000.
 SHEET_IMAGES, SHEET_CLASSES, SHEET_COLUMNS = 400, 40, 10
 
@@ -92,6 +89,7 @@ def sample(
 
     import torch
 
+    from unite_fast.evaluation.generation import draw
     from unite_fast.importing import open_trained
     from unite_fast.modality import modality
     from unite_fast.pictures import save_png
@@ -129,7 +127,7 @@ def sample(
     with progress("sampling", count) as bar, explain_memory(batch):
         for first in range(0, count, batch):
             piece = labels[first : first + batch]
-            images = draw(model, torch.tensor(piece), settings, seed=seed, first=first)
+            images = draw(model, torch.tensor(piece), settings, seed=seed, first=first).cpu()
             for index, image in enumerate(images, start=first):
                 save_png(image, folder / files[index])
                 shown.add(labels[index], image)
@@ -160,27 +158,6 @@ def sample(
         markup=False,
         soft_wrap=True,
     )
-
-
-def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, first: int) -> Tensor:
-    """Images number `first` … of a seed.
-
-    Args:
-        model: a `Unite` on the device to use.
-        labels: [n] class of each image.
-        settings: options of `generate`.
-        seed: of the noise; image i's noise depends on (seed, i) alone.
-
-    Returns:
-        [n, 3, H, H] in [0, 1] on the CPU.
-    """
-    from unite_fast.flow.sampling import generate
-    from unite_kernels import philox_normal
-
-    shape = (model.config.registers, model.config.latent_dim)
-    device = model.latent_norm.weight.device
-    noise = philox_normal(shape, seed, 0, NOISE_STREAM, draws=len(labels), first_draw=first, device=device)
-    return generate(model, labels, noise=noise, **settings).cpu()
 
 
 class _Sheet:

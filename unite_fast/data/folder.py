@@ -123,11 +123,52 @@ class ImageFolder:
             OSError: the file has gone or cannot be read.
             ValueError: the file is larger than any image that `crop.decode` accepts.
         """
-        with open(self.path(index), "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise ValueError(f"{size} bytes, more than the {MAX_FILE_BYTES} accepted")
-            return file.readall()
+        return _bytes(self.path(index))
+
+
+class AllImages:
+    """Every image below a folder, however deep, ordered by path: for measurements that need no label.
+
+    Attributes:
+        root: the folder.
+        names: paths relative to it.
+    """
+
+    def __init__(self, path: str | Path):
+        """Scan the folder; hidden files and folders are ignored, symbolic links followed.
+
+        Raises:
+            UserError: missing, a file, unreadable, or without any image.
+        """
+        self.root = Path(path)
+        if not self.root.is_dir():
+            raise UserError(f"no folder of images at {self.root}")
+        self.names = _image_names(self.root)
+        if not self.names:
+            raise UserError(f"no image below {self.root}: no file there ends in {' '.join(sorted(EXTENSIONS))}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Path relative to the root."""
+        return self.names[index]
+
+    def path(self, index: int) -> str:
+        """Path of one image."""
+        return os.path.join(self.root, self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """As `ImageFolder.read`."""
+        return _bytes(self.path(index))
+
+
+def _bytes(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{size} bytes, more than the {MAX_FILE_BYTES} accepted")
+        return file.readall()
 
 
 def _class_names(root: Path, num_classes: int | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unite_fast.data.crop import WrongSizeError, decode
+from unite_fast.data.folder import AllImages
 from unite_fast.data.sampler import Draw, flips, substitute
 from unite_fast.data.source import ImageSource, reason_of
 from unite_fast.errors import UserError
@@ -63,7 +64,7 @@ class Piece(NamedTuple):
 class FileReader:
     """Pixels straight from the files."""
 
-    def __init__(self, folder: ImageSource, image_size: int, crop: Literal["adm", "none"]):
+    def __init__(self, folder: ImageSource | AllImages, image_size: int, crop: Literal["adm", "none"]):
         self.folder, self.image_size, self.crop = folder, image_size, crop
 
     def pixels(self, index: int) -> Pixels | Problem:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from unite_fast.data.folder import ImageFolder
+from unite_fast.data.folder import AllImages, ImageFolder
 from unite_fast.data.shards import ShardFolder, is_prepared
 from unite_fast.data.skip_list import describe_skipped
 from unite_fast.errors import UserError
@@ -81,6 +81,15 @@ def open_source(
                 source.shards[shard], damage, source.root,
             )  # fmt: skip
     return source
+
+
+def open_images(path: str | Path, *, image_size: int | None = None) -> ImageSource | AllImages:
+    """Every image below a folder, however deep, or of a prepared folder: for measurements that need no label.
+
+    Raises:
+        UserError: as `AllImages` and `open_source`.
+    """
+    return open_source(path, None, image_size=image_size) if is_prepared(Path(path)) else AllImages(path)
 
 
 def reason_of(error: Exception) -> str:

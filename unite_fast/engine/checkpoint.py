@@ -1,7 +1,7 @@
 """Checkpoints that know nothing of ranks, ZeRO stages or pickles.
 
-`run/checkpoints/step_00001000/` holds model.safetensors (float32 weights and buffers), ema.safetensors,
-optimizer.safetensors ("exp_avg/<parameter>", "exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json
+`run/checkpoints/step_00001000/` holds model.safetensors (float32 weights and buffers), ema.safetensors (and
+ema_0.9999.safetensors … for each of optimizer.ema_decays), optimizer.safetensors ("exp_avg/<parameter>", "exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json
 (step, configuration, versions, shapes, and the size of each file, so that a truncated one is noticed before it is
 used). The folder is written under a hidden name, flushed, and renamed: it exists whole or not at all.
 """
@@ -63,6 +63,7 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
     for name, tensors in (
         (WEIGHTS, engine.model_state),
         (EMA, engine.ema_state),
+        *((ema_file(decay), lambda decay=decay: engine.ema_state(decay)) for decay in engine.ema.extra),
         (OPTIMIZER, lambda: _optimizer_state(engine)),
     ):
         # Gathering is collective, so every rank walks through it, whatever has gone wrong on rank 0.
@@ -166,15 +167,24 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
         for name, kind in kinds.items()
         for key in ((MUON_STATE,) if kind == "muon" else ADAM_STATES)
     }
+    for decay in engine.ema.extra:
+        if ema_file(decay) not in state["files"]:
+            raise UserError(
+                f"checkpoint {directory} holds no average of decay {decay}, which optimizer.ema_decays asks for: an "
+                f"average begins with the run, take it out"
+            )
     with contextlib.ExitStack() as stack:
-        # All three are checked against the model before the first value is copied.
+        # All files are checked against the model before the first value is copied.
         model, ema, optimizer = (
             stack.enter_context(_open(directory, name, expected))
             for name, expected in ((WEIGHTS, weights), (EMA, weights), (OPTIMIZER, moments))
         )
+        extra = {decay: stack.enter_context(_open(directory, ema_file(decay), weights)) for decay in engine.ema.extra}
         with torch.no_grad():
             layout.scatter(model, lambda master: master)
             layout.scatter(ema, engine.ema.of)
+            for decay, average in extra.items():
+                layout.scatter(average, lambda master, decay=decay: engine.ema.of(master, decay))
             for key in (MUON_STATE, *ADAM_STATES):
                 layout.scatter(
                     lambda name, key=key: optimizer(f"{key}/{name}"),
@@ -186,6 +196,18 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
     engine.step_count = state["step"]
     engine.optimizer.set_adam_step(state["step"])
     return state["extra"]
+
+
+def ema_file(decay: float) -> str:
+    """Name of the file of one of `optimizer.ema_decays`."""
+    return f"ema_{decay}.safetensors"
+
+
+def ema_decays(state: Mapping[str, Any]) -> list[float]:
+    """Decays of the averages that a checkpoint of this `read_state` holds, the main one first."""
+    optimizer = state["config"].get("optimizer", {})
+    extra = [decay for decay in optimizer.get("ema_decays", ()) if ema_file(decay) in state["files"]]
+    return [optimizer.get("ema_decay"), *extra]
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -239,7 +261,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     for key, kind in typed.items():
         if not isinstance(state.get(key), kind):
             raise _broken(directory, f"{path} has no valid {key!r}")
-    for name in (WEIGHTS, EMA, OPTIMIZER):
+    for name in {WEIGHTS: None, EMA: None, OPTIMIZER: None} | state["files"]:
         file = directory / name
         if not file.is_file():
             raise _broken(directory, f"{file} is missing")
@@ -272,7 +294,7 @@ def _prepare(folder: Path, temporary: Path) -> None:
 
 
 def _finish(state: dict[str, Any], temporary: Path, final: Path) -> None:
-    state["files"] = {name: (temporary / name).stat().st_size for name in (WEIGHTS, EMA, OPTIMIZER)}
+    state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     path = temporary / STATE
     with open(path, "w", encoding="utf-8") as file:
         json.dump(state, file, indent=2)
@@ -380,7 +402,7 @@ def _broken(directory: Path, problem: str) -> UserError:
 def _looks_whole(path: Path) -> bool:
     try:
         files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
-        return all((path / name).stat().st_size == files[name] for name in (WEIGHTS, EMA, OPTIMIZER))
+        return all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

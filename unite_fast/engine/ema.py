@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,20 +17,28 @@ class Ema:
     Args:
         layout: whose masters are averaged; under ZeRO 1 to 3 each rank holds its share alone.
         decay: 0.9978 in the published runs.
+        extra: further decays averaged beside it, to choose from after the run.
     """
 
-    def __init__(self, layout: Layout, decay: float):
-        self.layout, self.decay = layout, decay
-        self.shadows = [master.detach().clone() for master in layout.masters]
-        self._of = {id(master): shadow for master, shadow in zip(layout.masters, self.shadows)}
+    def __init__(self, layout: Layout, decay: float, extra: Sequence[float] = ()):
+        self.layout, self.decay, self.extra = layout, decay, tuple(extra)
+        self._shadows = {d: [master.detach().clone() for master in layout.masters] for d in (decay, *self.extra)}
+        self._index = {id(master): index for index, master in enumerate(layout.masters)}
 
-    def of(self, master: Tensor) -> Tensor:
-        """The average of a master."""
-        return self._of[id(master)]
+    @property
+    def shadows(self) -> list[Tensor]:
+        """The averages that evaluation and export use, one a master."""
+        return self._shadows[self.decay]
+
+    def of(self, master: Tensor, decay: float | None = None) -> Tensor:
+        """The average of a master, by the main decay if none is named."""
+        return self._shadows[self.decay if decay is None else decay][self._index[id(master)]]
 
     def update(self) -> None:
         """Take the weights of this step in."""
-        uk.ema_update_(self.shadows, [master.detach() for master in self.layout.masters], self.decay)
+        weights = [master.detach() for master in self.layout.masters]
+        for decay, shadows in self._shadows.items():
+            uk.ema_update_(shadows, weights, decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -72,7 +72,7 @@ class Engine:
 
             self.backend = DeepSpeedBackend(forward, groups, self.optimizer, config, world)
         self.optimizer.initialise_state(self.backend.masters)
-        self.ema = Ema(self.backend.layout, config.optimizer.ema_decay)
+        self.ema = Ema(self.backend.layout, config.optimizer.ema_decay, config.optimizer.ema_decays)
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
         """`model(phase, **inputs)`, under bf16 autocast where the configuration asks for it."""
@@ -122,9 +122,12 @@ class Engine:
         yield from self.backend.layout.gather(lambda master: master)
         yield from self._buffer_copies()
 
-    def ema_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, new whole tensor) of the averaged weights and the persistent buffers. Collective as `model_state`."""
-        yield from self.backend.layout.gather(self.ema.of)
+    def ema_state(self, decay: float | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, new whole tensor) of the averaged weights and the persistent buffers. Collective as `model_state`.
+
+        `decay` chooses among `optimizer.ema_decays`; None is `optimizer.ema_decay`.
+        """
+        yield from self.backend.layout.gather(lambda master: self.ema.of(master, decay))
         yield from self._buffer_copies()
 
     def buffers(self) -> dict[str, Tensor]:

@@ -124,6 +124,11 @@ class Run:
                 if shows:
                     with meter.paused():
                         self.report.pictures(step)
+                if step < self.total and self.report.due(step, self.stream.steps_per_epoch):
+                    with meter.paused():
+                        measured = self.report.measure(step)
+                    if records:
+                        records.scalars(step, measured)
             if self._stop is not None:
                 if checkpoint.latest_step(self.folder) != engine.step_count:
                     self._save(meter)
@@ -242,14 +247,15 @@ class Run:
 class Probe:
     """A throw-away model that runs passes and gradients as the engine will, to measure memory.
 
-    It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA, and ZeRO's
-    master copy, each the size of the float32 weights.
+    It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA of each decay,
+    and ZeRO's master copy, each the size of the float32 weights.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
         model = model.to(device)
         self._forward = AutocastForward(model, autocast_dtype(config, device))
-        self._engine_state = torch.empty(4 * sum(p.numel() for p in model.parameters()), device=device)
+        copies = 4 + len(config.optimizer.ema_decays)
+        self._engine_state = torch.empty(copies * sum(p.numel() for p in model.parameters()), device=device)
 
     def __call__(self, phase: str, **inputs):
         return self._forward(phase, **inputs)

@@ -88,6 +88,13 @@ class Records:
             # No `step=`: W&B drops steps that do not rise, and a resumed run repeats those after its checkpoint.
             self._wandb.log({name: value for name, value in record.items() if name != "time"})
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of an evaluation, for TensorBoard; the evaluation keeps its own record."""
+        for name, value in values.items():
+            self._board.add_scalar(f"evaluation/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step} | {f"evaluation/{name}": value for name, value in values.items()})
+
     def close(self) -> None:
         self._file.close()
         self._board.close()

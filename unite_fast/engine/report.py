@@ -16,9 +16,12 @@ from unite_fast.config import Config
 from unite_fast.data.loader import load_images
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
-from unite_fast.evaluation.reconstruction import reconstruction_metrics
-from unite_fast.evaluation.small_data import SmallDataJudge
-from unite_fast.flow.sampling import generate
+from unite_fast.errors import UserError
+from unite_fast.evaluation.evaluator import Evaluator, check_files, plan_of
+from unite_fast.evaluation.generation import draw, encode
+from unite_fast.evaluation.protocol import FOLDER, WORK
+from unite_fast.evaluation.record import about_model, default_name, write_record
+from unite_fast.evaluation.work import Work
 from unite_fast.model.io import save_model
 from unite_fast.model.unite import Unite
 from unite_fast.pictures import loss_curves, reconstruction_sheet, sample_sheet
@@ -29,10 +32,10 @@ SHEET_RECONSTRUCTIONS = 24
 
 
 class Report:
-    """Pictures and metrics of one run, made on the main rank while the others wait.
+    """Pictures and metrics of one run: pictures on the main rank while the others wait, metrics on all ranks.
 
-    Everything that can be wrong with the held-out data is said when the run starts. This is the report on images;
-    another modality's replaces what is loaded, drawn and measured.
+    Everything that can be wrong with the held-out data and with the files of metrics is said when the run starts. This
+    is the report on images; another modality's replaces what is loaded, drawn and measured.
 
     Attributes:
         shown: metrics of the final table.
@@ -40,8 +43,9 @@ class Report:
     """
 
     shown = (
-        "psnr", "class_accuracy", "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage",
-        "coverage_train", "spread", "nearest_train_ratio", "near_copies",
+        "gfid", "is", "kid", "precision", "recall", "rfid", "lpips", "psnr", "ssim", "class_accuracy",
+        "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage", "coverage_train", "spread",
+        "nearest_train_ratio", "near_copies",
     )  # fmt: skip
     sheets = (
         ("samples.png", "generated images, class by class"),
@@ -59,17 +63,21 @@ class Report:
     ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
         self._data = data
-        if world.is_main:
-            self._prepare()
+        self._prepare()
 
     def _prepare(self) -> None:
         """Load what sheets and metrics need."""
         config = self.config
-        self._judge: SmallDataJudge | None = None
-        self._held_out, self._held_out_labels = self._load(config.data.val_path or config.data.path)
-        if config.evaluation.samples_per_class:
-            train = self._load(config.data.path)
-            self._judge = SmallDataJudge(*train, self._held_out, self._held_out_labels)
+        try:
+            check_files(plan := plan_of(config, self.world.device), config.model)
+        except UserError as error:
+            raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
+        self._evaluator = Evaluator(plan, config.model, self.world, self.classes)
+        if self.world.is_main:
+            self._held_out = load_images(
+                config.data.val_path or config.data.path, config.data, image_size=config.model.image_size,
+                num_classes=config.model.num_classes, limit=SHEET_RECONSTRUCTIONS, classes=self.classes,
+            )[0]  # fmt: skip
 
     def pictures(self, step: int) -> None:
         """Sheets of the EMA weights as they are now, named by the step."""
@@ -77,6 +85,19 @@ class Report:
             if self.world.is_main:
                 self._sheets(model, f"_{step:08d}")
         self.world.barrier()
+
+    def measure(self, step: int) -> dict[str, float | int]:
+        """Metrics of the EMA weights as they are now, on record in evaluations/ as `unite-fast evaluate` leaves them."""
+        with self.engine.weights(ema=True) as model:
+            return self._measure(model, step)
+
+    def due(self, step: int, steps_per_epoch: float) -> bool:
+        """Whether an epoch that `evaluation.metrics_epochs` counts ended with this step."""
+        every = self.config.evaluation.metrics_epochs
+        if every is None:
+            return False
+        length = every * steps_per_epoch
+        return int(step / length) > int((step - 1) / length)
 
     def finish(self, steps: int, seconds: float) -> None:
         """Export the EMA weights, draw sheets and curves, measure, write summary.json, say where things are."""
@@ -87,7 +108,9 @@ class Report:
                 save_model(state, self.config.model, self.folder / "export", made_by=made_by)
                 self._sheets(model, "")
                 loss_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-                summary = self._measure(model) | {
+            measured = self._measure(model, steps)
+            if self.world.is_main:
+                summary = measured | {
                     "steps": steps,
                     "training_seconds": round(seconds, 1),
                     "parameters": sum(p.numel() for p in self.engine.parameters.values()),
@@ -97,14 +120,6 @@ class Report:
                 write_report(self.folder, model=model)
                 self._show(summary)
         self.world.barrier()
-
-    def _load(self, folder: str) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return load_images(
-            folder, config.data, image_size=config.model.image_size, num_classes=config.model.num_classes,
-            limit=None if config.evaluation.samples_per_class else config.evaluation.reconstructions,
-            classes=self.classes,
-        )  # fmt: skip
 
     def _sheets(self, model: Unite, suffix: str) -> None:
         evaluation = self.config.evaluation
@@ -118,48 +133,42 @@ class Report:
             self.folder / f"samples{suffix}.png",
         )  # fmt: skip
 
-    def _measure(self, model: Unite) -> dict[str, Any]:
-        limit = self.config.evaluation.reconstructions
-        originals = self._held_out[:limit]
-        metrics: dict[str, Any] = reconstruction_metrics(originals, self._reconstruct(model, originals))
-        if self._judge is not None:
-            count = self.config.evaluation.samples_per_class
-            labels = torch.arange(self.config.model.num_classes).repeat_interleave(count)
-            metrics |= self._judge.judge(self._generate(model, labels), labels)
-        return metrics
+    def _measure(self, model: Unite, step: int) -> dict[str, Any]:
+        """Measure, and keep the record. Collective; the metrics need be whole on the main rank alone."""
+        folder = self.folder / FOLDER
+        work = Work(folder / WORK, self.world)
+        about = about_model(model.state_dict(), str(self.folder), self._made_by(step))
+        found = self._evaluator.measure(model, about, self._sampling(), work)
+        if self.world.is_main:
+            write_record(folder / f"{default_name(found.protocol)}.json", found.metrics, found.protocol)
+            work.discard()
+        self.world.barrier()
+        return found.metrics
 
     def _reconstruct(self, model: Unite, images: Tensor) -> Tensor:
-        """Images [N, 3, H, H] uint8 -> reconstructions in [0, 1], register noise from a fixed seed."""
-        generator = torch.Generator(self.world.device).manual_seed(self.config.train.seed)
-        pieces = []
-        for piece in images.split(self.config.evaluation.batch):
-            piece = piece.to(self.world.device).float() / 255
-            t = torch.full((len(piece),), self.config.objective.tokenize_t_max / 2, device=piece.device)
-            noise = model.latent_noise(len(piece), generator=generator)
-            pieces.append(model.decode(model.tokenize(piece, noise=noise, t=t)).clamp(0, 1).cpu())
-        return torch.cat(pieces)
+        """Images [N, 3, H, H] uint8 -> reconstructions in [0, 1]."""
+        latents = encode(model, images, seed=0, first=0)
+        return model.decode(latents).clamp(0, 1).cpu()
 
     def _generate(self, model: Unite, labels: Tensor) -> Tensor:
-        """One image a label under the configured sampling, noise from a fixed seed."""
-        sampling = self.config.sampling
-        generator = torch.Generator(self.world.device).manual_seed(self.config.train.seed + 1)
-        pieces = [
-            generate(
-                model, piece, guidance=sampling.guidance, interval=sampling.interval, solver=sampling.solver,
-                steps=sampling.steps, time_shift=self.config.objective.time_shift,
-                noise=model.latent_noise(len(piece), generator=generator),
-            ).cpu()
-            for piece in labels.split(self.config.evaluation.batch)
-        ]  # fmt: skip
+        """One image a label under the configured sampling."""
+        pieces, first = [], 0
+        for piece in labels.split(self.config.evaluation.batch):
+            pieces.append(draw(model, piece, self._sampling(), seed=0, first=first).cpu())
+            first += len(piece)
         return torch.cat(pieces)
+
+    def _sampling(self) -> dict[str, Any]:
+        """The options of `generate` that the configuration sets."""
+        return self.config.sampling.model_dump() | {"time_shift": self.config.objective.time_shift}
 
     def _made_by(self, steps: int) -> dict[str, Any]:
         return {
             "run": self.config.name,
             "step": steps,
             "weights": "ema",
-            "sampling": self.config.sampling.model_dump(mode="json")
-            | {"time_shift": self.config.objective.time_shift},
+            "ema_decay": self.config.optimizer.ema_decay,
+            "sampling": self._sampling(),
             "class_names": list(self.classes),
             "data": self._data,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

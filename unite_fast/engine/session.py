@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from unite_fast.config import Config
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.evaluation.protocol import git_state
 from unite_fast.records import SESSIONS
 
 
@@ -52,16 +52,5 @@ def record_session(folder: Path, config: Config, world: World, batch: Batch, *, 
 
 def source_commit() -> str | None:
     """Git commit of the source tree that runs, with a + where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        # An installed copy may lie inside another project's checkout (its .venv), whose commit would say nothing.
-        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
-        commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.strip()
+    state = git_state()
+    return None if state is None else state["commit"] + "+" * state["changed"]

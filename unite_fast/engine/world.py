@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,22 @@ class World:
         vote = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN)
         return bool(vote.item())
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank; the others' is ignored. Collective, any object that pickles."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank. Collective, any object that pickles."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -91,9 +108,18 @@ def launch_environment(environ: dict[str, str]) -> dict[str, str]:
 
 
 def init_world(config: Config) -> World:
-    """Find this process's place and device, and join the process group where the run needs one.
+    """`join_world` on the configuration's device; ZeRO needs a process group even for a lone process."""
+    return join_world(config.train.device, always_group=config.train.zero_stage > 0)
 
-    NCCL on CUDA, gloo on CPU. A lone process without ZeRO joins none.
+
+def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
+    """Find this process's place and device, and join the process group where there are several processes.
+
+    NCCL on CUDA, gloo on CPU.
+
+    Args:
+        wanted: auto, cpu or cuda.
+        always_group: make a process group for a lone process too.
 
     Raises:
         UserError: CUDA asked for and absent, fewer GPUs than local ranks, incomplete launcher variables.
@@ -102,9 +128,9 @@ def init_world(config: Config) -> World:
     rank = int(launched.get("RANK", 0))
     size = int(launched.get("WORLD_SIZE", 1))
     local_rank = int(launched.get("LOCAL_RANK", 0))
-    device = _device(config.train.device, local_rank)
+    device = _device(wanted, local_rank)
     world = World(rank, size, local_rank, device)
-    if (size > 1 or config.train.zero_stage > 0) and not dist.is_initialized():
+    if (size > 1 or always_group) and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if size > 1:
             os.environ.update(launched)  # DeepSpeed reads LOCAL_RANK from here, also when srun set it

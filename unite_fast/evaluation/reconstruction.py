@@ -31,13 +31,18 @@ def unit_images(images: Tensor, what: str = "images") -> Tensor:
     if not images.is_floating_point():
         raise UserError(f"{what} must be uint8 in 0..255 or floating point in [0, 1], got {images.dtype}")
     images = images.detach().float().cpu()
+    require_finite(images, what)
+    return images.clamp(0, 1)
+
+
+def require_finite(images: Tensor, what: str) -> None:
+    """Raise a UserError that says how many images [N, …] hold NaN or infinite values."""
     bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
     if bad:
         raise UserError(
             f"{bad} of {len(images)} {what} contain NaN or infinite values: the network that made them has diverged, "
             "go back to an earlier checkpoint or lower the learning rate"
         )
-    return images.clamp(0, 1)
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -90,13 +95,17 @@ def reconstruction_metrics(originals: Tensor, reconstructions: Tensor) -> dict[s
         UserError: shapes that differ, wrong dtype, NaN images.
     """
     difference = _difference(originals, reconstructions)
-    values = _psnr(difference)
+    return summarise(_psnr(difference), difference.abs().mean(1))
+
+
+def summarise(psnr: Tensor, l1: Tensor) -> dict[str, float | int]:
+    """`reconstruction_metrics` from the values of each image, [N] float64 both."""
     return {
-        "psnr": float(values.mean()),
-        "psnr_std": float(values.std(correction=0)),
-        "psnr_worst": float(values.min()),
-        "l1": float(difference.abs().mean()),
-        "images_reconstructed": len(values),
+        "psnr": float(psnr.mean()),
+        "psnr_std": float(psnr.std(correction=0)),
+        "psnr_worst": float(psnr.min()),
+        "l1": float(l1.mean()),
+        "images_reconstructed": len(psnr),
     }
 
 

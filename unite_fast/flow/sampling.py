@@ -27,7 +27,8 @@ def velocity(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """v(t, z) = (ẑ0 − z) / max(1−t, 0.05) with ẑ0 = null + w·(class − null) where interval[0] < t < interval[1].
 
-    Outside the interval and for w = 1 the class prediction stands alone. The guided pair is one batched call.
+    Outside the interval and for w = 1 the class prediction stands alone. The guided pair is one batched call. Its
+    halves share no work: the context joins at a later block, but the label also modulates the first one.
     """
     null = torch.full_like(labels, model.null_label)
 

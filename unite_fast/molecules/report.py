@@ -57,6 +57,8 @@ class MoleculeReport(Report):
         super().__init__(config, folder, world, engine, stream.classes, stream.record)
 
     def _prepare(self) -> None:
+        if not self.world.is_main:
+            return
         held_out = self._parts.held_out
         self._held_out = held_out.select(np.arange(min(len(held_out), self.config.evaluation.reconstructions)))
 
@@ -67,7 +69,13 @@ class MoleculeReport(Report):
             perceived = perceive_all(made, processes=self._processes)
             molecule_sheet(made, perceived, self.folder / f"samples{suffix}.png")
 
-    def _measure(self, model: MoleculeUnite) -> dict[str, Any]:
+    def due(self, step: int, steps_per_epoch: float) -> bool:
+        """Never: molecules are judged at the end."""
+        return False
+
+    def _measure(self, model: MoleculeUnite, step: int) -> dict[str, Any]:
+        if not self.world.is_main:
+            return {}
         self._judge = MoleculeJudge(self._parts.train, self._held_out, processes=self._processes)
         rebuilt = self._reconstruct(model, self._held_out)
         reconstruction = self._judge.reconstruction(rebuilt)

@@ -16,7 +16,7 @@ from torch import Tensor
 import unite_kernels as uk
 from unite_fast.config import LpipsConfig
 from unite_fast.errors import UserError
-from unite_fast.weights import read_tensors
+from unite_fast.weights import check_named_hash, read_tensors
 
 # VGG16's convolutions by their index in torchvision's `features`, grouped by the maps LPIPS reads:
 # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A 2×2 maximum pool stands between the groups.
@@ -25,6 +25,10 @@ CHANNELS = (64, 128, 256, 512, 512)
 # LPIPS's ScalingLayer: ImageNet statistics expressed for images in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+SOURCES = {
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "linear": "lpips/weights/v0.1/vgg.pth of https://github.com/richzhang/PerceptualSimilarity",
+}
 
 
 class VggFeatures(nn.Module):
@@ -54,10 +58,15 @@ class VggFeatures(nn.Module):
 
 
 class Lpips(nn.Module):
-    """LPIPS distance: unit-normalised feature differences, squared, weighted by channel, averaged over space, summed."""
+    """LPIPS distance: unit-normalised feature differences, squared, weighted by channel, averaged over space, summed.
+
+    Attributes:
+        sha256: of the weights files, by the key that names them.
+    """
 
     def __init__(self, *, rescale: bool = False, dropout: bool = False):
         super().__init__()
+        self.sha256: dict[str, str] = {}
         self.rescale = rescale
         self.dropout = dropout
         self.features = VggFeatures()
@@ -78,10 +87,11 @@ class Lpips(nn.Module):
         model = cls(rescale=config.rescale, dropout=config.dropout)
         for key, path in (("vgg", config.vgg), ("linear", config.linear)):
             if path is None:
-                raise UserError(f"objective.lpips.{key} is not set; give the path of the weights, or {off}")
+                raise UserError(f"objective.lpips.{key} is not set; get {SOURCES[key]} and give its path, or {off}")
             if not Path(path).is_file():
-                raise UserError(f"objective.lpips.{key}: no file {path}; {off}")
+                raise UserError(f"objective.lpips.{key}: no file {path}; get {SOURCES[key]} and put it there, or {off}")
         try:
+            model.sha256 = {"vgg": check_named_hash(config.vgg), "linear": check_named_hash(config.linear)}
             model.load_vgg(read_tensors(config.vgg))
             model.load_linear(read_tensors(config.linear))
         except UserError as error:
@@ -102,16 +112,20 @@ class Lpips(nn.Module):
 
     def forward(self, target: Tensor, image: Tensor) -> Tensor:
         """Mean distance of two batches [B, 3, H, W] in [0, 1]; the gradient flows into `image` only."""
+        return self.distances(target, image).mean()
+
+    def distances(self, target: Tensor, image: Tensor) -> Tensor:
+        """Distance of each pair, [B]; see `forward`."""
         with torch.no_grad():
             target_maps = self.features(self._scaled(target))
-        total = torch.zeros((), device=image.device)
+        total = torch.zeros(len(image), device=image.device)
         for index, (a, b) in enumerate(zip(target_maps, self.features(self._scaled(image)), strict=True)):
             weight = self.weights[index]
             if self.dropout:
                 difference = (_unit(a) - _unit(b)).square()
-                total = total + F.conv2d(F.dropout(difference, 0.5), weight.view(1, -1, 1, 1)).mean()
+                total = total + F.conv2d(F.dropout(difference, 0.5), weight.view(1, -1, 1, 1)).mean((1, 2, 3))
             else:
-                total = total + uk.lpips_distance(a, b, weight).mean()
+                total = total + uk.lpips_distance(a, b, weight)
         return total
 
     def _scaled(self, images: Tensor) -> Tensor:

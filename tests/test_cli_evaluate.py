@@ -1,0 +1,365 @@
+"""evaluate and reference on a tiny model with randomly initialised Inception weights: numbers, records, mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_toy import mistake, picture, read, run, save_toy, toy_model
+from inception_toy import inception_weights
+from runs import config, image_tree
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_perceptual import weights as lpips_weights
+
+from unite_fast import load
+from unite_fast.engine import checkpoint
+from unite_fast.engine.loop import train
+from unite_fast.errors import UserError
+from unite_fast.evaluation import evaluator as evaluator_module
+from unite_fast.evaluation.frechet import gaussian_statistics
+from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
+from unite_fast.evaluation.inception import Inception
+from unite_fast.flow.sampling import generate
+from unite_fast.objective.perceptual import Lpips
+from unite_fast.weights import file_hash
+from unite_kernels import philox_normal
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT, HELD_OUT, SIDE = 12, 11, 16
+SETTINGS = {"guidance": 1.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 4, "time_shift": 0.7}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, held-out pictures, weights of Inception and LPIPS, a reference made of the pictures."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_toy(folder / "model")
+    for index in range(HELD_OUT):
+        picture(folder / "val" / f"{index % 2}" / f"{index:02d}.png", seed=index)
+    (folder / "val" / "0" / "broken.png").write_bytes(b"no picture")
+    torch.save(inception_weights(), folder / "inception.pth")
+    vgg, linear = lpips_weights()
+    torch.save(vgg, folder / "vgg.pth")
+    torch.save(linear, folder / "linear.pth")
+    assert run("reference", folder / "val", "--out", folder / "ref.npz", "--inception", folder / "inception.pth",
+               "--size", SIDE, "--batch", 4) == 0  # fmt: skip
+    return folder
+
+
+def evaluate(files, *options, metrics="gfid,is", name="here", count=COUNT):
+    """Record of an evaluation that must succeed."""
+    arguments = ["evaluate", files / "model", "--metrics", metrics, "--count", count, "--name", name, "--batch", 5]
+    arguments += ["--inception", files / "inception.pth", "--reference", files / "ref.npz", "--data", files / "val"]
+    assert run(*arguments, *options) == 0
+    record = json.loads((files / "model" / "evaluations" / f"{name}.json").read_text())
+    assert not (files / "model" / "evaluations" / ".work").exists()
+    return record
+
+
+@pytest.fixture(scope="module")
+def inception(files):
+    return Inception.open(files / "inception.pth")
+
+
+@pytest.fixture(scope="module")
+def held_out(files):
+    paths = sorted((files / "val").rglob("[0-9][0-9].png"), key=lambda path: path.as_posix())
+    return torch.stack([torch.tensor(read(path)) for path in paths]).permute(0, 3, 1, 2)
+
+
+def drawn(count=COUNT, **changes):
+    """The same images one by one, through the library alone."""
+    model, images = toy_model(), []
+    for index in range(count):
+        noise = philox_normal((16, 4), 0, 0, SAMPLE_STREAM, draws=1, first_draw=index)
+        images.append(generate(model, torch.tensor([index % 3]), noise=noise, **SETTINGS | changes))
+    return torch.cat(images)
+
+
+def apart(a, b):
+    return abs(a - b) / max(abs(b), 1e-12)
+
+
+def distance(a, b):
+    """Fréchet distance of few features [n, k] and [m, k]: tr((AB)^½) is the sum of the singular values of X Yᵀ."""
+    x, y = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (a.double().numpy(), b.double().numpy()))
+    offset = float(((a.double().mean(0) - b.double().mean(0)) ** 2).sum())
+    return offset + (x**2).sum() + (y**2).sum() - 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum()
+
+
+def test_reference_is_the_pictures_mean_and_covariance(files, inception, held_out):
+    with np.load(files / "ref.npz") as found:
+        mean, covariance = gaussian_statistics(inception(held_out)[0].numpy())
+        np.testing.assert_allclose(found["mu"], mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["sigma"], covariance, rtol=1e-2, atol=1e-4 * np.trace(covariance) / 2048)
+        assert (found["count"], found["crop"], found["image_size"], found["skipped"]) == (HELD_OUT, "adm", SIDE, 1)
+        assert found["inception"] == file_hash(files / "inception.pth")
+
+
+def test_generation_metrics_and_their_protocol(files, inception, held_out, capsys):
+    record = evaluate(files)
+    printed = capsys.readouterr()
+    assert "12 images determine 11 of the 2048 directions" in printed.err
+    assert "not the published weights" in printed.err and "12 images, 4 a class; heun, 4 steps" in printed.out
+    expected = distance(inception(to_bytes(drawn()))[0], inception(held_out)[0])
+    assert apart(record["metrics"]["gfid"], expected) < 1e-3
+    assert 1 <= record["metrics"]["is"] < 12
+    protocol = record["protocol"]
+    assert protocol["generation"] == {
+        "count": 12, "classes": 3, "per_class": 4, "seed": 0, "precision": "fp32", "normalised": True,
+        "pixels": "uint8, rounded", "image_size": SIDE, **SETTINGS, "interval": [0.2, 0.9],
+    }  # fmt: skip
+    assert protocol["model"]["step"] == 5 and protocol["model"]["run"] == "toy" and len(protocol["model"]["sha256"]) == 64
+    assert protocol["inception"]["sha256"] == file_hash(files / "inception.pth") and not protocol["inception"]["published"]
+    assert protocol["reference"]["sha256"] == file_hash(files / "ref.npz") and protocol["reference"]["count"] == HELD_OUT
+    assert protocol["environment"]["versions"]["torch"] == str(torch.__version__)
+    assert set(protocol["definitions"]) == {"gfid", "is"}
+
+
+def test_held_out_metrics(files, inception, held_out, capsys):
+    record = evaluate(files, "--vgg", files / "vgg.pth", "--linear", files / "linear.pth", name="pairs",
+                      metrics="rfid,psnr,ssim,lpips,l1,kid,precision,recall")  # fmt: skip
+    found, model = record["metrics"], toy_model()
+    # Numbered by path, the unreadable file included: 0/00, …, 0/10, 0/broken, 1/01, …
+    numbers = [number for number in range(HELD_OUT + 1) if number != 6]
+    rebuilt = []
+    for number, pixels in zip(numbers, held_out, strict=True):
+        noise = philox_normal((16, 4), 0, 0, TOKENIZE_STREAM, draws=1, first_draw=number)
+        latents = model.tokenize(pixels[None].float() / 255, noise=noise, t=torch.tensor([0.005]))
+        rebuilt.append(model.decode(latents).clamp(0, 1))
+    rebuilt, exact = torch.cat(rebuilt), held_out.float() / 255
+    errors = (rebuilt - exact).double()
+    assert found["psnr"] == pytest.approx(float((-10 * errors.square().mean((1, 2, 3)).log10()).mean()), rel=1e-4)
+    assert found["l1"] == pytest.approx(float(errors.abs().mean()), rel=1e-4)
+    lpips = Lpips(rescale=True)
+    lpips.load_vgg(lpips_weights()[0])
+    lpips.load_linear(lpips_weights()[1])
+    assert found["lpips"] == pytest.approx(float(lpips(exact, rebuilt)), rel=1e-3)
+    assert apart(found["rfid"], distance(inception(held_out)[0], inception(to_bytes(rebuilt))[0])) < 1e-3
+    assert -0.2 < found["ssim"] < 0.5 and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert math.isfinite(found["kid"]) and found["kid_subset_size"] == HELD_OUT
+    section = record["protocol"]["held_out"]
+    assert (section["count"], section["skipped"], section["crop"]) == (HELD_OUT, 1, "adm")
+    assert record["protocol"]["lpips"]["vgg"] == file_hash(files / "vgg.pth")
+
+
+def test_batch_and_memory_change_nothing_but_time(files, capsys, monkeypatch):
+    whole = evaluate(files, metrics="is", name="whole")
+    draw, sizes = evaluator_module.draw, []
+
+    def scarce(model, labels, *rest, **options):
+        sizes.append(len(labels))
+        if len(labels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(model, labels, *rest, **options)
+
+    monkeypatch.setattr(evaluator_module, "draw", scarce)
+    halved = evaluate(files, metrics="is", name="halved")
+    assert sizes[:2] == [5, 2] and "going on with 2" in capsys.readouterr().err
+    assert apart(halved["metrics"]["is"], whole["metrics"]["is"]) < 1e-3
+    assert halved["protocol"]["generation"] == whole["protocol"]["generation"]
+
+
+def test_images_are_kept_if_asked_for(files, tmp_path):
+    evaluate(files, "--save-images", tmp_path / "png", "--guidance", 3, "--seed", 0, metrics="psnr", name="kept", count=6)
+    assert [path.name for path in sorted((tmp_path / "png").iterdir())][:2] == ["000000_class0000.png", "000001_class0001.png"]
+    kept = np.stack([read(path) for path in sorted((tmp_path / "png").iterdir())])
+    expected = to_bytes(drawn(6, guidance=3.0)).permute(0, 2, 3, 1).numpy()
+    assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
+
+
+def test_dopri5_names_its_batch(files):
+    record = evaluate(files, "--solver", "dopri5", metrics="is", name="dopri5", count=12)
+    assert record["protocol"]["generation"]["batch"] == 5 and record["protocol"]["generation"]["solver"] == "dopri5"
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(files):
+    """SIGKILL between two pieces, then the same command: finished images are not drawn again."""
+    command = [sys.executable, "-m", "unite_fast", "evaluate", files / "model", "--metrics", "is", "--count", "12",
+               "--batch", "1", "--name", "killed", "--inception", files / "inception.pth"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    work = files / "model" / "evaluations" / ".work"
+    deadline = time.monotonic() + 120
+    while len(pieces := sorted(work.glob("*/*.safetensors"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= len(pieces) < 12 and not (files / "model" / "evaluations" / "killed.json").exists()
+    pieces = sorted(work.glob("*/0*.safetensors"))
+    before = {path.name: path.stat().st_mtime_ns for path in pieces}
+    finished: list[dict[str, int]] = []
+    original = evaluator_module.Work.discard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator_module.Work, "discard", lambda self: (
+            finished.append({path.name: path.stat().st_mtime_ns for path in self.folder.glob("*/0*.safetensors")}),
+            original(self),
+        ))  # fmt: skip
+        assert run(*command[3:]) == 0
+    assert len(finished[0]) == 12 and all(finished[0][name] == at for name, at in before.items())
+    assert (files / "model" / "evaluations" / "killed.json").exists()
+
+
+def test_two_ranks_make_the_same_numbers(files):
+    alone = evaluate(files, metrics="is,psnr", name="alone")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+               "-m", "unite_fast", "evaluate", files / "model", "--metrics", "is,psnr", "--count", str(COUNT),
+               "--batch", "5", "--inception", files / "inception.pth", "--data", files / "val", "--name", "ranks",
+               "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = json.loads((files / "model" / "evaluations" / "ranks.json").read_text())
+    assert ranks["protocol"]["environment"]["ranks"] == 2
+    assert ranks["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """A run that measures itself in the middle and at the end, and keeps two averages."""
+    folder = tmp_path_factory.mktemp("trained")
+    image_tree(folder / "train", per_class=20)
+    image_tree(folder / "val", per_class=8)
+    evaluation = {"samples_per_class": 5, "metrics": ["is"], "metrics_epochs": 1, "count": 10,
+                  "inception": str(files / "inception.pth"), "sheet_columns": 2}  # fmt: skip
+    return train(config(folder, train={"steps": 11, "global_batch": 4}, data={"val_path": str(folder / "val")},
+                        optimizer={"ema_decays": [0.5]}, evaluation=evaluation))  # fmt: skip
+
+
+def records(run_folder):
+    return {path.stem: json.loads(path.read_text()) for path in (run_folder / "evaluations").glob("*.json")}
+
+
+def test_training_measures_itself_and_evaluate_reproduces_it(trained):
+    """40 images and batches of 4: an epoch ends at step 10."""
+    own = records(trained)
+    assert sorted(name.split("-")[0] for name in own) == ["step_00000010", "step_00000011"]
+    last = next(record for name, record in own.items() if "11" in name[:13])
+    summary = json.loads((trained / "summary.json").read_text())
+    assert {"is", "class_accuracy", "frechet_pca", "psnr", "ssim", "l1"} <= set(last["metrics"])
+    assert {name: summary[name] for name in last["metrics"]} == last["metrics"]
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("evaluation/is")] == [10]
+    # The same command line as after any run: the same numbers, so that it replaces the run's own record.
+    assert run("evaluate", trained) == 0
+    again = records(trained)
+    assert set(again) == set(own)
+    assert again[next(name for name in own if "11" in name[:13])]["metrics"] == pytest.approx(last["metrics"], rel=1e-5)
+
+
+def test_search_chooses_average_and_guidance_and_measures_with_them(trained, capsys):
+    assert run("evaluate", trained, "--metrics", "small", "--search", "ema,guidance", "--search-count", 4,
+               "--name", "searched") == 0  # fmt: skip
+    record = records(trained)["searched"]
+    averages, points = record["tables"]["ema"], record["tables"]["guidance"]
+    assert [row["ema_decay"] for row in averages] == [0.9, 0.5]
+    assert len({(row["guidance"], row["low"], row["high"]) for row in points}) == len(points) > 4
+    best = min(points, key=lambda row: row["score"])
+    protocol = record["protocol"]
+    assert protocol["generation"]["guidance"] == best["guidance"] and protocol["generation"]["count"] == 10
+    assert protocol["generation"]["interval"] == [best["low"], best["high"]]
+    assert protocol["model"]["ema_decay"] == min(averages, key=lambda row: row["score"])["ema_decay"]
+    assert protocol["search"] == {"by": "frechet_pca", "count": 4, "over": ["ema", "guidance"]}
+    assert (trained / "evaluations" / "searched_guidance.png").stat().st_size > 1000
+    assert "ema_decay 0.5  frechet_pca" in capsys.readouterr().out
+    assert not (trained / "evaluations" / ".work").exists()
+
+
+def test_averages_can_be_exported_by_choice(trained, tmp_path, capsys):
+    assert run("export", trained, "--out", tmp_path / "out", "--ema-decay", "0.5") == 0
+    kept = load_file(checkpoint.latest(trained) / "ema_0.5.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load(tmp_path / "out").state_dict().items())
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["made_by"]["ema_decay"] == 0.5
+    assert "holds no average of decay 0.7: it holds 0.9, 0.5" in mistake(
+        capsys, "export", trained, "--out", tmp_path / "x", "--ema-decay", 0.7
+    )
+    assert "choose one" in mistake(
+        capsys, "export", trained, "--out", tmp_path / "x", "--ema-decay", 0.5, "--weights", "model"
+    )
+
+
+def test_a_run_that_lacks_files_of_its_metrics_says_so_at_once(files, tmp_path):
+    image_tree(tmp_path / "train")
+    with pytest.raises(UserError, match=r"no Inception-v3 weights at .*evaluation.metrics asks for it"):
+        train(config(tmp_path, evaluation={"metrics": ["is"], "count": 10, "inception": str(tmp_path / "none.pth")}))
+
+
+@pytest.fixture()
+def ask(files, capsys):
+    """The mistake of an evaluation."""
+
+    def said(*options, metrics="gfid", count=COUNT, model=None):
+        named = {"--inception": files / "inception.pth", "--reference": files / "ref.npz", "--data": files / "val"}
+        named |= dict(zip(options[::2], options[1::2], strict=True))
+        arguments = [part for option, value in named.items() if value is not None for part in (option, value)]
+        return mistake(capsys, "evaluate", model or files / "model", "--metrics", metrics, "--count", count, *arguments)
+
+    return said
+
+
+def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator_module, "draw", lambda *_, **__: pytest.fail("images were drawn"))
+    assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
+    assert ask(count=10) == "10 images do not balance 3 classes: take 9 or 12 (--count, evaluation.count)"
+    assert ask("--inception", None).startswith("Inception features need the Inception-v3 weights: get pt_inception")
+    assert "no Inception-v3 weights at" in ask("--inception", tmp_path / "none.pth")
+    assert "gfid needs reference statistics" in ask("--reference", None)
+    assert "no reference statistics at" in ask("--reference", tmp_path / "none.npz")
+    assert ask("--data", None, metrics="psnr,kid").startswith("psnr, kid compare with held-out images: give --data")
+    assert ask("--data", tmp_path, metrics="psnr").startswith(f"no image below {tmp_path}")
+    assert "objective.lpips.vgg is not set; get https://download.pytorch.org" in ask(metrics="lpips")
+    assert ask("--search", "guidance", metrics="is").startswith("--search needs a score")
+    assert ask("--search", "guidance", "--search-count", 10) == "10 images do not balance 3 classes: take 9 or 12 (--search-count)"
+    assert "'w' is not one of guidance, ema" in ask("--search", "w")
+    assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
+    assert "add that" in ask("--search-values", "1,2")
+    assert "small has a precision of its own" in ask(metrics="small,precision")
+    assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")
+    assert "holds no checkpoint" in ask("--ema-decay", 0.9)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes((files / "ref.npz").read_bytes()[:1000])
+    assert "is truncated or no .npz" in ask("--reference", cut)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert "is of another extractor: mu is [64]" in ask("--reference", tmp_path / "small.npz")
+    with np.load(files / "ref.npz") as found:
+        np.savez(tmp_path / "large.npz", **{**found, "image_size": 256})
+    assert "made from images of 256×256 pixels, the model makes 16×16" in ask("--reference", tmp_path / "large.npz")
+
+
+def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys):
+    save_toy(tmp_path / "diverged")
+    weights = load_file(tmp_path / "diverged" / "model.safetensors")
+    weights["decoder.token"][:] = float("nan")
+    save_file(weights, tmp_path / "diverged" / "model.safetensors")
+    assert ask(model=tmp_path / "diverged", metrics="is").startswith("12 of 12 generated images contain NaN")
+    assert "reconstructions contain NaN" in ask(model=tmp_path / "diverged", metrics="psnr")
+    assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    assert ask("--data", tmp_path / "bad", metrics="psnr") == f"none of the 1 images of {tmp_path / 'bad'} is readable"
+    (tmp_path / "empty").mkdir()
+    bare = ["reference", tmp_path / "empty", "--out", tmp_path / "r.npz", "--inception", files / "inception.pth"]
+    assert mistake(capsys, *bare).startswith(f"no image below {tmp_path / 'empty'}")
+    picture(tmp_path / "one" / "a.png", seed=0)
+    bare[1] = tmp_path / "one"
+    assert "a covariance needs at least 2 images, got 1" in mistake(capsys, *bare)
+    assert "must end in .npz" in mistake(capsys, "reference", tmp_path / "one", "--out", tmp_path / "r.json")
+    assert not list(tmp_path.glob("r.*"))
+    nothing = mistake(capsys, "evaluate", files / "model")
+    assert nothing.startswith("nothing says what to measure")

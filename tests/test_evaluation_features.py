@@ -1,0 +1,76 @@
+"""Inception Score, KID, precision and recall against direct computations, and too few images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from unite_fast.errors import UserError
+from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
+
+
+def normal(count, features=6, seed=0, shift=0.0):
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_inception_score_of_known_distributions():
+    # Ten sure and equally frequent classes: 10 distinguishable kinds of image. Alike images: 1.
+    sure = 60 * torch.eye(10).repeat(200, 1)
+    found = inception_score(sure, seed=0)
+    assert found["is"] == pytest.approx(10, rel=0.05) and found["is_std"] < 0.5
+    assert inception_score(torch.ones(50, 10), seed=0) == {"is": pytest.approx(1), "is_std": pytest.approx(0)}
+    assert inception_score(sure, seed=1) != found == inception_score(sure, seed=0)
+    with pytest.raises(UserError, match="at least 10 images.*9 were generated"):
+        inception_score(torch.ones(9, 10), seed=0)
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    inception_score(normal(20), seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_kid_is_the_unbiased_polynomial_mmd():
+    real, generated = normal(40, seed=1), normal(30, seed=2, shift=0.5)
+    x, y = real[:30].double().numpy(), generated.double().numpy()
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(k):
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    # All 30 real images in place of 30 of 40: one subset is then the whole set, whatever the shuffle.
+    expected = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y)) - 2 * kernel(x, y).mean()
+    found = kernel_distance(real[:30], generated, seed=0)
+    assert found["kid"] == pytest.approx(expected, rel=1e-9) and found["kid_std"] == pytest.approx(0, abs=1e-9)
+    assert found["kid_subset_size"] == 30
+    assert abs(kernel_distance(normal(200, seed=3), normal(200, seed=4), seed=0)["kid"]) < 0.05 < found["kid"]
+    with pytest.raises(UserError, match="at least 2 real and 2 generated images, got 1 and 30"):
+        kernel_distance(real[:1], generated, seed=0)
+
+
+def straightforward(queries, points, k=3):
+    """Share of queries inside a ball that reaches to a point's k-th nearest other point."""
+    among = torch.cdist(points.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    radii = among.sort(1).values[:, k]
+    distances = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return float((distances <= radii).any(1).double().mean())
+
+
+def test_precision_and_recall():
+    real, generated = normal(60, seed=5), normal(50, seed=6, shift=1.0)
+    found = precision_recall(real, generated)
+    assert found == {
+        "precision": pytest.approx(straightforward(generated, real)),
+        "recall": pytest.approx(straightforward(real, generated)),
+    }
+    assert 0.1 < found["precision"] < 0.95 and 0.1 < found["recall"] < 0.95
+    # One mode of two, reproduced well: precise, without recall of the other half.
+    two = torch.cat([normal(40, seed=7), normal(40, seed=8, shift=20)])
+    half = precision_recall(two, normal(40, seed=9))
+    assert half["precision"] > 0.8 and half["recall"] < 0.55
+    with pytest.raises(UserError, match="more than 3 images a side, got 3 real and 50"):
+        precision_recall(real[:3], generated)

@@ -1,0 +1,115 @@
+"""Records and their comparison: equal protocols are ranked, others are not without saying so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_toy import mistake, run
+
+from unite_fast.engine.world import World
+from unite_fast.evaluation.protocol import environment, git_state, weights_hash
+from unite_fast.evaluation.record import default_name, ranking, read_records, write_record
+
+PROTOCOL = {
+    "model": {"origin": "a", "step": 7, "sha256": "11" * 32, "weights": "ema"},
+    "generation": {"count": 50000, "guidance": 2.4, "interval": [0.1, 1.0], "solver": "heun", "seed": 0},
+    "inception": {"file": "pt.pth", "sha256": "22" * 32, "published": True},
+    "reference": {"file": "ref.npz", "sha256": "33" * 32},
+    "held_out": {"path": "val", "count": 100, "names_sha256": "44" * 32},
+}
+
+
+def record(folder, name, metrics, **sections):
+    protocol = {key: PROTOCOL.get(key, {}) | sections.get(key, {}) for key in PROTOCOL}
+    write_record(folder / "evaluations" / f"{name}.json", metrics, protocol)
+
+
+@pytest.fixture()
+def runs(tmp_path):
+    record(tmp_path / "one", "a", {"gfid": 2.5, "is": 200.0, "psnr": 25.0})
+    # Another model, file names and places: the same protocol.
+    record(tmp_path / "two", "b", {"gfid": 2.1, "is": 190.0, "psnr": 24.0}, model={"origin": "b", "sha256": "99" * 32},
+           reference={"file": "renamed.npz"}, held_out={"path": "/elsewhere/val"})  # fmt: skip
+    return tmp_path
+
+
+def test_equal_protocols_are_ranked(runs, capsys):
+    rows = read_records(runs / "one") + read_records(runs / "two")
+    assert ranking(rows, "gfid") == ([1], []) and ranking(rows, "is") == ([0], [])
+    assert ranking(rows, "psnr") == ([0], []) and ranking(rows + rows, "psnr") == ([0, 2], [])
+    assert run("compare", runs / "one", runs / "two") == 0
+    printed = capsys.readouterr().out
+    assert "2.1 *" in printed and "200 *" in printed and "≠" not in printed
+    assert "[1] one/a" in printed and "[2] two/b" in printed
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says", "untouched"),
+    [
+        ("generation", {"guidance": 1.5}, "generation.guidance: 2.4 / 1.5", "psnr"),
+        ("generation", {"count": 10000}, "generation.count: 50000 / 10000", "psnr"),
+        ("reference", {"sha256": "55" * 32}, "reference.sha256: 33333333… / 55555555…", "is"),
+        ("held_out", {"names_sha256": "66" * 32}, "held_out.names_sha256: 44444444… / 66666666…", "gfid"),
+    ],
+)
+def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change, says, untouched):
+    record(runs / "three", "c", {"gfid": 1.0, "is": 300.0, "psnr": 30.0}, **{section: change})
+    assert run("compare", runs / "one", runs / "three") == 0
+    printed = capsys.readouterr().out
+    assert says in printed and "not ranked, protocols differ" in printed
+    assert ranking(read_records(runs / "one") + read_records(runs / "three"), untouched)[0] == [1]
+    assert run("compare", runs / "one", runs / "three", "--anyway") == 0
+    printed = capsys.readouterr().out
+    assert "ranked all the same, --anyway" in printed and says in printed
+
+
+def test_a_value_alone_is_not_the_best(runs, capsys):
+    record(runs / "three", "c", {"rfid": 1.0})
+    assert run("compare", runs / "one", runs / "three") == 0
+    assert "*" not in capsys.readouterr().out
+
+
+def test_what_is_no_record(runs, capsys):
+    assert "does not exist" in mistake(capsys, "compare", runs / "none")
+    (runs / "bare").mkdir()
+    assert "has no evaluations yet" in mistake(capsys, "compare", runs / "bare")
+    broken = runs / "one" / "evaluations" / "a.json"
+    for text in ("{", "[]", '{"metrics": 3, "protocol": {}}', "{}"):
+        broken.write_text(text)
+        assert mistake(capsys, "compare", broken) == f"{broken} is no record of an evaluation"
+    write_record(broken, {"other": 1.0}, {})
+    assert "hold none of gfid, is" in mistake(capsys, "compare", broken)
+
+
+def test_numbers_that_are_none_are_named_and_left_out(tmp_path):
+    write_record(tmp_path / "r.json", {"psnr": 20.0, "spread": float("nan")}, {"warnings": ["a"]})
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["metrics"] == {"psnr": 20.0}
+    assert found["protocol"]["warnings"] == ["a", "spread: no finite number, the images are degenerate"]
+
+
+def test_names_tell_protocols_apart_and_not_dates():
+    first = PROTOCOL | {"environment": {"date": "1"}}
+    assert default_name(first).startswith("step_00000007-")
+    assert default_name(first) == default_name(PROTOCOL | {"environment": {"date": "2"}})
+    assert default_name(first) != default_name(first | {"generation": {"count": 1}})
+    assert default_name(PROTOCOL | {"model": {}}).startswith("model-")
+
+
+def test_weights_are_known_by_their_values():
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)}
+    assert weights_hash(state) == weights_hash(dict(reversed(state.items()))) == weights_hash({**state, "a": state["a"].clone()})
+    assert weights_hash(state) != weights_hash({**state, "a": state["a"].view(3, 2)})
+    changed = state["a"].clone()
+    changed[0, 0] = 1e-30
+    assert weights_hash(state) != weights_hash({**state, "a": changed})
+
+
+def test_the_environment_is_on_record():
+    found = environment(World(0, 1, 0, torch.device("cpu")), 1.23)
+    assert found["device"] == "cpu" and found["versions"]["torch"] and found["seconds"] == 1.2
+    assert set(found) == {"date", "seconds", "device", "ranks", "versions", "git"}
+    if git_state() is not None:
+        assert len(git_state()["commit"]) == 40

@@ -1,0 +1,320 @@
+"""`unite-fast evaluate`: every metric of a trained model, with the protocol that made it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unite_fast.cli.console import Device, DeviceOption, Which, out, plain, warn
+from unite_fast.cli.sample import Solver, _interval
+from unite_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from unite_fast.config import Config
+    from unite_fast.engine.world import World
+    from unite_fast.evaluation.evaluator import Evaluator, Plan
+    from unite_fast.evaluation.work import Work
+    from unite_fast.importing import Trained
+
+PATHS = ("data", "train_data", "reference", "inception")  # strings in a plan, as in a configuration
+SEARCH_COUNT = 5_000  # images a point; the field's sweeps use 5,000 to 10,000
+
+
+class Precision(StrEnum):
+    """Arithmetic of the network; features and metrics are always computed in full."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Search(StrEnum):
+    """What a search chooses before the full count is drawn."""
+
+    guidance = "guidance"
+    ema = "ema"
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an exported folder.", metavar="RUN")],
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gfid, is, kid, precision, recall, rfid, psnr, ssim, lpips, l1, and small (small labelled sets, "
+            "without pretrained networks), separated by commas. Default: what the run's configuration measures.",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Generated images, a multiple of the classes. Default: 50,000.", min=1)
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="mu/sigma file of the training images, for gfid.", metavar="FILE")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of held-out images.", metavar="DIR")] = None,
+    data_count: Annotated[
+        int | None, typer.Option(help="How many of them, evenly spread. Default: the configuration's, or all.", min=1)
+    ] = None,
+    train: Annotated[Path | None, typer.Option(help="Folder of training images, for small.", metavar="DIR")] = None,
+    vgg: Annotated[Path | None, typer.Option(help="VGG16 weights, for lpips.", metavar="FILE")] = None,
+    linear: Annotated[Path | None, typer.Option(help="LPIPS linear layers, for lpips.", metavar="FILE")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength w of guidance; 1 turns it off.", min=0)] = None,
+    interval: Annotated[str | None, typer.Option(help="Times between which it acts.", metavar="LOW,HIGH")] = None,
+    solver: Annotated[Solver | None, typer.Option(help="euler, heun or dopri5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Time points of the solver.", min=2)] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            help="guidance, ema, or both: first find the best of these by gfid (without gfid: frechet_pca of small) "
+            "on --search-count images, then measure with them."
+        ),
+    ] = None,
+    search_count: Annotated[int, typer.Option(help="Images of one point of a search.", min=1)] = SEARCH_COUNT,
+    search_values: Annotated[
+        str | None, typer.Option(help="Sweep over these w in place of the adaptive search.", metavar="W,W,…")
+    ] = None,
+    weights: Annotated[Which, typer.Option(help="ema, or model: as trained, which only checkpoints hold.")] = Which.ema,
+    ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise, shuffles and subsets.", min=0, max=2**31 - 1)] = 0,
+    batch: Annotated[int | None, typer.Option(help="Images at a time; halved if memory runs out.", min=1)] = None,
+    precision: Annotated[Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")] = Precision.auto,
+    save_images: Annotated[
+        Path | None, typer.Option(help="Also keep the generated images, as PNG files.", metavar="DIR")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the record. Default: step and protocol.")] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Measure a trained model and write RUN/evaluations/NAME.json: every number with all that made it.
+
+    Options that are left out come from the run's configuration. Images depend on the seed and their number alone; a
+    killed evaluation that is started again goes on where it stopped. Several GPUs share the work:
+    `torchrun --nproc-per-node 8 -m unite_fast evaluate RUN …`.
+
+    Example: `unite-fast evaluate runs/b_h100 --metrics gfid,is --reference imagenet256.npz --search guidance`
+    """
+    window = None if interval is None else _interval(interval)
+    wanted = None if metrics is None else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
+    searches = _searches(search)
+    strengths = None if search_values is None else _numbers(search_values)
+    if strengths and Search.guidance not in searches:
+        raise UserError("--search-values are strengths for --search guidance: add that")
+
+    import torch.distributed as dist
+
+    from unite_fast.engine.world import join_world
+
+    world = join_world(device.value)
+    try:
+        config = run_config(run)
+        plan = _plan(
+            config, world, metrics=wanted, count=count, seed=seed, batch=batch, precision=precision, data=data,
+            data_count=data_count, train_data=train, reference=reference, inception=inception, vgg=vgg, linear=linear,
+            save_images=save_images,
+        )  # fmt: skip
+        chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps}
+        _Session(run, plan, world, chosen, weights.value, ema_decay).go(
+            searches, search_count, strengths, name
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class _Session:
+    """One call: the searches, then the measurement, then the record."""
+
+    run: Path
+    plan: Plan
+    world: World
+    chosen: dict[str, Any]  # sampling settings given on the command line
+    weights: str
+    ema_decay: float | None
+
+    def go(self, searches: list[Search], search_count: int, strengths: list[float] | None, name: str | None) -> None:
+        from unite_fast.evaluation.evaluator import Evaluator
+        from unite_fast.evaluation.protocol import FOLDER, WORK
+        from unite_fast.evaluation.record import default_name, write_record
+        from unite_fast.evaluation.work import Work
+
+        began = time.monotonic()
+        trained = self._open(self.ema_decay)
+        self.evaluator: Evaluator = Evaluator(self._complete(trained), trained.config, self.world, trained.class_names)
+        self.folder = run_folder(self.run) / FOLDER
+        self.work = Work(self.folder / WORK, self.world)
+        self.tables: dict[str, list[dict[str, float]]] = {}
+        sampling = self._sampling(trained)
+        if searches:
+            self._check_search(search_count)
+        if Search.ema in searches:
+            self.ema_decay = self._best_decay(sampling, search_count)
+            trained = self._open(self.ema_decay)
+        model, about = self._build(trained)
+        if Search.guidance in searches:
+            sampling = self._best_guidance(model, about, sampling, search_count, strengths)
+        found = self.evaluator.measure(model, about, sampling, self.work)
+        if self.world.is_main:
+            protocol = found.protocol
+            protocol["environment"]["seconds"] = round(time.monotonic() - began, 1)
+            if searches:
+                protocol["search"] = {"by": self._objective(), "count": search_count, "over": [str(s) for s in searches]}
+            path = self.folder / f"{name or default_name(protocol)}.json"
+            write_record(path, found.metrics, protocol, self.tables)
+            if Search.guidance in searches:
+                from unite_fast.evaluation.search import search_curve
+
+                about_score = f"{self._objective()} of {search_count} images"
+                search_curve(self.tables["guidance"], about_score, path.with_name(f"{path.stem}_guidance.png"))
+            self.work.discard()
+            _show(found.metrics, protocol, self.tables, path)
+        self.world.barrier()
+
+    def _open(self, ema_decay: float | None) -> Trained:
+        from unite_fast.importing import open_trained
+
+        return open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
+
+    def _complete(self, trained: Trained) -> Plan:
+        """The plan, with the metrics that its files allow where none were named."""
+        if self.plan.metrics:
+            return self.plan
+        found = [*(("gfid",) if self.plan.reference else ()), *(("is",) if self.plan.inception else ())]
+        if self.plan.data:
+            found += ["psnr", "ssim", "l1", *(("rfid",) if self.plan.inception else ())]
+        if not found:
+            raise UserError(
+                f"nothing says what to measure of {trained.origin}: give --metrics, or files that metrics need "
+                f"(--inception and --reference, --data)"
+            )
+        return replace(self.plan, metrics=tuple(found))
+
+    def _sampling(self, trained: Trained) -> dict[str, Any]:
+        defaults = trained.sampling
+        own = {name: getattr(defaults, name) for name in ("guidance", "interval", "solver", "steps")}
+        given = {name: value for name, value in self.chosen.items() if value is not None}
+        return own | given | {"time_shift": trained.time_shift}
+
+    def _build(self, trained: Trained):
+        """The network on its device, and what the protocol says of it."""
+        from unite_fast.evaluation.record import about_model
+
+        return trained.build(self.world.device), about_model(trained.state, trained.origin, trained.made_by)
+
+    def _objective(self) -> str:
+        return "gfid" if "gfid" in self.evaluator.plan.metrics else "frechet_pca"
+
+    def _check_search(self, count: int) -> None:
+        from unite_fast.evaluation.evaluator import check_balance
+
+        if not {"gfid", "small"}.intersection(self.evaluator.plan.metrics):
+            raise UserError("--search needs a score: put gfid (or small) among --metrics")
+        check_balance(count, self.evaluator.sizes.num_classes, "--search-count")
+
+    def _score(self, model, about, sampling, count: int) -> float:
+        metrics = ("gfid",) if self._objective() == "gfid" else ("small",)
+        found = self.evaluator.measure(model, about, sampling, self.work, metrics=metrics, count=count)
+        return float(found.metrics[self._objective()])
+
+    def _best_decay(self, sampling: dict[str, Any], count: int) -> float:
+        from unite_fast.engine import checkpoint
+        from unite_fast.importing import find_checkpoint
+
+        decays = checkpoint.ema_decays(checkpoint.read_state(find_checkpoint(self.run)))
+        if len(decays) < 2:
+            raise UserError(f"{self.run} keeps one average only: train with optimizer.ema_decays to choose among several")
+        rows = self.tables["ema"] = []
+        for decay in decays:
+            model, about = self._build(self._open(decay))
+            rows.append({"ema_decay": decay, "score": self._score(model, about, sampling, count)})
+            self._tell(rows[-1])
+        return min(rows, key=lambda row: row["score"])["ema_decay"]
+
+    def _best_guidance(self, model, about, sampling, count: int, strengths: list[float] | None) -> dict[str, Any]:
+        from unite_fast.evaluation.search import GuidanceSearch
+
+        search = GuidanceSearch(
+            lambda settings: self._score(model, about, settings, count), sampling, told=self._tell
+        )
+        self.tables["guidance"] = search.rows
+        return search.sweep(strengths) if strengths else search.adapt()
+
+    def _tell(self, row: dict[str, float]) -> None:
+        if self.world.is_main:
+            settings = "  ".join(f"{key} {value:g}" for key, value in row.items() if key != "score")
+            out().print(f"{settings}  {self._objective()} {row['score']:.5g}", markup=False)
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a path belongs to: its grandparent for a checkpoint, because old checkpoints are deleted."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def run_config(path: Path) -> Config | None:
+    """The configuration of a run, None for an exported folder."""
+    from unite_fast.config import Config
+
+    file = run_folder(path) / "config.json"
+    return Config.load(file) if file.is_file() else None
+
+
+def _plan(config: Config | None, world: World, **given: Any) -> Plan:
+    """What the command line says, and what the configuration says where it is silent."""
+    from unite_fast.evaluation.evaluator import Plan, plan_of
+
+    metrics = given.pop("metrics")
+    base = Plan(metrics or ()) if config is None else plan_of(config, world.device, metrics)
+    precision = given.pop("precision")
+    if precision is not Precision.auto:
+        base = replace(base, precision=precision.value)
+    elif config is None and world.device.type == "cuda":
+        base = replace(base, precision="bf16")
+    files = {key: str(value) for key in ("vgg", "linear") if (value := given.pop(key)) is not None}
+    said = {key: str(value) if key in PATHS else value for key, value in given.items() if value is not None}
+    return replace(base, lpips=base.lpips.model_copy(update=files), **said)
+
+
+def _searches(text: str | None) -> list[Search]:
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in Search.__members__:
+            raise UserError(f"--search {text!r}: {word!r} is not one of {', '.join(Search)}")
+    return [Search(word) for word in words]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or any(not 0 <= value < float("inf") for value in found):
+        raise UserError(f"--search-values {text!r} are not non-negative numbers with commas between, such as 1,1.5,2")
+    return found
+
+
+def _show(metrics: dict[str, Any], protocol: dict[str, Any], tables: dict[str, Any], path: Path) -> None:
+    from rich.table import Table
+
+    for warning in protocol["warnings"]:
+        warn(warning)
+    model, generation = protocol["model"], protocol.get("generation")
+    step = "" if model.get("step") is None else f", step {model['step']}"
+    table = Table(title=plain(f"{model['origin']}{step}, {model['weights']} weights"), title_justify="left", show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+    out().print(table)
+    if generation:
+        low, high = generation["interval"]
+        out().print(
+            f"{generation['count']} images, {generation['per_class']} a class; {generation['solver']}, "
+            f"{generation['steps']} steps, guidance {generation['guidance']:g} between {low:g} and {high:g}, seed "
+            f"{generation['seed']}, {generation['precision']}",
+            markup=False,
+        )  # fmt: skip
+    out().print(f"with all that made it in {path}", markup=False, soft_wrap=True)

@@ -1,0 +1,374 @@
+"""One evaluation: numbered images made by all ranks, metrics computed from them, and the protocol of every number.
+
+`unite-fast evaluate` and the training loop call the same `Evaluator`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unite_fast.config import Config, DataConfig, LpipsConfig, ModelConfig
+from unite_fast.data.loader import load_images
+from unite_fast.data.reader import FileReader
+from unite_fast.data.source import open_images
+from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
+from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
+from unite_fast.evaluation.generation import balanced_labels, draw, to_bytes
+from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
+from unite_fast.evaluation.inception import FEATURES, Inception
+from unite_fast.evaluation.protocol import DEFINITIONS, METRICS, environment, names_hash
+from unite_fast.evaluation.reconstruction import require_finite, summarise
+from unite_fast.evaluation.reference import Reference, read_reference
+from unite_fast.evaluation.small_data import SmallDataJudge
+from unite_fast.evaluation.work import Work
+from unite_fast.model.unite import Unite
+from unite_fast.objective.perceptual import Lpips
+from unite_fast.pictures import save_png
+
+# Raised when pieces of former versions must not be continued, because images or features come out differently.
+PIECES = 1
+INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, on what, by which files.
+
+    Attributes:
+        metrics: names of `protocol.METRICS`, and "small" for those of `SmallDataJudge`.
+        count: generated images, a multiple of the classes.
+        seed: of all noise, shuffles and subsets.
+        batch: images at a time; halved on the way if memory runs out.
+        precision: bf16 runs the network under autocast; features and metrics never.
+        reference: mu/sigma file, for gfid.
+        inception: Inception-v3 weights, for gfid, is, kid, precision, recall and rfid.
+        data: folder of held-out images, for what compares with them; under "small" class folders.
+        data_count: how many of them, evenly spread over the sorted paths; None takes all.
+        train_data: class folders of the training images, for "small".
+        data_config: crop and the like of those folders.
+        lpips: weights of LPIPS, for lpips.
+        save_images: folder for the generated images as PNG files.
+    """
+
+    metrics: tuple[str, ...]
+    count: int = 50_000
+    seed: int = 0
+    batch: int = 64
+    precision: Literal["fp32", "bf16"] = "fp32"
+    reference: str | None = None
+    inception: str | None = None
+    data: str | None = None
+    data_count: int | None = None
+    train_data: str | None = None
+    data_config: DataConfig = DataConfig(path="")
+    lpips: LpipsConfig = LpipsConfig()
+    save_images: Path | None = None
+
+
+def plan_of(config: Config, device: torch.device, metrics: tuple[str, ...] | None = None) -> Plan:
+    """What a run measures of itself, or these metrics in the same way."""
+    evaluation, data = config.evaluation, config.data
+    if metrics is None:
+        small = ("small",) if evaluation.samples_per_class else ()
+        ssim = ("ssim",) if config.model.image_size >= SSIM_WINDOW else ()
+        metrics = (*evaluation.metrics, *small, "psnr", *ssim, "l1")
+    of_small = evaluation.samples_per_class * config.model.num_classes
+    return Plan(
+        metrics=metrics,
+        count=of_small if of_small and "small" in metrics and not INCEPTION_OF_GENERATED.intersection(metrics)
+        else evaluation.count,
+        batch=evaluation.batch,
+        precision="fp32" if autocast_dtype(config, device) is None else "bf16",
+        reference=evaluation.reference,
+        inception=evaluation.inception,
+        data=data.val_path or data.path,
+        data_count=evaluation.reconstructions,
+        train_data=data.path,
+        data_config=data,
+        lpips=config.objective.lpips,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers and what made them, as stored in RUN/evaluations."""
+
+    metrics: dict[str, float | int]
+    protocol: dict[str, Any]
+
+
+class Evaluator:
+    """Measures models of one size by one plan; every input is checked when it is built.
+
+    Args:
+        plan: what to measure.
+        sizes: of the models.
+        world: the ranks that share the work; rank 0 computes the metrics.
+        classes: names that class folders must have, where they are known.
+
+    Raises:
+        UserError: an unknown metric, one whose files are not given, missing or wrong, classes that cannot be balanced.
+    """
+
+    def __init__(self, plan: Plan, sizes: ModelConfig, world: World, classes: Iterable[str] | None = None):
+        self.plan, self.sizes, self.world = plan, sizes, world
+        wanted = frozenset(plan.metrics)
+        check_metrics(plan.metrics)
+        self.inception, self.reference, self.lpips = check_files(plan, sizes)
+        self._of_generated = wanted & INCEPTION_OF_GENERATED
+        self._of_pairs = wanted & {"rfid", "psnr", "ssim", "lpips", "l1"}
+        self._of_real = wanted & {"kid", "precision", "recall", "rfid"}
+        if "ssim" in wanted and sizes.image_size < SSIM_WINDOW:
+            raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
+        if self._of_generated or "small" in wanted or plan.save_images:
+            check_balance(plan.count, sizes.num_classes)
+        self.held_out = None
+        if self._of_pairs or self._of_real:
+            if plan.data is None:
+                names = ", ".join(name for name in plan.metrics if name in self._of_pairs | self._of_real)
+                raise UserError(f"{names} compare with held-out images: give --data FOLDER (data.val_path)")
+            side = sizes.image_size
+            reader = FileReader(open_images(plan.data, image_size=side), side, plan.data_config.crop)
+            self.held_out = HeldOut(reader, plan.data_count, plan.batch, self.inception, self.lpips)
+        self.judge = self._small_judge(classes) if "small" in wanted and world.is_main else None
+
+    def _small_judge(self, classes: Iterable[str] | None) -> SmallDataJudge:
+        plan = self.plan
+        if plan.train_data is None or plan.data is None:
+            raise UserError(
+                "small-data metrics are fitted to the training images and compare with held-out ones: give both, "
+                "--train FOLDER and --data FOLDER (data.path and data.val_path)"
+            )
+        options = dict(image_size=self.sizes.image_size, num_classes=self.sizes.num_classes, classes=classes)
+        train = load_images(plan.train_data, plan.data_config, **options)
+        return SmallDataJudge(*train, *load_images(plan.data, plan.data_config, **options))
+
+    def measure(
+        self,
+        model: Unite,
+        about: dict[str, Any],
+        sampling: dict[str, Any],
+        work: Work,
+        *,
+        metrics: tuple[str, ...] | None = None,
+        count: int | None = None,
+    ) -> Evaluation:
+        """Make the images and compute the metrics. Collective; the same result on every rank.
+
+        Args:
+            model: on this rank's device, in evaluation mode.
+            about: the protocol's `model`, with the `sha256` of its weights.
+            sampling: options of `generate` beside noise: guidance, interval, solver, steps, time_shift.
+            work: where pieces are kept until the result is on record.
+            metrics: fewer than the plan's.
+            count: another number of generated images than the plan's.
+
+        Raises:
+            UserError: a model whose images hold NaN, too few images for a metric, no readable held-out image.
+        """
+        began = time.monotonic()
+        wanted = self.plan.metrics if metrics is None else metrics
+        count = self.plan.count if count is None else count
+        with self._on_device(model) as device:
+            generated = self._generated(model, device, about, sampling, work, wanted, count)
+            held_out = self._held_out(model, device, about, work, wanted)
+        found: dict[str, float | int] = {}
+        sections: dict[str, Any] = {}
+        if self.world.is_main:
+            warnings: list[str] = []
+            found = self._compute(generated, held_out, wanted, count, warnings)
+            sections = {
+                "model": about,
+                **self._sections(sampling, wanted, count, held_out, work),
+                "definitions": {name: DEFINITIONS[name] for name in wanted},
+                "warnings": warnings,
+                "environment": environment(self.world, time.monotonic() - began),
+            }
+        return Evaluation(*self.world.share((found, sections)))
+
+    @contextmanager
+    def _on_device(self, model: Unite):
+        """The feature networks occupy the device only while they are used."""
+        device = model.latent_norm.weight.device
+        networks: list[nn.Module] = [network for network in (self.inception, self.lpips) if network is not None]
+        for network in networks:
+            network.to(device)
+        try:
+            yield device
+        finally:
+            for network in networks:
+                network.cpu()
+
+    def _autocast(self, device: torch.device):
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.plan.precision == "bf16")
+
+    def _generated(self, model, device, about, sampling, work, wanted, count) -> dict[str, Tensor] | None:
+        """features [N, 2048], logits [N, 1008], images [N, 3, H, H] uint8: those that the metrics need."""
+        plan, keep_images = self.plan, "small" in wanted
+        with_features = bool(self._of_generated.intersection(wanted))
+        if not (with_features or keep_images or plan.save_images):
+            return None
+
+        def make(first: int, stop: int) -> dict[str, Tensor]:
+            labels = balanced_labels(first, stop, self.sizes.num_classes)
+            with self._autocast(device):
+                images = draw(model, labels, sampling, seed=plan.seed, first=first)
+            require_finite(images, "generated images")
+            pixels = to_bytes(images)
+            if plan.save_images:
+                for index, image in enumerate(pixels.cpu(), start=first):
+                    save_png(image, self._png(index))
+            made = {"labels": labels}
+            if with_features:
+                made["features"], made["logits"] = self.inception(pixels)
+            return made | ({"images": pixels} if keep_images else {})
+
+        def saved(first: int, stop: int) -> bool:
+            return plan.save_images is None or all(self._png(index).is_file() for index in range(first, stop))
+
+        key = self._key("generated", about) | {
+            "sampling": sampling, "inception": self.inception.sha256 if with_features else None, "images": keep_images,
+        }  # fmt: skip
+        return work.gather("generating", key, count, plan.batch, make, kept=saved)
+
+    def _png(self, index: int) -> Path:
+        return self.plan.save_images / f"{index:06d}_class{index % self.sizes.num_classes:04d}.png"
+
+    def _held_out(self, model, device, about, work, wanted) -> dict[str, Tensor] | None:
+        """See `HeldOut.measure`."""
+        real, pairs = self._of_real.intersection(wanted), self._of_pairs.intersection(wanted)
+        if not (real or pairs):
+            return None
+        key = self._key("held-out", about if pairs else {})
+        return self.held_out.measure(
+            model, device, work, key, pairs=pairs, with_real=bool(real), seed=self.plan.seed, autocast=self._autocast
+        )
+
+    def _key(self, what: str, about: dict[str, Any]) -> dict[str, Any]:
+        plan = self.plan
+        return {"what": what, "pieces": PIECES, "model": about.get("sha256"), "seed": plan.seed,
+                "precision": plan.precision, "batch": plan.batch, "size": self.sizes.image_size}  # fmt: skip
+
+    def _compute(self, generated, held_out, wanted, count, warnings) -> dict[str, float | int]:
+        """The metrics, on rank 0."""
+        seed, found = self.plan.seed, {}
+        if "gfid" in wanted:
+            _warn(warnings, "gfid", frechet_caveat(count, FEATURES))
+            statistics = gaussian_statistics(generated["features"].numpy())
+            found["gfid"] = frechet_distance(*statistics, self.reference.mu, self.reference.sigma)
+        if "is" in wanted:
+            found |= inception_score(generated["logits"], seed=seed)
+        if "kid" in wanted:
+            found |= kernel_distance(held_out["real"], generated["features"], seed=seed)
+        if "precision" in wanted or "recall" in wanted:
+            both = precision_recall(held_out["real"], generated["features"])
+            found |= {name: value for name, value in both.items() if name in wanted}
+        if "rfid" in wanted:
+            _warn(warnings, "rfid", frechet_caveat(len(held_out["real"]), FEATURES))
+            sides = [gaussian_statistics(held_out[side].numpy()) for side in ("real", "rebuilt")]
+            found["rfid"] = frechet_distance(*sides[0], *sides[1])
+        if held_out is not None and "psnr" in held_out:
+            both = summarise(held_out["psnr"], held_out["l1"])
+            found |= {name: value for name, value in both.items() if name.split("_")[0] in (*wanted, "images")}
+            found |= {name: float(held_out[name].double().mean()) for name in ("ssim", "lpips") if name in held_out}
+        if "small" in wanted:
+            found |= self.judge.judge(generated["images"], generated["labels"])
+        if self.inception is not None and not self.inception.published:
+            _warn(warnings, "inception", "these are not the published weights, the numbers compare with no paper")
+        return found
+
+    def _sections(self, sampling, wanted, count, held_out, work) -> dict[str, Any]:
+        """The protocol's sections that `protocol.METRICS` refers to."""
+        plan, classes = self.plan, self.sizes.num_classes
+        network = {"seed": plan.seed, "precision": plan.precision}
+        sections: dict[str, Any] = {}
+        if self._of_generated.intersection(wanted) or "small" in wanted:
+            sections["generation"] = {
+                "count": count, "classes": classes, "per_class": count // classes, **network, **sampling,
+                "interval": list(sampling["interval"]), "normalised": True, "pixels": "uint8, rounded",
+                "image_size": self.sizes.image_size,
+            }  # fmt: skip
+            if sampling["solver"] == "dopri5":  # whose steps adapt to the batch as a whole
+                sections["generation"]["batch"] = min(plan.batch, work.patience.limit or plan.batch)
+        if held_out is not None:
+            used = len(held_out["number"])
+            sections["held_out"] = {
+                "path": plan.data, "count": used, "skipped": len(self.held_out.chosen) - used,
+                **self.held_out.about, **network, "image_size": self.sizes.image_size,
+            }  # fmt: skip
+        if self.inception is not None:
+            sections["inception"] = {
+                "file": Path(plan.inception).name, "sha256": self.inception.sha256,
+                "published": self.inception.published,
+            }  # fmt: skip
+        if "gfid" in wanted:
+            sections["reference"] = self.reference.about
+        if "lpips" in wanted:
+            sections["lpips"] = {"input": "[-1, 1]", **self.lpips.sha256}
+        if "small" in wanted:
+            sections["small_data"] = {
+                "path": plan.train_data, "held_out": _names(plan.data),
+                "train": _names(plan.train_data), "crop": plan.data_config.crop,
+            }  # fmt: skip
+        return sections
+
+
+def _names(folder: str) -> str:
+    """Hash of the names of a folder's images."""
+    source = open_images(folder)
+    return names_hash([source.name(index) for index in range(len(source))])
+
+
+def check_files(plan: Plan, sizes: ModelConfig) -> tuple[Inception | None, Reference | None, Lpips | None]:
+    """Read the weights and statistics that the plan's metrics need.
+
+    Raises:
+        UserError: a file that is not given, missing, damaged or of something else.
+    """
+    wanted = frozenset(plan.metrics)
+    inception = Inception.open(plan.inception) if wanted & (INCEPTION_OF_GENERATED | {"rfid"}) else None
+    reference = lpips = None
+    if "gfid" in wanted:
+        if plan.reference is None:
+            raise UserError("gfid needs reference statistics: give --reference FILE.npz (evaluation.reference)")
+        reference = read_reference(plan.reference, image_size=sizes.image_size, inception=inception.sha256)
+    if "lpips" in wanted:
+        # As the metric is defined, whatever the loss was fed with.
+        try:
+            lpips = Lpips.from_config(plan.lpips.model_copy(update={"rescale": True, "dropout": False}))
+        except UserError as error:
+            raise UserError(f"lpips: {error} (unite-fast evaluate takes --vgg and --linear)") from None
+    return inception, reference, lpips
+
+
+def check_metrics(names: tuple[str, ...]) -> None:
+    """Raise a UserError for an unknown metric, or two that go by one name."""
+    for name in names:
+        if name not in METRICS and name != "small":
+            raise UserError(f"unknown metric {name!r}; valid: {', '.join(METRICS)}, small")
+    if "small" in names and "precision" in names:
+        raise UserError("small has a precision of its own: measure it and Inception's precision in two evaluations")
+
+
+def check_balance(count: int, classes: int, option: str = "--count, evaluation.count") -> None:
+    """Raise a UserError that names the option where classes cannot have equally many images."""
+    if count < classes or count % classes:
+        below, above = count // classes * classes, -(-count // classes) * classes
+        near = f"{below} or {above}" if below else str(above)
+        raise UserError(f"{count} images do not balance {classes} classes: take {near} ({option})")
+
+
+def _warn(warnings: list[str], what: str, text: str | None) -> None:
+    if text:
+        warnings.append(f"{what}: {text}")

@@ -1,0 +1,68 @@
+"""Numbered images: what is drawn or encoded depends on the seed and the image's number, not on batch or rank.
+
+Shapes: n images, K registers, D latent channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unite_fast.flow import sampling
+from unite_fast.model.unite import TOKENIZE_T_MAX, Unite
+from unite_kernels import philox_normal
+
+SAMPLE_STREAM, TOKENIZE_STREAM = 0, 1  # of the counter-based generator
+
+
+def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, first: int) -> Tensor:
+    """Images number `first` … of a seed.
+
+    Args:
+        model: on the device to use.
+        labels: [n] class of each image.
+        settings: options of `generate`.
+        seed: of the noise; image i's noise depends on (seed, i) alone.
+
+    Returns:
+        [n, 3, H, H] in [0, 1] on the model's device.
+    """
+    noise = _noise(model, seed, SAMPLE_STREAM, len(labels), first)
+    return sampling.generate(model, labels, noise=noise, **settings)
+
+
+def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
+    """Latents of images number `first` … of a call.
+
+    The register noise of image i depends on (seed, i) alone, and the tokenization time is the middle of its range, so
+    that an image gives the same latents again whatever the batch size.
+
+    Args:
+        model: on the device to use.
+        pixels: [n, 3, H, H] uint8.
+
+    Returns:
+        z0 [n, K, D] float32 on the model's device.
+    """
+    noise = _noise(model, seed, TOKENIZE_STREAM, len(pixels), first)
+    t = torch.full((len(pixels),), TOKENIZE_T_MAX / 2, device=noise.device)
+    with torch.no_grad():
+        return model.tokenize(pixels.to(noise.device).float() / 255, noise=noise, t=t)
+
+
+def balanced_labels(first: int, stop: int, num_classes: int) -> Tensor:
+    """[stop − first] int64: image i is of class i mod num_classes, so a multiple of it is exactly balanced."""
+    return torch.arange(first, stop) % num_classes
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] -> uint8, rounded to the nearest level: the pixels that a PNG would hold."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _noise(model: Unite, seed: int, stream: int, count: int, first: int) -> Tensor:
+    shape = (model.config.registers, model.config.latent_dim)
+    device = model.latent_norm.weight.device
+    return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)

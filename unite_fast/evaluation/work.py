@@ -1,0 +1,180 @@
+"""Long work on numbered images: dealt to all ranks, kept piece by piece, resumed after a kill.
+
+A piece is one batch, images first … stop − 1. What it yields (features, distances, …) goes into a file of its own under
+a folder named after everything that determines it, so that pieces of different settings never meet and a finished one
+is never made again, whatever the number of ranks then and now. Ranks share nothing but that folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+from unite_fast.weights import read_tensors, write_tensors
+
+Make = Callable[[int, int], dict[str, Tensor]]  # first, stop -> tensors whose first dimension counts the images
+SECONDS_BETWEEN_LINES = 15.0  # of progress where there is no terminal
+
+
+class Work:
+    """Pieces of one evaluation.
+
+    Args:
+        folder: where pieces are kept; every rank must see the same one.
+        world: the ranks that share the work.
+        shown: tell progress on stderr (rank 0 alone does).
+    """
+
+    def __init__(self, folder: Path, world: World, *, shown: bool = True):
+        self.folder, self.world, self._shown = folder, world, shown and world.is_main
+        self.patience = Patience()
+
+    def gather(
+        self,
+        what: str,
+        key: dict[str, Any],
+        count: int,
+        batch: int,
+        make: Make,
+        *,
+        kept: Callable[[int, int], bool] = lambda first, stop: True,
+    ) -> dict[str, Tensor] | None:
+        """What `make` yields of images 0 … count − 1, in order. Collective.
+
+        Args:
+            what: for people.
+            key: all that determines the result beside the numbers of the images; JSON.
+            count: images in all.
+            batch: images of one piece. Memory that runs out halves what is made at a time, never the pieces.
+            make: called on each rank for its pieces; may leave images out.
+            kept: a further condition for a piece to count as finished.
+
+        Returns:
+            On rank 0 tensors joined over the images, elsewhere None.
+
+        Raises:
+            UserError: memory ends at one image, a full disk, or ranks that do not share the folder.
+        """
+        folder = self.folder / digest(key)
+        spans = [(first, min(first + batch, count)) for first in range(0, count, batch)]
+        missing = [span for span in spans if not (_piece(folder, span).is_file() and kept(*span))]
+        missing = self.world.share(missing)
+        size, rank = self.world.size, self.world.rank
+        finished = count - sum(stop - first for first, stop in missing)
+        with progress(what, count, finished, shown=self._shown) as advance:
+            for first, stop in missing[rank::size]:
+                write_tensors(self.patience.make(make, first, stop), _piece(folder, (first, stop)))
+                advance((stop - first) * size)
+        self.world.barrier()
+        if not self.world.is_main:
+            return None
+        absent = [span for span in spans if not _piece(folder, span).is_file()]
+        if absent:
+            raise UserError(
+                f"{len(absent)} of {len(spans)} pieces did not appear in {folder}: ranks on other machines must see "
+                f"the same folder"
+            )
+        pieces = [read_tensors(_piece(folder, span)) for span in spans]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def discard(self) -> None:
+        """Delete all pieces: the result is on record. For rank 0."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Patience:
+    """Makes images in parts as small as memory asks for.
+
+    Attributes:
+        limit: images at a time after memory ran out, None before.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+
+    def make(self, make: Make, first: int, stop: int) -> dict[str, Tensor]:
+        """What `make` yields of images first … stop − 1, joined.
+
+        Raises:
+            UserError: memory ends at one image.
+        """
+        parts = []
+        while first < stop:
+            size = min(stop - first, self.limit or stop - first)
+            try:
+                part = make(first, first + size)
+            except torch.OutOfMemoryError:
+                part = None  # handled outside, where the failed call's tensors are no longer referenced
+            if part is None:
+                if size == 1:
+                    raise UserError("the device runs out of memory on a single image: take a larger one, or --device cpu")
+                self.limit = size // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                Console(stderr=True).print(f"warning: out of memory at {size} images, going on with {self.limit}")
+                continue
+            parts.append(part)
+            first += size
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@contextmanager
+def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Progress on stderr: a bar on a terminal, a line every so often elsewhere, with rate and time left.
+
+    Yields:
+        A function that is told how many more images all ranks have done, by one rank's own count.
+    """
+    console = Console(stderr=True)
+    if not shown or finished >= count:
+        yield lambda images: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=count, completed=finished, rate="")
+
+            def advance(images: int) -> None:
+                bar.advance(task, images)
+                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
+
+            yield advance
+    else:
+        began = printed = time.monotonic()
+        done = 0
+
+        def say(images: int) -> None:
+            nonlocal printed, done
+            done = min(done + images, count - finished)
+            now = time.monotonic()
+            if now - printed >= SECONDS_BETWEEN_LINES:
+                printed, rate = now, done / (now - began)
+                left = (count - finished - done) / rate
+                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left {left // 60:.0f}:{left % 60:02.0f}"
+                console.print(text, highlight=False)
+
+        yield say
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _piece(folder: Path, span: tuple[int, int]) -> Path:
+    return folder / f"{span[0]:08d}-{span[1]:08d}.safetensors"
