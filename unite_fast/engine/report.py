@@ -29,7 +29,8 @@ from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
 _SHOWN = (
-    "gfid", "is", "kid", "precision", "recall", "rfid", "lpips", "psnr", "ssim", "class_accuracy", "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage", "coverage_train",
+    "gfid", "is", "kid", "precision", "recall", "rfid", "lpips", "psnr", "ssim",
+    "class_accuracy", "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage", "coverage_train",
     "spread", "nearest_train_ratio", "near_copies",
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ class Report:
         self.world.barrier()
 
     def measure(self, step: int) -> dict[str, float | int]:
-        """Metrics of the EMA weights as they are now, on record in evaluations/ as `unite-fast evaluate` leaves them."""
+        """Metrics of the EMA weights as they are now, on record as `unite-fast evaluate` leaves them."""
         with self.engine.weights(ema=True) as model:
             return self._measure(model, step).metrics
 
@@ -148,7 +149,8 @@ class Report:
             ("samples.png", "generated images, class by class"),
             ("reconstructions.png", "held-out originals above their reconstructions"),
             ("curves.png", "losses and latent statistics"),
-            ("summary.json", "every metric with its protocol"),
+            ("summary.json", "every metric"),
+            (FOLDER, "the same with its protocol"),
             ("export", "EMA weights for unite_fast.load"),
         ):
             table.add_row(str(self.folder / name), what)

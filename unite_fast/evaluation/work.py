@@ -129,7 +129,7 @@ class Patience:
                 part = None  # handled outside, where the failed call's tensors are no longer referenced
             if part is None:
                 if size == 1:
-                    raise UserError("the device runs out of memory on a single image: take a larger one, or --device cpu")
+                    raise UserError("the device runs out of memory on a single image: take a larger one or a CPU")
                 self.limit = size // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -174,7 +174,8 @@ def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[C
             if now - printed >= SECONDS_BETWEEN_LINES:
                 printed, rate = now, done / (now - began)
                 left = (count - finished - done) / rate
-                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left {left // 60:.0f}:{left % 60:02.0f}"
+                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left "
+                text += f"{left // 60:.0f}:{left % 60:02.0f}"
                 console.print(text, highlight=False)
 
         yield say
