@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from cli_toy import picture
+from inception_toy import inception_weights
 
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.frechet import gaussian_statistics
-from unite_fast.evaluation.reference import Moments, read_reference, write_reference
+from unite_fast.evaluation.reference import Moments, folder_statistics, read_reference, write_reference
 
 
 def rows(count=50, features=5, seed=0):
@@ -52,6 +57,37 @@ def test_a_file_says_how_it_was_made(tmp_path):
     np.testing.assert_array_equal(found.sigma, moments().statistics()[1])
     assert found.about["count"] == 50 and found.about["crop"] == "adm" and len(found.about["sha256"]) == 64
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_ranks_share_the_folder(tmp_path):
+    """Two ranks as threads: each reads its own pictures, both end with the moments of all."""
+    for index in range(5):
+        picture(tmp_path / "images" / f"{index}.png", seed=index, size=(40, 32))
+    (tmp_path / "images" / "5.png").write_bytes(b"no picture")
+    torch.save(inception_weights(), tmp_path / "inception.pth")
+    barrier, said, found = threading.Barrier(2), {}, {}
+
+    class Rank(World):
+        def collect(self, value):
+            said[self.rank] = value
+            barrier.wait(60)
+            return [said[rank] for rank in range(2)]
+
+    def run(world):
+        options = dict(image_size=16, crop="adm", batch=2, world=world)
+        found[world.size, world.rank] = folder_statistics(tmp_path / "images", tmp_path / "inception.pth", **options)
+
+    threads = [threading.Thread(target=run, args=(Rank(rank, 2, rank, torch.device("cpu")),)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    run(World(0, 1, 0, torch.device("cpu")))
+    (alone, about), (shared, about_shared) = found[1, 0], found[2, 0]
+    assert about == about_shared and about["skipped"] == 1 and alone.count == shared.count == 5
+    assert said[0][0].count == 3 and said[1][0].count == 2
+    np.testing.assert_allclose(shared.mean, alone.mean, rtol=1e-5)
+    np.testing.assert_allclose(shared.scatter, alone.scatter, rtol=1e-3, atol=1e-4 * np.abs(alone.scatter).max())
 
 
 def test_the_common_form_is_enough(tmp_path):

@@ -58,7 +58,11 @@ def test_other_settings_share_nothing_and_a_finished_work_leaves_nothing(tmp_pat
     missing = Maker()
     work.gather("x", {"a": 1}, 4, 2, missing, kept=lambda first, stop: first != 2)
     assert missing.calls == [(2, 4)]
+    other = Work(tmp_path / "work", ALONE)
+    other.gather("x", {"a": 3}, 2, 2, Maker())
     work.discard()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [digest({"a": 3})], "another's pieces stay"
+    other.discard()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""`python -m unite_fast …` is `unite-fast …`, for launchers: `torchrun --nproc-per-node 8 -m unite_fast evaluate RUN`."""
+"""`python -m unite_fast …` is `unite-fast …`, for launchers: `torchrun --nproc-per-node 8 -m unite_fast evaluate …`."""
 
 import sys
 

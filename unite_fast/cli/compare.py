@@ -24,7 +24,9 @@ class Crop(StrEnum):
 def reference(
     images: Annotated[Path, typer.Argument(help="Folder that is searched for images.", metavar="IMAGES")],
     out_file: Annotated[Path, typer.Option("--out", help="The file to write, ending in .npz.", metavar="FILE")],
-    inception: Annotated[Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")
+    ] = None,
     size: Annotated[int, typer.Option(help="Side of the model's images.", min=1)] = 256,
     crop: Annotated[
         Crop, typer.Option(help="adm: the protocol's resize and centre crop; none: images must have that size.")

@@ -84,7 +84,9 @@ def evaluate(
     ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of noise, shuffles and subsets.", min=0, max=2**31 - 1)] = 0,
     batch: Annotated[int | None, typer.Option(help="Images at a time; halved if memory runs out.", min=1)] = None,
-    precision: Annotated[Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")] = Precision.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")
+    ] = Precision.auto,
     save_images: Annotated[
         Path | None, typer.Option(help="Also keep the generated images, as PNG files.", metavar="DIR")
     ] = None,
@@ -164,7 +166,8 @@ class _Session:
             protocol = found.protocol
             protocol["environment"]["seconds"] = round(time.monotonic() - began, 1)
             if searches:
-                protocol["search"] = {"by": self._objective(), "count": search_count, "over": [str(s) for s in searches]}
+                over = [str(what) for what in searches]
+                protocol["search"] = {"by": self._objective(), "count": search_count, "over": over}
             path = self.folder / f"{name or default_name(protocol)}.json"
             write_record(path, found.metrics, protocol, self.tables)
             if Search.guidance in searches:
@@ -228,7 +231,7 @@ class _Session:
 
         decays = checkpoint.ema_decays(checkpoint.read_state(find_checkpoint(self.run)))
         if len(decays) < 2:
-            raise UserError(f"{self.run} keeps one average only: train with optimizer.ema_decays to choose among several")
+            raise UserError(f"{self.run} keeps one average only: optimizer.ema_decays keeps several to choose from")
         rows = self.tables["ema"] = []
         for decay in decays:
             model, about = self._build(self._open(decay))
@@ -305,7 +308,8 @@ def _show(metrics: dict[str, Any], protocol: dict[str, Any], tables: dict[str, A
         warn(warning)
     model, generation = protocol["model"], protocol.get("generation")
     step = "" if model.get("step") is None else f", step {model['step']}"
-    table = Table(title=plain(f"{model['origin']}{step}, {model['weights']} weights"), title_justify="left", show_header=False)
+    title = f"{model['origin']}{step}, {model['weights']} weights"
+    table = Table(title=plain(title), title_justify="left", show_header=False)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
     out().print(table)

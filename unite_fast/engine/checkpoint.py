@@ -1,8 +1,8 @@
 """Checkpoints that know nothing of ranks, ZeRO stages or pickles.
 
 `run/checkpoints/step_00001000/` holds model.safetensors (float32 weights and buffers), ema.safetensors (and
-ema_0.9999.safetensors … for each of optimizer.ema_decays), optimizer.safetensors ("exp_avg/<parameter>", "exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json
-(step, configuration, versions, shapes, and the size of each file, so that a truncated one is noticed before it is
+ema_0.9999.safetensors … for each of optimizer.ema_decays), optimizer.safetensors ("exp_avg/<parameter>",
+"exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json (step, configuration, versions, shapes, and the size of each file, so that a truncated one is noticed before it is
 used). The folder is written under a hidden name, flushed, and renamed: it exists whole or not at all.
 """
 

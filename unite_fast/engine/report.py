@@ -87,7 +87,7 @@ class Report:
         self.world.barrier()
 
     def measure(self, step: int) -> dict[str, float | int]:
-        """Metrics of the EMA weights as they are now, on record in evaluations/ as `unite-fast evaluate` leaves them."""
+        """Metrics of the EMA weights as they are now, on record as `unite-fast evaluate` leaves them."""
         with self.engine.weights(ema=True) as model:
             return self._measure(model, step)
 
@@ -184,7 +184,8 @@ class Report:
             (PAGE, "all of it on one page, for a browser"),
             *self.sheets,
             ("curves.png", "losses and latent statistics"),
-            ("summary.json", "every metric with its protocol"),
+            ("summary.json", "every metric"),
+            (FOLDER, "the same with its protocol"),
             ("export", "EMA weights for unite_fast.load"),
         ):
             table.add_row(str(self.folder / name), what)

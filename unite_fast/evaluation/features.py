@@ -36,7 +36,7 @@ def inception_score(logits: Tensor, *, seed: int) -> dict[str, float]:
         UserError: fewer images than splits.
     """
     if len(logits) < SPLITS:
-        raise UserError(f"the Inception Score needs at least {SPLITS} images, one a split; {len(logits)} were generated")
+        raise UserError(f"the Inception Score needs at least {SPLITS} images, one a split, got {len(logits)}")
     metric = _on_features(InceptionScore, splits=SPLITS)
     metric.update(logits.double())
     mean, deviation = _computed(metric, seed)

@@ -173,5 +173,6 @@ def folder_statistics(
     parts = world.collect((mine, skipped))
     for moments, _ in parts:
         merged.merge(moments)
-    about = {"crop": crop, "image_size": image_size, "inception": network.sha256, "skipped": sum(missed for _, missed in parts)}
+    missed = sum(count for _, count in parts)
+    about = {"crop": crop, "image_size": image_size, "inception": network.sha256, "skipped": missed}
     return merged, about

@@ -134,10 +134,13 @@ def search_curve(rows: list[dict[str, float]], name: str, path: str | Path) -> N
         axes.plot(*zip(*line), markersize=4, linewidth=1.4, label=label, **style)
     best = min(rows, key=lambda row: row["score"])
     axes.plot(best["guidance"], best["score"], "o", markersize=12, fillstyle="none", color="#222222")
+    strengths = [row["guidance"] for row in rows]
+    right = 2 * best["guidance"] > min(strengths) + max(strengths)  # the text then stands to the left, inside the page
     axes.annotate(
         f"w = {best['guidance']:g}: {best['score']:.4g}", (best["guidance"], best["score"]),
-        xytext=(10, 12), textcoords="offset points", fontsize=9,
+        xytext=(-10 if right else 10, 12), textcoords="offset points", ha="right" if right else "left", fontsize=9,
     )  # fmt: skip
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlabel("guidance w")
     axes.set_ylabel(name)
     axes.grid(True, color="#e5e7eb", linewidth=0.7)

@@ -7,6 +7,7 @@ is never made again, whatever the number of ranks then and now. Ranks share noth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -41,6 +42,7 @@ class Work:
     def __init__(self, folder: Path, world: World, *, shown: bool = True):
         self.folder, self.world, self._shown = folder, world, shown and world.is_main
         self.patience = Patience()
+        self._used: set[Path] = set()
 
     def gather(
         self,
@@ -69,6 +71,7 @@ class Work:
             UserError: memory ends at one image, a full disk, or ranks that do not share the folder.
         """
         folder = self.folder / digest(key)
+        self._used.add(folder)
         spans = [(first, min(first + batch, count)) for first in range(0, count, batch)]
         missing = [span for span in spans if not (_piece(folder, span).is_file() and kept(*span))]
         missing = self.world.share(missing)
@@ -91,8 +94,14 @@ class Work:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def discard(self) -> None:
-        """Delete all pieces: the result is on record. For rank 0."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the pieces gathered here: the result is on record. For rank 0.
+
+        Those of another evaluation of the same run, which may be under way, stay.
+        """
+        for folder in self._used:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or nothing was gathered
+            self.folder.rmdir()
 
 
 class Patience:
@@ -120,7 +129,7 @@ class Patience:
                 part = None  # handled outside, where the failed call's tensors are no longer referenced
             if part is None:
                 if size == 1:
-                    raise UserError("the device runs out of memory on a single image: take a larger one, or --device cpu")
+                    raise UserError("the device runs out of memory on a single image: take a larger one or a CPU")
                 self.limit = size // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -165,7 +174,8 @@ def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[C
             if now - printed >= SECONDS_BETWEEN_LINES:
                 printed, rate = now, done / (now - began)
                 left = (count - finished - done) / rate
-                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left {left // 60:.0f}:{left % 60:02.0f}"
+                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left "
+                text += f"{left // 60:.0f}:{left % 60:02.0f}"
                 console.print(text, highlight=False)
 
         yield say
