@@ -275,7 +275,7 @@ def aot_specialisations() -> list[Specialisation]:
         # Photographs are bytes at any offset: the accesses are as narrow as they come, and neighbours' share a line.
         Specialisation(
             "centre_crop_u8", _pass_kernel, arguments, {"FIELDS": FIELDS, "BLOCK": BLOCK}, num_warps=WARPS,
-            aligned=("table",), max_registers=64, load_bytes=1, store_bytes=1,
+            aligned=("table",), max_registers=48, load_bytes=1, store_bytes=1,
         )
     ]  # fmt: skip
 

@@ -122,7 +122,8 @@ def test_a_run_with_dali_is_the_run_with_workers(folder):
 class Numbers:
     """A stream of numbered micro-batches that ends with an error."""
 
-    classes, steps_per_epoch, mode, bad_files = ("a", "b"), 2.0, {"loader": "numbers"}, {"x.jpg": "empty"}
+    classes, steps_per_epoch, mode = ("a", "b"), 2.0, {"loader": "numbers"}
+    bad_files, left_out = {"x.jpg": "empty"}, {"y.jpg": "listed"}
 
     def __init__(self, count: int):
         self.count, self.given, self.closed = count, 0, 0
@@ -142,7 +143,7 @@ def test_ahead_keeps_order_and_passes_errors_on():
     numbers = Numbers(5)
     ahead = Ahead(numbers, CPU)
     assert (ahead.classes, ahead.steps_per_epoch, ahead.mode) == (("a", "b"), 2.0, {"loader": "numbers"})
-    assert ahead.bad_files == {"x.jpg": "empty"}
+    assert (ahead.bad_files, ahead.left_out) == ({"x.jpg": "empty"}, {"y.jpg": "listed"})
     assert numbers.given == 0  # nothing before the first next
     assert [next(ahead).step for _ in range(5)] == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="no more numbers"):

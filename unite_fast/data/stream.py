@@ -37,6 +37,10 @@ class Stream(Protocol):
     def bad_files(self) -> dict[str, str]:
         """Path and reason of every file that this rank skipped so far."""
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Name and reason of every image that the skip list keeps out of this run."""
+
     def __next__(self) -> MicroBatch: ...
 
     def close(self) -> None:
@@ -85,6 +89,11 @@ class Ahead:
     def bad_files(self) -> dict[str, str]:
         """Path and reason of every file that this rank skipped so far."""
         return self._stream.bad_files
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Name and reason of every image that the skip list keeps out of this run."""
+        return self._stream.left_out
 
     def __iter__(self) -> Self:
         return self
