@@ -82,8 +82,8 @@ class Meter:
             dist.all_reduce(values)
             values /= self._world.size
         total, l1, lpips, flow, grad_norm, z0_std, z0_rank = values.tolist()
+        self._waited += sum(before.elapsed_time(after) for before, after in self._waits) / 1000  # of milliseconds
         elapsed = time.monotonic() - self._began
-        waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
         self.seconds += elapsed
         record = {
             "step": step,
@@ -98,7 +98,7 @@ class Meter:
             "z0_std": z0_std,
             "z0_rank": z0_rank,
             "images_per_second": self._steps * self._batch.global_batch / elapsed,
-            "data_wait": waited / elapsed,
+            "data_wait": self._waited / elapsed,
             "time": time.time(),
         }
         self._reset()
