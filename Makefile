@@ -1,15 +1,19 @@
 # make quickstart   set up, train on handwritten digits, evaluate, show where the pictures are
+# make molecules    set up, make molecules with RDKit, train on them, evaluate, show where the pictures are
 # make test         set up, run the tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := data/digits
 
-.PHONY: quickstart test clean
+.PHONY: quickstart molecules test clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-train $(DIGITS)
 	$(BIN)/python unite_fast/train.py --config configs/quickstart.json --resume
+
+molecules: $(VENV)/.installed-molecules
+	$(BIN)/python unite_fast/train.py --config configs/molecules_quickstart.json --resume
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

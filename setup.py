@@ -22,10 +22,20 @@ TRAIN = [
     "matplotlib>=3.8",
     "scikit-learn>=1.4",
     "scipy>=1.11",
+    "jinja2>=3.1",
 ]
 DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
 DALI = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux' and platform_machine == 'x86_64'"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=4", "webdataset>=0.2.90"]
+MOLECULES = ["rdkit>=2025.3", "pebble>=5.1"]
+PARQUET = ["pyarrow>=17"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-benchmark>=4",
+    "webdataset>=0.2.90",
+    "selenium>=4.20",
+    "kernels>=0.17,<0.18; platform_system == 'Linux'",  # Hugging Face's loader, which tests load unite_kernels with
+]
 
 setup(
     name="unite_fast",
@@ -36,13 +46,17 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
+    package_data={"unite_fast.report": ["page.*"], "unite_fast.pictures_molecules": ["page.html"]},
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,
         "deepspeed": [*TRAIN, *DEEPSPEED],
         "dali": [*TRAIN, *DALI],
         "flash": ["flash-attn>=2.6"],
-        "test": [*TRAIN, *DEEPSPEED, *DALI, *TEST],
+        "molecules": [*TRAIN, *MOLECULES],
+        "parquet": PARQUET,
+        "wandb": ["wandb>=0.19"],
+        "test": [*TRAIN, *DEEPSPEED, *DALI, *MOLECULES, *PARQUET, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
 )

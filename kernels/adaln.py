@@ -1,51 +1,81 @@
 """Adaptive norms (adaLN, Peebles and Xie 2022, "Scalable diffusion models with transformers") and what stands before
 them: the gated residual, and at a block boundary the norm that closes the block.
 
-Shapes: B batch, N tokens, C width. Modulation is [B, C], one row a sample, broadcast over its tokens.
+Shapes: B batch, N tokens, C width. Modulation is [B, C], one row a sample, broadcast over its tokens. Samples of
+different lengths lie behind one another as [1, T, C], T tokens in all, with `offsets` [B + 1] to say where each begins.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels import adaln_kernels
-from unite_kernels.dispatch import check_contiguous, check_floats, check_like, check_parameter, use_triton
-from unite_kernels.rms import unit_rms
+from . import adaln_kernels
+from .dispatch import (
+    NAMESPACE,
+    check_contiguous,
+    check_device,
+    check_floats,
+    check_like,
+    check_parameter,
+    use_triton,
+)
+from .rms import unit_rms
 
 MAX_WIDTH = 2048
+
+
+class Spans(NamedTuple):
+    """B samples of different lengths behind one another on the token axis of one tensor [1, T, C].
+
+    Attributes:
+        offsets: [B + 1] int32 on the tensor's device, rising from 0 to T: sample b has tokens offsets[b] … offsets[b + 1]
+            without the last.
+        longest: tokens of the longest sample, which sizes a launch without asking the device.
+    """
+
+    offsets: Tensor
+    longest: int
 
 
 def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
 
-def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer):
     """All functions of this file in plain PyTorch: (residual or None, normed), float32 inside.
 
     Absent terms are None; layer chooses LayerNorm over RMSNorm.
     """
     dtype = x.dtype
     residual = None
+
+    def spread(term):  # [B, C] over the tokens
+        if offsets is None:
+            return term[:, None].float()
+        return term.float().repeat_interleave(offsets.diff(), dim=0, output_size=x.shape[1])[None]
+
     if branch is not None:
-        residual = torch.addcmul(x.float(), gate[:, None].float(), branch.float())
+        residual = torch.addcmul(x.float(), spread(gate), branch.float())
         if closing_weight is not None:
             residual = unit_rms(residual, eps) * closing_weight.float()
         # The norm reads the rounded stream, as the next operator will.
         residual = x = residual.to(dtype)
-    factor = 1 + scale[:, None].float()
+    factor = 1 + spread(scale)
     if layer:
         normed = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
     else:
         normed = unit_rms(x.float(), eps)
-        # On [B, 1, C], so that the tokens are multiplied once.
+        # On [B, 1, C] where samples have one length, so that the tokens are multiplied once.
         factor = factor if weight is None else factor * weight.float()
-    normed = normed * factor if shift is None else torch.addcmul(shift[:, None].float(), normed, factor)
+    normed = normed * factor if shift is None else torch.addcmul(spread(shift), normed, factor)
     return residual, normed.to(dtype)
 
 
-@torch.library.custom_op("unite_kernels::adaln", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln", mutates_args=())
 def _operator(
     x: Tensor,
     branch: Tensor | None,
@@ -55,22 +85,24 @@ def _operator(
     bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor,
+    offsets: Tensor | None,
+    longest: int,
     eps: float,
     layer: bool,
 ) -> tuple[Tensor, Tensor]:
     """(residual, normed); residual is empty where there is no branch."""
     residual, normed = adaln_kernels.forward(
-        x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer
+        x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
     )
     return _present(residual, x), normed
 
 
 @_operator.register_fake
-def _(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+def _(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer):
     return x.new_empty(0) if branch is None else torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op("unite_kernels::adaln_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
 def _backward_operator(
     grad_residual: Tensor | None,
     grad_normed: Tensor,
@@ -82,19 +114,23 @@ def _backward_operator(
     bias: Tensor | None,
     shift: Tensor | None,
     scale: Tensor,
+    offsets: Tensor | None,
+    longest: int,
     eps: float,
     layer: bool,
 ) -> list[Tensor]:
     """Gradients of x to scale; empty for those that are None."""
     grads = adaln_kernels.backward(
         None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
-        x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer,
+        x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer,
     )  # fmt: skip
     return [_present(grad, x) for grad in grads]
 
 
 @_backward_operator.register_fake
-def _(grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+def _(
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
+):
     inputs = (x, branch, gate, closing_weight, weight, bias, shift, scale)
     return [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
@@ -105,9 +141,9 @@ def _present(tensor: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    x, branch, gate, closing_weight, weight, bias, shift, scale, ctx.eps, ctx.layer = inputs
+    x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, ctx.longest, ctx.eps, ctx.layer = inputs
     stream = output[0] if branch is not None and closing_weight is None else x
-    ctx.save_for_backward(stream, branch, gate, closing_weight, weight, bias, shift, scale)
+    ctx.save_for_backward(stream, branch, gate, closing_weight, weight, bias, shift, scale, offsets)
     # Where the residual goes nowhere, as behind the last block, no zeros are made and read for its gradient.
     ctx.set_materialize_grads(False)
 
@@ -116,23 +152,27 @@ def _backward(ctx, grad_residual, grad_normed):
     tensors = ctx.saved_tensors
     if grad_normed is None:
         if grad_residual is None:
-            return (None,) * 10
+            return (None,) * 12
         grad_normed = torch.zeros_like(tensors[0])
     if tensors[1] is None:
         grad_residual = None
-    grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.eps, ctx.layer)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True)), None, None
+    grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.longest, ctx.eps, ctx.layer)
+    found = (None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True))
+    return *found, None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)
 
 
-def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale, spans, eps, layer):
     check_floats(operator, "x", x)
     if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
     check_contiguous(operator, "x", x)
     batch, _, width = x.shape
+    offsets, longest = spans or (None, 0)
+    if offsets is not None:
+        batch = _check_spans(operator, x, offsets, longest)
     if branch is not None:
         check_like(operator, "branch", branch, "x", x)
     for name, vector in (("closing_weight", closing_weight), ("weight", weight), ("bias", bias)):
@@ -140,11 +180,31 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
     for name, term in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_parameter(operator, name, term, (batch, width), "x", x)
     compute = _operator if use_triton(x) else adaln_reference
-    return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer)
+    return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer)
+
+
+def _check_spans(operator: str, x: Tensor, offsets: Tensor, longest: int) -> int:
+    """Number of samples. The offsets' values stay on the device and are the caller's to keep."""
+    if x.shape[0] != 1 or offsets.ndim != 1 or offsets.numel() < 2 or offsets.dtype != torch.int32:
+        raise ValueError(
+            f"{operator}: with spans x must be [1, T, C] and the offsets [B + 1] int32; here x is {tuple(x.shape)} and "
+            f"the offsets are {tuple(offsets.shape)} {offsets.dtype}"
+        )
+    if not 1 <= longest <= max(1, x.shape[1]):
+        raise ValueError(f"{operator}: the longest span is {longest}; it must lie in [1, {x.shape[1]}], the tokens")
+    check_device(operator, "offsets", offsets, "x", x)
+    check_contiguous(operator, "offsets", offsets)
+    return offsets.numel() - 1
 
 
 def rms_norm_modulate(
-    x: Tensor, weight: Tensor | None, shift: Tensor | None, scale: Tensor, *, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    *,
+    spans: Spans | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """RMSNorm(x) · weight · (1 + scale) + shift.
 
@@ -152,6 +212,7 @@ def rms_norm_modulate(
         x: [B, N, C] contiguous, C ≤ 2048, float32, float16 or bfloat16.
         weight: [C], or None for 1.
         shift, scale: [B, C], each float32 or x's dtype, rows of any stride; shift may be None for 0.
+        spans: x is [1, T, C], B samples of different lengths behind one another, see `Spans`.
         eps: added to the mean square.
 
     Returns:
@@ -160,7 +221,7 @@ def rms_norm_modulate(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or strides other than these.
     """
-    return _adaln("rms_norm_modulate", x, None, None, None, weight, None, shift, scale, eps, False)[1]
+    return _adaln("rms_norm_modulate", x, None, None, None, weight, None, shift, scale, spans, eps, False)[1]
 
 
 def gated_residual_rms_norm_modulate(
@@ -171,6 +232,7 @@ def gated_residual_rms_norm_modulate(
     shift: Tensor | None,
     scale: Tensor,
     *,
+    spans: Spans | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """residual = x + gate · branch; normed = RMSNorm(residual) · weight · (1 + scale) + shift.
@@ -178,7 +240,7 @@ def gated_residual_rms_norm_modulate(
     Args:
         x, branch: [B, N, C] contiguous, of one dtype.
         gate: [B, C].
-        weight, shift, scale, eps: as in `rms_norm_modulate`.
+        weight, shift, scale, spans, eps: as in `rms_norm_modulate`.
 
     Returns:
         (residual, normed), each [B, N, C] of x's dtype.
@@ -187,7 +249,7 @@ def gated_residual_rms_norm_modulate(
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
     return _adaln(
-        "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, eps, False
+        "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, spans, eps, False
     )
 
 
@@ -200,6 +262,7 @@ def block_boundary(
     shift: Tensor | None,
     scale: Tensor,
     *,
+    spans: Spans | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The end of a block that closes with a norm, and the start of the next (UNITE, arXiv 2603.22283, the block).
@@ -210,7 +273,7 @@ def block_boundary(
         x, branch: [B, N, C] contiguous, of one dtype.
         gate: [B, C].
         closing_weight: [C].
-        weight, shift, scale: the next block's opening norm, as in `rms_norm_modulate`.
+        weight, shift, scale: the next block's opening norm, as in `rms_norm_modulate`, and so `spans`.
         eps: added to the mean square, in both norms.
 
     Returns:
@@ -219,7 +282,7 @@ def block_boundary(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, eps, False)
+    return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, spans, eps, False)
 
 
 def layer_norm_modulate(
@@ -238,7 +301,7 @@ def layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    return _adaln("layer_norm_modulate", x, None, None, None, weight, bias, shift, scale, eps, True)[1]
+    return _adaln("layer_norm_modulate", x, None, None, None, weight, bias, shift, scale, None, eps, True)[1]
 
 
 def gated_residual_layer_norm_modulate(
@@ -265,4 +328,6 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    return _adaln("gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, eps, True)
+    return _adaln(
+        "gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True
+    )

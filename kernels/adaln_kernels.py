@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import device_of
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import device_of
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,23 @@ def _statistics_backward(grad, unit, inverse, C: tl.constexpr, LAYER: tl.constex
 
 
 @triton.jit
+def _span(offsets, sample, tokens):
+    """First row and token count of a sample: samples of one length, or as `offsets` says."""
+    start = sample * tokens
+    if offsets is not None:
+        start = tl.load(offsets + sample).to(tl.int64)
+        tokens = (tl.load(offsets + sample + 1) - start).to(tl.int32)
+    return start, tokens
+
+
+@triton.jit
 def _vector(pointer, column, width):
     return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def _forward_kernel(
-    x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed,
+    x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed, offsets,
     tokens, chunks, gate_stride, shift_stride, scale_stride, eps,
     C: tl.constexpr, LAYER: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +121,8 @@ def _forward_kernel(
         gating = _vector(gate + sample * gate_stride, column, C)[None, :]
     if closing_weight is not None:
         closing = _vector(closing_weight, column, C)[None, :]
-    base = (sample * tokens + first) * C
+    start, tokens = _span(offsets, sample, tokens)
+    base = (start + first) * C
     for step in tl.range(0, CHUNK // ROWS, num_stages=2):
         row = step * ROWS + tl.arange(0, ROWS)
         inside = (first + row < tokens)[:, None] & (column < C)[None, :]
@@ -135,7 +146,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def _backward_kernel(
-    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch, partials,
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch, partials, offsets,
     tokens, chunks, gate_stride, scale_stride, eps,
     C: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -158,7 +169,8 @@ def _backward_kernel(
     if closing_weight is not None:
         closing = _vector(closing_weight, column, C)[None, :]
         closing_sum = tl.zeros([BLOCK_C], tl.float32)
-    base = (sample * tokens + first) * C
+    start, tokens = _span(offsets, sample, tokens)
+    base = (start + first) * C
     for step in tl.range(0, CHUNK // ROWS, num_stages=2):
         row = step * ROWS + tl.arange(0, ROWS)
         inside = (first + row < tokens)[:, None] & (column < C)[None, :]
@@ -249,9 +261,17 @@ def _stride(term: Tensor | None) -> int:
     return 0 if term is None else term.stride(0)
 
 
-def forward(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer) -> tuple[Tensor | None, Tensor]:
-    """(residual or None, normed), as `adaln_reference`."""
+def _sizes(x: Tensor, offsets: Tensor | None, longest: int) -> tuple[int, int, int]:
+    """(samples, tokens of the longest, width)."""
     batch, tokens, width = x.shape
+    return (batch, tokens, width) if offsets is None else (offsets.numel() - 1, longest, width)
+
+
+def forward(
+    x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
+) -> tuple[Tensor | None, Tensor]:
+    """(residual or None, normed), as `adaln_reference`."""
+    batch, tokens, width = _sizes(x, offsets, longest)
     residual = None if branch is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     launch = launch_of(width)
@@ -260,7 +280,7 @@ def forward(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, la
     if normed.numel():
         with device_of(x):
             _forward_kernel[(batch * chunks,)](
-                x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed,
+                x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed, offsets,
                 tokens, chunks, _stride(gate), _stride(shift), _stride(scale), eps,
                 C=width, LAYER=layer, BLOCK_C=launch.block, ROWS=launch.forward_rows, CHUNK=chunk,
                 num_warps=launch.warps,
@@ -268,12 +288,14 @@ def forward(x, branch, gate, closing_weight, weight, bias, shift, scale, eps, la
     return residual, normed
 
 
-def backward(grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, eps, layer):
+def backward(
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
+):
     """Gradients of (x, branch, gate, closing_weight, weight, bias, shift, scale), None for those that are None.
 
     x is the normed stream, or the stream before the gate where there is a closing norm.
     """
-    batch, tokens, width = x.shape
+    batch, tokens, width = _sizes(x, offsets, longest)
     launch = launch_of(width)
     chunk = max(backward_chunk(batch, tokens), launch.backward_rows)
     chunks = triton.cdiv(tokens, chunk)
@@ -292,7 +314,7 @@ def backward(grad_residual, grad_normed, x, branch, gate, closing_weight, weight
         if grad_x.numel():
             _backward_kernel[(batch * chunks,)](
                 grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch,
-                partials, tokens, chunks, _stride(gate), _stride(scale), eps,
+                partials, offsets, tokens, chunks, _stride(gate), _stride(scale), eps,
                 C=width, LAYER=layer, OFFSET=offset, PARTS=parts, BLOCK_C=launch.block, ROWS=launch.backward_rows,
                 CHUNK=chunk, num_warps=launch.warps,
             )  # fmt: skip
@@ -331,7 +353,7 @@ def _specialise(form: str, widths: tuple[int, ...], *, layer=False, gated=False,
     types |= dict.fromkeys(("closing_weight", "weight", "bias", "partials", "per_sample"), "*fp32")
     types |= dict.fromkeys(("tokens", "chunks", "width"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32")
-    absent = {"bias"}
+    absent = {"bias", "offsets"}
     if layer:
         absent |= {"weight", "per_sample"}
     if not gated:

@@ -8,8 +8,11 @@ import os
 import torch
 from torch import Tensor
 
-from unite_kernels.toolchain import AVAILABLE
+from .toolchain import AVAILABLE
 
+# Prefix of the operators' names in torch.ops: what this package was imported as. A loader that gives each copy a name of
+# its own, as Hugging Face's kernels does, so gets operators of its own, and two versions live in one process.
+NAMESPACE = __package__.replace(".", "_")
 BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Read once: Triton itself reads the variable when a kernel is decorated, so a later change has no effect there either.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import check_contiguous, check_floats, device_of, use_triton
-from unite_kernels.philox import (
+from .dispatch import NAMESPACE, check_contiguous, check_floats, device_of, use_triton
+from .philox import (
     Step,
     check_address,
     normal_block,
@@ -20,8 +20,8 @@ from unite_kernels.philox import (
     uniform_of,
     uniforms,
 )
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 LAWS = ("logit_normal", "uniform")
 COUNTERS = 512  # a program noises 2048 elements, 16 a thread: each thread also makes the time of every draw once
@@ -94,7 +94,7 @@ def _backward_kernel(grad_z_t, t, grad_z, draws, batch, WIDTH: tl.constexpr, BLO
     tl.store(grad_z + sample.to(tl.int64) * WIDTH + element, total, mask=inside)
 
 
-@torch.library.custom_op("unite_kernels::flow_noise", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::flow_noise", mutates_args=())
 def _flow_noise(
     z: Tensor, step: Tensor, draws: int, seed: int, stream: int, logit_normal: bool, shift: float, first_draw: int
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _(z, step, draws, seed, stream, logit_normal, shift, first_draw):
     return z.new_empty(draws, *z.shape), z.new_empty(draws, z.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("unite_kernels::flow_noise_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::flow_noise_backward", mutates_args=())
 def _flow_noise_backward(grad_z_t: Tensor, t: Tensor) -> Tensor:
     draws, batch, tokens, channels = grad_z_t.shape
     width = tokens * channels

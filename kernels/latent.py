@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels.dispatch import check_contiguous, check_device, check_floats, device_of, use_triton
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, device_of, use_triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 TILE = 1024  # elements of a tile, 8 a thread: the loss then takes 96 registers (sm_90), with 2048 elements 162
 WARPS = 4
@@ -132,7 +132,7 @@ def _grid(rows: int, channels: int) -> tuple[int, int, int]:
     return triton.cdiv(rows, height), width, height
 
 
-@torch.library.custom_op("unite_kernels::latent_norm_mix", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::latent_norm_mix", mutates_args=())
 def _mix(
     z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, t: Tensor, noise: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def _(z, weight, bias, mask, t, noise, eps):
     return torch.empty_like(z), torch.empty_like(z)
 
 
-@torch.library.custom_op("unite_kernels::latent_norm_mix_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::latent_norm_mix_backward", mutates_args=())
 def _mix_backward(
     grad_z0: Tensor, grad_mixed: Tensor, z: Tensor, weight: Tensor, mask: Tensor, t: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def _backward_mix(ctx, grad_z0, grad_mixed):
 _mix.register_autograd(_backward_mix, setup_context=_save_mix)
 
 
-@torch.library.custom_op("unite_kernels::latent_norm_flow_loss", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::latent_norm_flow_loss", mutates_args=())
 def _flow_loss(
     pred: Tensor, z1: Tensor, t: Tensor, weight: Tensor, bias: Tensor,
     floor: float, weighting: bool, eps: float, gradients: bool,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import NAMESPACE
+
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-@torch.library.custom_op("unite_kernels::ema_update_", mutates_args=("ema",))
+@torch.library.custom_op(f"{NAMESPACE}::ema_update_", mutates_args=("ema",))
 def _ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
     # No kernel of our own: on CUDA foreach moves the floor of 12 bytes a float32 weight (two reads, one write), packing
     # up to 64 tensors a launch; the 218 M weights of preset B are some ten launches of about 60 µs each on a device
@@ -44,7 +46,7 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
         _ema_update_(ema, params, decay)
 
 
-@torch.library.custom_op("unite_kernels::newton_schulz", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
 def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
     # bfloat16 has the accuracy the iteration needs (it ends in a band of singular values, not in a point) and the
     # tensor cores' speed. CPUs without matrix instructions for it multiply it 100 times slower than float32.

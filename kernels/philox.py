@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import device_of, use_triton
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import NAMESPACE, device_of, use_triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers, Salmon et al. 2011, section 3
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, √3 − 1
@@ -147,7 +147,7 @@ COUNTERS = 512  # a program makes 2048 numbers, 16 a thread
 WARPS = 4
 
 
-@torch.library.custom_op("unite_kernels::philox", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::philox", mutates_args=())
 def _philox(step: Tensor, seed: int, stream: int, first_draw: int, draws: int, count: int, normal: bool) -> Tensor:
     out = torch.empty(draws, count, device=step.device)
     if out.numel():

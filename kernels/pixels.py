@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import (
+from .dispatch import (
+    NAMESPACE,
     check_contiguous,
     check_device,
     check_floats,
@@ -16,8 +17,8 @@ from unite_kernels.dispatch import (
     device_of,
     use_triton,
 )
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 UNIT_EPS = 1e-10  # LPIPS's own (Zhang et al. 2018, reference code): added to the channel norm
 PATCH_BLOCK = 2048  # elements of a program, 16 a thread
@@ -84,7 +85,7 @@ def _patch_l1_backward_kernel(
     tl.store(grad_tokens + base + token, grad, mask=inside)
 
 
-@torch.library.custom_op("unite_kernels::patch_l1", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::patch_l1", mutates_args=())
 def _patch_l1(tokens: Tensor, images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     batch, _, height, width = images.shape
     image = _channels_last_like(images, tokens.dtype)
@@ -103,7 +104,7 @@ def _(tokens, images, patch_size):
     return tokens.new_empty((), dtype=torch.float32), _channels_last_like(images, tokens.dtype)
 
 
-@torch.library.custom_op("unite_kernels::patch_l1_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::patch_l1_backward", mutates_args=())
 def _patch_l1_backward(
     grad_loss: Tensor, grad_image: Tensor, image: Tensor, images: Tensor, patch_size: int
 ) -> Tensor:
@@ -265,7 +266,7 @@ def _tiles(features: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(height * width, rows), padded, rows
 
 
-@torch.library.custom_op("unite_kernels::lpips_distance", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lpips_distance", mutates_args=())
 def _distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = a.shape
     programs, padded, rows = _tiles(a)
@@ -284,7 +285,7 @@ def _(a, b, weight):
     return a.new_empty(a.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("unite_kernels::lpips_distance_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lpips_distance_backward", mutates_args=())
 def _distance_backward(
     grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, for_a: bool, for_b: bool
 ) -> tuple[Tensor, Tensor]:
@@ -319,7 +320,7 @@ _distance.register_autograd(_backward_features, setup_context=_save_features)
 
 
 def aot_specialisations() -> list[Specialisation]:
-    """Images of 256×256 in patches of 16, and VGG's narrowest and widest maps, bfloat16."""
+    """Images of 256×256 in patches of 16, and VGG's maps, bfloat16."""
     image = {"W": 256, "H": 256, "P": 16, "BLOCK": PATCH_BLOCK}
     types = {"tokens": "*bf16", "images": "*fp32", "image_out": "*bf16", "loss": "*fp32"}
     shape = {"num_warps": WARPS, "max_registers": 48}
@@ -331,7 +332,7 @@ def aot_specialisations() -> list[Specialisation]:
             aligned=tuple(types), **shape,
         )
     )  # fmt: skip
-    for channels in (64, 512):
+    for channels in (64, 128, 256, 512):
         shape = {"C": channels, "WIDTH": channels, "ROWS": FEATURE_TILE // channels, "EPS": UNIT_EPS}
         types = {"a": "*bf16", "b": "*bf16", "weight": "*fp32", "partials": "*fp32", "pixels": "i32"}
         found.append(

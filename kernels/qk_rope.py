@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels.dispatch import check_contiguous, check_floats, check_parameter, device_of, use_triton
-from unite_kernels.rms import unit_rms
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import NAMESPACE, check_contiguous, check_floats, check_parameter, device_of, use_triton
+from .rms import unit_rms
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 WARPS = 4
 # A tile is ROWS heads of BLOCK_D numbers. Forward, 16 numbers a thread and tensor, two 16-byte accesses in a 2-byte
@@ -134,7 +134,7 @@ def _blocks(heads: int, width: int, tile: int) -> dict[str, int]:
     return {"H": heads, "D": width, "BLOCK_D": padded, "ROWS": tile // padded}
 
 
-@torch.library.custom_op("unite_kernels::qk_norm_rope", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
 ) -> Tensor:
@@ -155,7 +155,7 @@ def _(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     return torch.empty_like(qkv)
 
 
-@torch.library.custom_op("unite_kernels::qk_norm_rope_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_backward", mutates_args=())
 def _qk_norm_rope_backward(
     grad: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

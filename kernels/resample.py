@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unite_kernels.dispatch import check_contiguous, device_of, use_triton
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import NAMESPACE, check_contiguous, device_of, use_triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 PRECISION = 22  # bits of a weight's fraction: 32 less 8 of a pixel and 2 for sums beyond 1 (Pillow, Resample.c)
 HALF = 1 << (PRECISION - 1)
@@ -183,7 +183,7 @@ def _pass_kernel(source, target, table, firsts, weights, FIELDS: tl.constexpr, B
     tl.store(target + element, value.to(tl.uint8), mask=inside)
 
 
-@torch.library.custom_op("unite_kernels::centre_crop", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::centre_crop", mutates_args=())
 def _centre_crop(
     pixels: Tensor, table: Tensor, firsts: Tensor, weights: Tensor, side: int, scratch: int, blocks: list[int]
 ) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unite_kernels.toolchain import AVAILABLE, triton
+from .toolchain import AVAILABLE, triton
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -56,7 +56,7 @@ def specialisations() -> list[Specialisation]:
     """
     if not AVAILABLE:
         raise RuntimeError("specialisations: Triton is not installed: pip install triton (Linux)")
-    modules = [importlib.import_module(f"unite_kernels.{family}") for family in FAMILIES]
+    modules = [importlib.import_module(f".{family}", __package__) for family in FAMILIES]
     found = [entry for module in modules for entry in module.aot_specialisations()]
     names = [entry.name for entry in found]
     repeated = sorted({name for name in names if names.count(name) > 1})

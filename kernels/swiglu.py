@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels.dispatch import check_contiguous, check_floats, device_of, use_triton
-from unite_kernels.specialisation import Specialisation
-from unite_kernels.toolchain import tl, triton
+from .dispatch import NAMESPACE, check_contiguous, check_floats, device_of, use_triton
+from .specialisation import Specialisation
+from .toolchain import tl, triton
 
 # Elements of a program's tile at 4 warps: 8 a thread and tensor, which is one 16-byte access in a 2-byte dtype. Hidden
 # widths of 2048 and 3072 split without remainder; narrower ones than TILE share a program. Prediction for an H200: 16
@@ -71,7 +71,7 @@ def _blocks(width: int) -> dict[str, int]:
     return {"F": width, "BLOCK_F": block, "ROWS": TILE // block}
 
 
-@torch.library.custom_op("unite_kernels::swiglu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
 def _swiglu(x: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
@@ -86,7 +86,7 @@ def _(x):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.custom_op("unite_kernels::swiglu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
 def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     grad_x = torch.empty_like(x)
     if grad_x.numel():

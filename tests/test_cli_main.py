@@ -17,8 +17,10 @@ COMMANDS = {
     "sample": ["--run", "--classes", "--count", "--guidance", "--interval", "--solver", "--steps", "--seed", "--out"],
     "reconstruct": ["--run", "--out", "--seed"],
     "tokenize": ["--run", "--out"],
-    "import": ["--out", "--heads", "--decoder-heads", "--weights"],
-    "export": ["--out", "--weights", "--published"],
+    "import": ["--out", "--heads", "--decoder-heads", "--weights", "--config", "--set"],
+    "export": ["--out", "--weights", "--published", "--with-optimizer"],
+    "report": ["--out", "--quick", "--held-out", "--seed"],
+    "watch": ["--once", "--every"],
     "doctor": ["--json"],
 }
 START = [sys.executable, "-c", "import sys; from unite_fast.cli import main; sys.exit(main())"]

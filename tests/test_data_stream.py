@@ -189,15 +189,16 @@ def test_process_ends_without_close(folder, how):
     assert "Traceback" not in done.stderr
 
 
-def losses() -> StepLosses:
-    return StepLosses(*torch.ones(4), torch.randn(2, 3, 4))
+def losses(device: str | torch.device = "cpu") -> StepLosses:
+    one = torch.ones((), device=device)
+    return StepLosses(one, {"l1": one}, one, torch.randn(2, 3, 4, device=device), None)
 
 
 def test_data_wait_is_the_share_of_the_time_waited(tmp_path, monkeypatch):
     world = init_world(config(tmp_path))
     clock = [100.0]
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: clock[0])
-    meter = Meter(world, Batch(4, 2, 8), 10.0, has_lpips=False)
+    meter = Meter(world, Batch(4, 2, 8), 10.0)
     for _ in range(3):
         meter.begin()
         for _ in range(2):
@@ -218,7 +219,7 @@ def test_ahead_and_data_wait_on_a_gpu(tmp_path):
     root = tree(tmp_path / "d")
     options = DataConfig(path=str(root), crop="none", workers=0, loader="workers", flip=False)
     world = init_world(config(tmp_path, train={"device": "cuda", "steps": 1, "global_batch": 4, "accumulation": 1}))
-    meter = Meter(world, Batch(4, 1, 4), 4.0, has_lpips=False)
+    meter = Meter(world, Batch(4, 1, 4), 4.0)
     work = torch.randn(4096, 4096, device=CUDA)
     with ImageStream(options, **NUMBERS) as plain, open_stream(options, device=CUDA, **NUMBERS) as ahead:
         next(ahead), next(plain)
@@ -230,5 +231,5 @@ def test_ahead_and_data_wait_on_a_gpu(tmp_path):
                 batch = next(ahead)
             assert batch.images.device == CUDA
             assert torch.equal(batch.images.cpu(), next(plain).images)
-            meter.add(StepLosses(*torch.ones(4, device=CUDA), torch.randn(2, 3, 4, device=CUDA)), work.new_ones(()))
+            meter.add(losses(CUDA), work.new_ones(()))
     assert 0 <= meter.read(20, 0.1)["data_wait"] < 1

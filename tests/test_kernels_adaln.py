@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -165,6 +166,59 @@ def test_empty(form, shape):
         assert torch.equal(ours, theirs)
 
 
+# Lengths of the samples: one above a tile and a chunk, one of nothing, and the shape that every launch choice suits.
+@pytest.mark.parametrize("lengths", [(5, 1, 70, 3), (2, 0, 4), (1,)])
+@pytest.mark.parametrize("form", ["rms", "gated rms", "boundary"])
+def test_spans_are_the_samples_one_by_one(form, lengths):
+    function, names = FORMS[form]
+    tokens, width = sum(lengths), 40
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    inputs = inputs_of(names, (len(lengths), 1, width), torch.float32)
+    streams = [normal(1, tokens, width, seed=40 + index) for index, name in enumerate(STREAMS) if name in names]
+    inputs[: len(streams)] = streams
+
+    def one_by_one(*inputs):
+        pieces = []
+        for sample, (first, length) in enumerate(zip(offsets[:-1].tolist(), lengths, strict=True)):
+            arguments = [
+                x[:, first : first + length] if name in STREAMS else x[sample : sample + 1] if name in TERMS else x
+                for name, x in zip(names.split(), inputs, strict=True)
+            ]
+            pieces.append(EQUATIONS[function](*arguments))
+        if isinstance(pieces[0], torch.Tensor):
+            return torch.cat(pieces, dim=1)
+        return tuple(torch.cat(part, dim=1) for part in zip(*pieces, strict=True))
+
+    spans = uk.Spans(offsets, max(lengths))
+    truth = outputs_and_gradients(one_by_one, inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(one_by_one, inputs)
+    for backend in ("torch", "triton"):
+        assert_twice_as_good(run(backend, functools.partial(function, spans=spans), inputs), naive, truth)
+
+
+def test_opcheck_of_spans():
+    x, branch, gate, weight, shift, scale = (
+        x.requires_grad_() for x in inputs_of(FORMS["gated rms"][1], (3, 1, 12), torch.float32)
+    )
+    x, branch = (normal(1, 9, 12, seed=seed).requires_grad_() for seed in (1, 2))
+    offsets = torch.tensor([0, 4, 5, 9], dtype=torch.int32, device=DEVICE)
+    opcheck(_operator, (x, branch, gate, None, weight, None, shift, scale, offsets, 4, EPS, False))
+
+
+@pytest.mark.parametrize(
+    ("x", "offsets", "longest"),
+    [
+        (normal(2, 6, 8), torch.tensor([0, 2, 6], dtype=torch.int32), 4),
+        (normal(1, 6, 8), torch.tensor([0, 2, 6]), 4),
+        (normal(1, 6, 8), torch.tensor([0, 2, 6], dtype=torch.int32), 7),
+    ],
+    ids=["batch", "dtype", "longest"],
+)
+def test_spans_refuse(x, offsets, longest):
+    with pytest.raises(ValueError, match="rms_norm_modulate: .*span"):
+        uk.rms_norm_modulate(x, None, None, normal(2, 8), spans=uk.Spans(offsets.to(DEVICE), longest))
+
+
 def test_same_bits_every_time():
     function, names = FORMS["boundary"]
     inputs = inputs_of(names, (2, 70, 96), torch.bfloat16)
@@ -183,10 +237,10 @@ def test_opcheck(form):
     given = dict(zip(names.split(), inputs_of(names, (2, 3, 12), torch.float32), strict=True))
     tensors = [given[name].requires_grad_() if name in given else None for name in order]
     layer = "layer" in form
-    opcheck(_operator, (*tensors, EPS, layer))
+    opcheck(_operator, (*tensors, None, 0, EPS, layer))
     grad = normal(2, 3, 12, seed=3)
     tensors = [None if x is None else x.detach() for x in tensors]
-    opcheck(_backward_operator, (grad if "branch" in given else None, grad, *tensors, EPS, layer))
+    opcheck(_backward_operator, (grad if "branch" in given else None, grad, *tensors, None, 0, EPS, layer))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unite_kernels import adaln_kernels, flow, qk_rope
+from unite_kernels import adaln_kernels, flow, latent, philox, pixels, qk_rope
 
 ROOT = Path(__file__).resolve().parents[1]
 # The package calls its function by the same name.
@@ -277,57 +277,58 @@ class Recorder:
         return launch
 
 
-def launch_adaln(backward: bool):
-    x, row, weight = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
-    if backward:
-        adaln_kernels.backward(x, x, x, x, row, weight, weight, None, row, row, 1e-6, False)
-    else:
-        adaln_kernels.forward(x, x, row, weight, weight, None, row, row, 1e-6, False)
+LAUNCHES = {
+    "adaln": lambda: adaln_kernels.forward(
+        x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
+    ),
+    "adaln backward": lambda: adaln_kernels.backward(
+        x_BNC, x_BNC, x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
+    ),
+    "rope": lambda: qk_rope._qk_norm_rope(qkv, head, head, table, table, 0, 1e-6),
+    "rope backward": lambda: qk_rope._qk_norm_rope_backward(qkv, qkv, head, head, table, table, 0, 1e-6),
+    "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730)),
+    "swiglu backward": lambda: swiglu._swiglu_backward(torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730)),
+    "flow": lambda: flow._flow_noise(z, torch.zeros((), dtype=torch.int64), 2, 1, 0, True, 0.5, 0),
+    "flow backward": lambda: flow._flow_noise_backward(torch.zeros(2, *z.shape), torch.zeros(2, 3)),
+    "mix": lambda: latent._mix(z, affine, affine, times > 0, times, z, 1e-5),
+    "mix backward": lambda: latent._mix_backward(z, z, z, affine, times > 0, times, 1e-5),
+    "flow loss": lambda: latent._flow_loss(
+        torch.zeros(2, *z.shape), z, torch.zeros(2, 3), affine, affine, 0.05, True, 1e-5, True
+    ),
+    "philox": lambda: philox._philox(torch.zeros((), dtype=torch.int64), 1, 0, 0, 3, 5000, True),
+    "patch L1": lambda: pixels._patch_l1(torch.zeros(3, 6, 16 * 16 * 3), images, 16),
+    "patch L1 backward": lambda: pixels._patch_l1_backward(torch.zeros(()), images, images, images, 16),
+    "lpips": lambda: pixels._distance(features, features, torch.zeros(64)),
+    "lpips backward": lambda: pixels._distance_backward(times, features, features, torch.zeros(64), False, True),
+}
+# 3 samples of 70 tokens, 30 latent channels, 32×48 pixels and 7×11 features, which no tile divides.
+x_BNC, row_BC, weight_C = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
+qkv, head, table = torch.zeros(3, 70, 3, 12, 64), torch.zeros(64), torch.zeros(70, 32)
+z, affine, times = torch.zeros(3, 70, 30), torch.zeros(30), torch.zeros(3)
+images = torch.zeros(3, 3, 32, 48)
+features = torch.zeros(3, 64, 7, 11).contiguous(memory_format=torch.channels_last)
+MODULES = {
+    module.__name__.split(".")[-1]: module for module in (adaln_kernels, flow, latent, philox, pixels, qk_rope, swiglu)
+}
 
 
-def launch_rope(backward: bool):
-    qkv, weight, table = torch.zeros(3, 70, 3, 12, 64), torch.zeros(64), torch.zeros(70, 32)
-    if backward:
-        qk_rope._qk_norm_rope_backward(qkv, qkv, weight, weight, table, table, 0, 1e-6)
-    else:
-        qk_rope._qk_norm_rope(qkv, weight, weight, table, table, 0, 1e-6)
-
-
-def launch_swiglu(backward: bool):
-    x = torch.zeros(3, 70, 2 * 2730)
-    if backward:
-        swiglu._swiglu_backward(x[..., :2730], x)
-    else:
-        swiglu._swiglu(x)
-
-
-def launch_flow(backward: bool):
-    if backward:
-        flow._flow_noise_backward(torch.zeros(2, 3, 70, 30), torch.zeros(2, 3))
-    else:
-        flow._flow_noise(torch.zeros(3, 70, 30), torch.zeros((), dtype=torch.int64), 2, 1, 0, True, 0.5, 0)
-
-
-LAUNCHES = {adaln_kernels: launch_adaln, qk_rope: launch_rope, swiglu: launch_swiglu, flow: launch_flow}
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("module", LAUNCHES, ids=lambda module: module.__name__.split(".")[-1])
-def test_rules_are_the_launches_of_python(monkeypatch, module, backward):
-    """3 samples of 70 tokens, which no tile divides: C computes the grids and arguments that Python does."""
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_rules_are_the_launches_of_python(monkeypatch, launch):
+    """C computes the grids and arguments that Python does."""
     rules, recorders = load_rules(), {}
-    for name in ("_forward_kernel", "_backward_kernel", "_sum_kernel"):
-        if hasattr(module, name):
-            recorders[name] = Recorder(getattr(module, name))
-            monkeypatch.setattr(module, name, recorders[name])
-    LAUNCHES[module](backward)
+    for name in rules:
+        module, kernel = name.split(".")
+        recorders[name] = Recorder(getattr(MODULES[module], kernel))
+        monkeypatch.setattr(MODULES[module], kernel, recorders[name])
+    launch()
     launched = {name: recorder for name, recorder in recorders.items() if recorder.grid}
-    assert len(launched) == 1 + (module is adaln_kernels and backward)
+    adds_up = "adaln_kernels._sum_kernel" in launched
+    assert len(launched) == 1 + adds_up
     for name, recorder in launched.items():
-        rule = rules[f"{module.__name__.split('.')[-1]}.{name}"]
-        values = recorder.arguments | {"cdiv": lambda a, b: -(-a // b), "batch": 3}
-        if name == "_sum_kernel":
-            values |= {"tokens": 70, "AHEAD_CHUNK": recorders["_backward_kernel"].arguments["CHUNK"]}
+        rule = rules[name]
+        values = recorder.arguments | {"cdiv": lambda a, b: -(-a // b), "batch": 3, "draws": 3}
+        if name == "adaln_kernels._sum_kernel":
+            values |= {"tokens": 70, "AHEAD_CHUNK": launched["adaln_kernels._backward_kernel"].arguments["CHUNK"]}
         derived = {argument: eval(expression, values) for argument, expression in rule.derived.items()}
         assert derived == {argument: recorder.arguments[argument] for argument in derived}
         assert tuple(eval(expression, values) for expression in rule.grid) == recorder.grid

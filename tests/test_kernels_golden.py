@@ -33,7 +33,7 @@ def test_losses_and_every_gradient(g):
         losses = two_pass_step(
             Direct(model), objective, g["in.images"], g["in.labels"], recorded_draws(g), shape=g["out.z0"].shape
         )
-    for loss, entry in ((losses.l1, "l1"), (losses.flow, "flow_loss"), (losses.total, "total")):
+    for loss, entry in ((losses.terms["l1"], "l1"), (losses.flow, "flow_loss"), (losses.total, "total")):
         assert relative_error(loss, g[f"out.{entry}"]) < 1e-5, entry
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     compared = 0

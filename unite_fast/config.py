@@ -8,15 +8,19 @@ configuration is written into the run folder and into every checkpoint.
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unite_fast.errors import UserError
+
+# Where each modality's configuration class lives; `unite_fast.modality` finds the rest of it by that class.
+MODALITIES = {"images": "unite_fast.config:Config", "molecules": "unite_fast.molecules.config:MoleculeConfig"}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -53,7 +57,7 @@ class Section(BaseModel):
             raise UserError(f"{source} is not valid:\n" + "\n".join(_explain(cls, e) for e in error.errors())) from None
 
 
-def _fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
+def fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
     """Fill the sizes that a named preset stands for; a size given beside the preset wins."""
     if isinstance(values, dict) and values.get("preset") in presets:
         filled = dict(presets[values["preset"]])
@@ -74,7 +78,7 @@ class DecoderConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _fill_preset(values, DECODER_PRESETS)
+        return fill_preset(values, DECODER_PRESETS)
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -85,8 +89,16 @@ class DecoderConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class Sizes(Section):
+    """Base of a modality's network sizes."""
+
+    modality: ClassVar[str]
+
+
+class ModelConfig(Sizes):
     """Sizes of the Generative Encoder and the decoder."""
+
+    modality = "images"
 
     preset: Literal["B", "M", "L", "XL"] | None = Field(None, description="named size; fills depth, width and heads")
     depth: PositiveInt = Field(12, description="encoder blocks L")
@@ -106,7 +118,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _fill_preset(values, ENCODER_PRESETS)
+        return fill_preset(values, ENCODER_PRESETS)
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -138,14 +150,12 @@ class LpipsConfig(Section):
     dropout: bool = Field(False, description="dropout 1/2 inside the 1x1 layers, as in the published run")
 
 
-class ObjectiveConfig(Section):
-    """The two-pass objective (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
+class TwoPassConfig(Section):
+    """What the two-pass objective of every modality has (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
 
     flow_draws: PositiveInt = Field(3, description="S, flow draws per image and step; their losses are summed")
     draws_per_chunk: PositiveInt = Field(1, description="draws in one forward and backward; memory grows with it, not with S")
     flow_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the flow loss")
-    l1_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the pixel L1")
-    lpips: LpipsConfig = Field(LpipsConfig(), description="perceptual term")
     stop_gradient: bool = Field(True, description="detach z0 in the flow loss")
     tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this)")
     label_drop: Fraction = Field(0.1, description="share of labels replaced by the null label in the flow pass")
@@ -157,6 +167,13 @@ class ObjectiveConfig(Section):
     mix_probability: Fraction = Field(0.5, description="share of samples that the mix touches")
     mix_t_min: Fraction = Field(0.7, description="mix draws t from U(this, 1)")
     additive_sigma: Annotated[float, Field(ge=0)] = Field(0.7, description="standard deviation of the additive form")
+
+
+class ObjectiveConfig(TwoPassConfig):
+    """The two-pass objective on images (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
+
+    l1_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the pixel L1")
+    lpips: LpipsConfig = Field(LpipsConfig(), description="perceptual term")
 
 
 class OptimizerConfig(Section):
@@ -202,6 +219,7 @@ class TrainConfig(Section):
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")
     checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
+    wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
 
     @model_validator(mode="after")
@@ -267,8 +285,9 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run; on another modality its sections of the model and the data are that modality's own."""
 
+    modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, used for its folder")
     runs: str = Field("runs", description="folder that holds run folders")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
@@ -280,17 +299,37 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="sheets and metrics")
 
     @model_validator(mode="after")
-    def _together(self):
+    def _optimizer_and_stage(self):
         if self.optimizer.kind == "muon" and self.train.zero_stage == 3:
             raise ValueError(
                 "Muon needs whole matrices and ZeRO 3 shards them: "
                 "set train.zero_stage to 2 or optimizer.kind to adamw"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _together(self):
         if self.evaluation.samples_per_class and self.data.val_path is None:
             raise ValueError(
                 "evaluation.samples_per_class judges against held-out images: set data.val_path, or set it to 0"
             )
         return self
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str = "configuration") -> Config:
+        """Validate a dictionary, as the configuration class of the modality that it names.
+
+        Raises:
+            UserError: every problem on a line of its own, with the key, the value and what is valid.
+        """
+        name = data.get("modality", "images") if isinstance(data, dict) else "images"
+        if name not in MODALITIES:
+            near = difflib.get_close_matches(str(name), MODALITIES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(MODALITIES)}"
+            raise UserError(f"{source} is not valid:\n  modality: {name!r} is unknown; {hint}")
+        module, _, attribute = MODALITIES[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        return super(Config, found).parse(data, source=source)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

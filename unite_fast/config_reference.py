@@ -10,19 +10,34 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from unite_fast.config import Config, Section, section_of
+from unite_fast.molecules.config import MoleculeConfig
 from unite_fast.weights import write_text
 
 HEAD = """# Configuration reference
 
-Every key of a configuration file, from the classes in `unite_fast/config.py`
+Every key of a configuration file, from the classes in `unite_fast/config.py` and `unite_fast/molecules/config.py`
 (`python -m unite_fast.config_reference docs/configuration.md` writes this page). Any key can be overridden on the
 command line: `--set data.path=/data/imagenet/train train.global_batch=256`.
+"""
+
+MOLECULES = """
+# Molecules
+
+With `"modality": "molecules"` these sections take the place of those of the same name; the others stay.
 """
 
 
 def reference() -> str:
     """The whole page as Markdown."""
-    return HEAD + "".join(_section(name, section) for name, section in _sections("", Config))
+    images = _sections("", Config)
+    shared = {name: section for name, section in images}
+    own = [(name, section) for name, section in _sections("", MoleculeConfig) if shared.get(name) is not section]
+    return (
+        HEAD
+        + "".join(_section(name, section) for name, section in images)
+        + MOLECULES
+        + "".join(_section(f"molecules: {name or 'top level'}", section) for name, section in own)
+    )
 
 
 def _sections(prefix: str, section: type[Section]) -> list[tuple[str, type[Section]]]:

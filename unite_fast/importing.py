@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, ModelConfig, SamplingConfig
+from unite_fast.config import Config, ModelConfig, SamplingConfig, Sizes
 from unite_fast.engine import checkpoint
 from unite_fast.errors import UserError
+from unite_fast.modality import modality
 from unite_fast.model.io import check_state, read_model, save_model
 from unite_fast.model.published import from_published, to_published
-from unite_fast.model.unite import Unite
+from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.weights import read_file, read_tensors, write_tensors
 
 Which = Literal["ema", "model"]
@@ -37,14 +38,14 @@ class Trained:
         origin: where it was read, for people.
     """
 
-    config: ModelConfig
+    config: Sizes
     state: dict[str, Tensor]
     made_by: dict[str, Any]
     origin: str
 
-    def build(self, device: torch.device | str = "cpu") -> Unite:
+    def build(self, device: torch.device | str = "cpu") -> TwoPassModel:
         """The network, ready for inference."""
-        model = Unite(self.config)
+        model = modality(self.config.modality).network(self.config)
         model.load_state_dict(self.state)
         return model.to(device).eval().requires_grad_(False)
 
@@ -156,11 +157,30 @@ def read_published(
         UserError: a missing, truncated or hostile file, Python objects in it, no such set, another model's weights.
     """
     path = Path(path)
-    content = _read_explained(path)
+    content = read_explained(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint dictionary or a state dict")
     chosen, which = _choose(content, weights, path)
-    published = _plain_names(chosen, path)
+    config, state = translate(chosen, path, heads=heads, decoder_heads=decoder_heads, context_start=context_start)
+    sampling = SamplingConfig().model_dump(mode="json") | {"time_shift": PUBLISHED_TIME_SHIFT}
+    best = content.get("current_best_cfg_scale")
+    if _is_number(best) and best >= 0:
+        sampling["guidance"] = float(best)
+    made_by = {"imported_from": path.name, "weights": which, "sampling": sampling, "versions": _versions()}
+    if isinstance(content.get("step"), int):
+        made_by["step"] = content["step"]
+    return Trained(config, state, made_by, str(path))
+
+
+def translate(
+    weights: dict[Any, Any], path: Path, *, heads: int | None, decoder_heads: int | None, context_start: int
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Sizes and our state dict of one set of published weights, finite and in float32.
+
+    Raises:
+        UserError: as `read_published`, naming the file.
+    """
+    published = _plain_names(weights, path)
     if "patches.weight" in published and "encoder.opening_norm" in published:
         raise UserError(
             f"{path} is in unite_fast's own naming already: pass its folder to `unite-fast sample --run`, "
@@ -181,14 +201,15 @@ def read_published(
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise UserError(f"cannot import {path}: {len(bad)} entries hold NaN or infinite values, first {bad[0]!r}")
-    sampling = SamplingConfig().model_dump(mode="json") | {"time_shift": PUBLISHED_TIME_SHIFT}
-    best = content.get("current_best_cfg_scale")
-    if _is_number(best) and best >= 0:
-        sampling["guidance"] = float(best)
-    made_by = {"imported_from": path.name, "weights": which, "sampling": sampling, "versions": _versions()}
-    if isinstance(content.get("step"), int):
-        made_by["step"] = content["step"]
-    return Trained(config, state, made_by, str(path))
+    return config, state
+
+
+def plain_name(key: str) -> str:
+    """A published name without the prefixes that DistributedDataParallel and torch.compile add."""
+    name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def write_published(trained: Trained, path: str | Path) -> None:
@@ -200,6 +221,8 @@ def write_published(trained: Trained, path: str | Path) -> None:
         UserError: another suffix, a model that the published naming cannot hold, full disk or unwritable folder.
     """
     path = Path(path)
+    if trained.config.modality != "images":
+        raise UserError(f"--published: the published naming is that of image models; this one is of {trained.config.modality}")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"--published {path}: the name must end in .pt, .pth or .safetensors")
     weights = {name: tensor.contiguous() for name, tensor in to_published(trained.state, trained.config).items()}
@@ -211,6 +234,15 @@ def write_published(trained: Trained, path: str | Path) -> None:
     content: dict[str, Any] = {which if which in ("ema", "model") else "ema": weights}
     if isinstance(trained.made_by.get("step"), int):
         content["step"] = trained.made_by["step"]
+    write_pickle(content, path)
+
+
+def write_pickle(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain containers as a PyTorch file, under a temporary name first.
+
+    Raises:
+        UserError: full disk or unwritable folder.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +278,12 @@ def _from_checkpoint(folder: Path, weights: Which) -> Trained:
     return Trained(config.model, tensors, made_by, str(folder))
 
 
-def _read_explained(path: Path) -> Any:
-    """Content of the file; where Python objects stand in the way, say which and what to do."""
+def read_explained(path: Path) -> Any:
+    """Content of a PyTorch or safetensors file, read without running code from it.
+
+    Raises:
+        UserError: as `weights.read_file`; where Python objects stand in the way, which, and what to do.
+    """
     try:
         return read_file(path)
     except UserError:
@@ -287,14 +323,12 @@ def _choose(content: dict[str, Any], weights: Which | None, path: Path) -> tuple
 
 
 def _plain_names(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """float32 tensors by name, without the prefixes that DistributedDataParallel and torch.compile add."""
+    """float32 tensors by plain name."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {key!r} is a {type(value).__name__}; a state dict holds named tensors only")
-        name = ".".join(part for part in key.split(".") if part != "_orig_mod")
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
+        name = plain_name(key)
         if name in plain:
             raise UserError(f"{path}: two entries are named {name!r} once wrapper prefixes are gone")
         if name.startswith("lpips_loss."):

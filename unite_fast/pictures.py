@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
+from unite_fast.records import read_metrics
 
 TILE = 96  # images smaller than this are enlarged by a whole factor: 32×32 is shown at 96×96
 GAP = 2  # pixels between neighbouring images
@@ -109,42 +109,23 @@ def sample_sheet(
     _save(_sheet(rows), path)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`, by rising step; the last record of a step counts.
-
-    A run that was killed leaves a cut last line, and one that was resumed repeats steps: lines that are no JSON object
-    with a `step` are passed over.
-
-    Raises:
-        UserError: a file that cannot be read, or that holds no record.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read metrics {path}: {error.strerror or error}") from None
-    records: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records[record["step"]] = record
-    if not records:
-        raise UserError(f"{path} holds no record yet: let the run log a step (train.log_every) first")
-    return [records[step] for step in sorted(records)]
-
-
 # Panel title, axis scale, and the keys drawn in it with their legend.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Losses", "log", (("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_flow", "flow"))),
+    ("Losses", "log", (
+        ("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_element", "elements"),
+        ("loss_position", "positions"), ("loss_flow", "flow"),
+    )),
     ("Gradient norm", "log", (("grad_norm", ""),)),
     ("Learning rate", "linear", (("lr", ""),)),
     ("Latents: standard deviation across images", "linear", (("z0_std", ""),)),
     ("Latents: effective rank", "linear", (("z0_rank", ""),)),
     ("Images per second", "linear", (("images_per_second", ""),)),
+    ("Molecules per second", "linear", (("molecules_per_second", ""),)),
 )
-NOISY = ("loss", "loss_l1", "loss_lpips", "loss_flow", "grad_norm", "images_per_second")
+NOISY = (
+    "loss", "loss_l1", "loss_lpips", "loss_element", "loss_position", "loss_flow", "grad_norm", "images_per_second",
+    "molecules_per_second",
+)  # fmt: skip
 COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706")
 
 

@@ -29,6 +29,8 @@ _ADALN = (
     "are [batch, {C}] with rows *_stride elements apart. "
 )
 
+_LATENT = "z, z0, z1, noise and their gradients are [batch, tokens, {D}]; weight and bias [{D}]. "
+
 # By module and function of the kernel.
 RULES = {
     "adaln_kernels._forward_kernel": Rule(
@@ -58,12 +60,66 @@ RULES = {
     "flow._forward_kernel": Rule(
         grid=("cdiv(WIDTH, 4 * COUNTERS)", "batch"),
         about="z [batch, {WIDTH}]; z_t [draws, batch, {WIDTH}] = t z + (1 - t) noise; t_out [draws, batch]; "
-        "step_pointer is the device address of one int64, stream a number such as the rank. u = sigmoid(normal), t = shift u / (1 + (shift - 1) u), from Philox "
-        "at (seed, step, stream, draw).",
+        "step_pointer is the device address of one int64, stream a number such as the rank. u = sigmoid(normal), "
+        "t = shift u / (1 + (shift - 1) u), from Philox at (seed, step, stream, draw).",
     ),
     "flow._backward_kernel": Rule(
         grid=("cdiv(WIDTH, BLOCK)", "batch"),
         about="grad_z [batch, {WIDTH}] = sum over draws of t * grad_z_t.",
+    ),
+    "latent._mix_forward_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "1"),
+        sizes=("batch",),
+        derived={"rows": "batch * tokens"},
+        about=_LATENT + "mask [batch] of bytes; t [batch]. z0_out = LayerNorm(z) * weight + bias; mixed_out = t z0 + "
+        "(1 - t) noise where mask is not 0, else z0.",
+    ),
+    "latent._mix_backward_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "1"),
+        sizes=("batch",),
+        derived={"rows": "batch * tokens"},
+        about=_LATENT + "grad_z, and grad_affine [ceil(batch * tokens / {ROWS}), 2, {D}], whose sums over the first "
+        "dimension are the gradients of weight and bias.",
+    ),
+    "latent._loss_kernel": Rule(
+        grid=("cdiv(rows, ROWS)", "1"),
+        sizes=("batch",),
+        derived={"rows": "batch * tokens"},
+        about=_LATENT + "pred and grad_pred [draws, batch, tokens, {D}], t [draws, batch]. The loss, ((z1 - LayerNorm("
+        "pred) * weight - bias) / max(1 - t, floor))^2 summed over draws, is the sum of loss [ceil(batch * tokens / "
+        "{ROWS})] over batch * tokens * {D}; the gradients are those of the sum alone, and grad_affine is as in "
+        "unite_latent_norm_mix_backward.",
+    ),
+    "philox._philox_kernel": Rule(
+        grid=("cdiv(count, 4 * COUNTERS)", "draws"),
+        sizes=("draws",),
+        about="out [draws, count]: numbers of draws first_draw ... at (seed, step, stream). step_pointer is the device "
+        "address of one int64; stream is twice the stream that Python takes.",
+    ),
+    "pixels._patch_l1_kernel": Rule(
+        grid=("cdiv(3 * H * W, BLOCK)", "batch"),
+        sizes=("batch",),
+        about="tokens [batch, patches, {P} * {P} * 3], row by row, become image_out [batch, {H}, {W}, 3]; images are "
+        "[batch, 3, {H}, {W}]. The mean of |image - images| is the sum of loss [batch, ceil({H} * {W} * 3 / {BLOCK})] "
+        "over batch * {H} * {W} * 3.",
+    ),
+    "pixels._patch_l1_backward_kernel": Rule(
+        grid=("cdiv(3 * H * W, BLOCK)", "batch"),
+        sizes=("batch",),
+        about="grad_tokens from grad_image [batch, {H}, {W}, 3] and grad_loss, one number on the device; scale is "
+        "1 / (batch * {H} * {W} * 3).",
+    ),
+    "pixels._distance_kernel": Rule(
+        grid=("cdiv(pixels, ROWS)", "batch"),
+        sizes=("batch",),
+        about="LPIPS's distance of maps a and b [batch, pixels, {C}] is, for each sample, the sum of its row of "
+        "partials [batch, ceil(pixels / {ROWS})] over pixels.",
+    ),
+    "pixels._distance_backward_kernel": Rule(
+        grid=("cdiv(pixels, ROWS)", "batch"),
+        sizes=("batch",),
+        about="grad_b [batch, pixels, {C}] from grad [batch]. grad_a is an address that is not written: the target "
+        "takes no gradient.",
     ),
     "qk_rope._forward_kernel": Rule(
         grid=("cdiv(rows, ROWS)", "1"),

@@ -13,7 +13,9 @@ from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.data import app as data
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
+from unite_fast.cli.report import report
 from unite_fast.cli.sample import sample
+from unite_fast.cli.watch import watch
 from unite_fast.errors import UserError
 
 # The base of what typer raises for a wrong command line: click's class, which newer releases of typer carry inside.
@@ -117,7 +119,9 @@ def doctor(
 app.command()(sample)
 app.command()(reconstruct)
 app.command()(tokenize)
-app.command("import")(import_)
+app.command()(report)
+app.command()(watch)
+app.command("import", cls=TrainCommand)(import_)
 app.command()(export)
 app.add_typer(data, name="data")
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -114,13 +115,17 @@ def reconstruct(
 
     Example: `unite-fast reconstruct --run runs/quickstart data/digits/val/3 --out reconstructions`
     """
+    special, trained = _special(run)
+    if special is not None:
+        special.reconstruct(trained, images, out_dir, seed=seed, batch=batch, device=device)
+        return
     from rich.table import Table
 
     from unite_fast.evaluation.reconstruction import psnr
     from unite_fast.pictures import comparison
     from unite_fast.weights import write_json
 
-    trained, model, reader = _open(run, images, device, leave_out=out_dir)
+    trained, model, reader = _open(trained, images, device, leave_out=out_dir)
     records: list[dict[str, Any]] = []
     with progress("reconstructing", len(reader.paths)) as bar, explain_memory(batch):
         for squares in reader.batches(batch):
@@ -179,11 +184,15 @@ def tokenize(
     if out_file.suffix != ".safetensors":
         raise UserError(f"--out {out_file}: the name must end in .safetensors")
 
+    special, trained = _special(run)
+    if special is not None:
+        special.tokenize(trained, images, out_file, seed=seed, batch=batch, device=device)
+        return
     import torch
 
     from unite_fast.weights import write_tensors
 
-    trained, model, reader = _open(run, images, device)
+    trained, model, reader = _open(trained, images, device)
     files: list[str] = []
     latents: list[Tensor] = []
     cropped = 0
@@ -201,14 +210,20 @@ def tokenize(
     out().print(f"latents {list(joined.shape)} in {out_file} {_account(reader, cropped)}", markup=False, soft_wrap=True)
 
 
+def _special(run: Path) -> tuple[ModuleType | None, Trained]:
+    """The commands of the model's own modality, None for images; and the weights."""
+    from unite_fast.importing import open_trained
+    from unite_fast.modality import modality
+
+    trained = open_trained(run)
+    return modality(trained.config.modality).commands(), trained
+
+
 def _open(
-    run: Path, images: list[Path], device: Device, leave_out: Path | None = None
+    trained: Trained, images: list[Path], device: Device, leave_out: Path | None = None
 ) -> tuple[Trained, Unite, Reader]:
     """The weights, the network on its device, and a reader of the images at its size."""
-    from unite_fast.importing import open_trained
-
     paths = find_images(images, leave_out)
-    trained = open_trained(run)
     return trained, trained.build(pick_device(device)), Reader(paths, trained.config.image_size)
 
 

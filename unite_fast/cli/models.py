@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unite_fast.cli.console import Which, out, plain
+from unite_fast.cli.console import Which, out, plain, warn
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 def import_(
     file: Annotated[Path, typer.Argument(help="A published checkpoint: .pt, .pth or .safetensors.", metavar="FILE")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the model.", metavar="DIR")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the model, for use.", metavar="DIR")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Make the run of this configuration, ready for train --resume.", metavar="FILE"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override keys of --config.", metavar="KEY=VALUE …")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads of the encoder. Default: inferred.", min=1)] = None,
     decoder_heads: Annotated[
         int | None,
@@ -32,10 +41,18 @@ def import_(
     """Turn a published checkpoint into a folder that every other command and unite_fast.load read.
 
     Sizes are inferred from the shapes of the weights. The file is read without running code from it: one that holds
-    Python objects beside its tensors is refused, with advice.
+    Python objects beside its tensors is refused, with advice. With --config a training checkpoint, whose EMA and
+    optimizer states come along, becomes the run of that configuration, which train --resume continues.
 
-    Example: `unite-fast import unite_b.pt --out models/unite_b`
+    Example: `unite-fast import unite_b.pt --out models/unite_b`, or
+    `unite-fast import unite_b.pt --config configs/b_h100.json --set name=b_on`
     """
+    if out_dir is None and config is None:
+        raise UserError("nothing to write: give --out DIR to use the model, --config FILE to train on, or both")
+    if config is not None:
+        _continue(file, config, overrides or [])
+    if out_dir is None:
+        return
     from unite_fast.importing import read_published
 
     trained = read_published(
@@ -55,6 +72,23 @@ def import_(
         )
 
 
+def _continue(file: Path, config: Path, overrides: list[str]) -> None:
+    from unite_fast.config import Config
+
+    parsed = Config.load(config, overrides)
+    from unite_fast.published_training import import_training
+
+    made = import_training(file, parsed)
+    for difference in made.differences:
+        warn(difference)
+    again = f"--config {config}" + (f" --set {' '.join(overrides)}" if overrides else "")
+    out().print(
+        f"{file} is step {made.step} of {made.folder}, with EMA and optimizer states; "
+        f"continue with: unite-fast train {again} --resume",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def export(
     source: Annotated[
         Path, typer.Argument(help="A run, one of its checkpoints, or an exported folder.", metavar="RUN")
@@ -71,6 +105,13 @@ def export(
             help="Also, or only, write the published naming: a .pt, .pth or .safetensors file.", metavar="FILE"
         ),
     ] = None,
+    with_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--with-optimizer",
+            help="Into --published: the whole training checkpoint, both sets of weights and optimizer states.",
+        ),
+    ] = False,
 ) -> None:
     """Write a trained model as safetensors and JSON, which unite_fast.load reads, or under the published names.
 
@@ -80,6 +121,8 @@ def export(
     """
     if out_dir is None and published is None:
         raise UserError("nothing to write: give --out DIR, --published FILE, or both")
+    if with_optimizer and published is None:
+        raise UserError("--with-optimizer belongs to --published FILE")
     from unite_fast.importing import open_trained, write_published
 
     trained = open_trained(source, weights=weights.value)
@@ -87,11 +130,18 @@ def export(
         trained.save(out_dir)
         _describe(trained, out_dir)
     if published is not None:
-        write_published(trained, published)
+        left_out = []
+        if with_optimizer:
+            from unite_fast.published_training import export_training
+
+            left_out = export_training(source, published)
+        else:
+            write_published(trained, published)
         sizes = trained.config
         out().print(
             f"published naming in {published}; it does not record the heads ({sizes.heads} and "
-            f"{sizes.decoder.heads} in the decoder) and the block where the context joins ({sizes.context_start})",
+            f"{sizes.decoder.heads} in the decoder) and the block where the context joins ({sizes.context_start})"
+            + (f"; without {', '.join(left_out)}, which this trainer does not keep" if left_out else ""),
             markup=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -40,6 +40,14 @@ def sample(
         str | None,
         typer.Option(help="Class names or indices, separated by commas; a name comes before an index. Default: all."),
     ] = None,
+    atoms: Annotated[
+        str | None,
+        typer.Option(help="Molecules: atom count, or a range. Default: as in training.", metavar="N|LOW-HIGH"),
+    ] = None,
+    value: Annotated[
+        float | None,
+        typer.Option("--property", help="Molecules: value of the property trained under, such as a gap in eV."),
+    ] = None,
     count: Annotated[
         int, typer.Option(help="Images in all, dealt out to the classes in turn.", min=1, max=2**31 - 1)
     ] = 64,
@@ -68,7 +76,9 @@ def sample(
     batch: BatchOption = 64,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Generate images: single PNG files, a sheet class by class, and samples.json, which says how they were made.
+    """Generate images, or molecules: samples.sdf, samples.xyz, a sheet, a 3-D page, samples.json.
+
+    Of images: single PNG files, a sheet class by class, and samples.json, which says how they were made.
 
     Options that are left out take the values the model was trained to be sampled with. A run still in training gives
     its newest checkpoint's averaged (EMA) weights. Image number i depends on the seed and on i alone, not on the
@@ -83,10 +93,23 @@ def sample(
     import torch
 
     from unite_fast.importing import open_trained
+    from unite_fast.modality import modality
     from unite_fast.pictures import save_png
     from unite_fast.weights import write_json
 
     trained = open_trained(run)
+    special = modality(trained.config.modality).commands()
+    if special is not None:
+        if classes is not None:
+            raise UserError("--classes is for images; molecules take --atoms and --property")
+        special.sample(
+            trained, out_dir or _default_folder(run), atoms=atoms, value=value, count=count, guidance=guidance,
+            interval=window, solver=None if solver is None else solver.value, steps=steps, seed=seed, batch=batch,
+            device=device,
+        )  # fmt: skip
+        return
+    if atoms is not None or value is not None:
+        raise UserError("--atoms and --property are for models of molecules; this one generates images")
     defaults = trained.sampling
     settings: dict[str, Any] = {
         "guidance": defaults.guidance if guidance is None else guidance,

@@ -23,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unite_fast.config import Config
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import ADAM_STATES, MUON_STATE
 from unite_fast.errors import UserError
+from unite_fast.weights import read_tensors
 
 FORMAT = 1
 WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -90,6 +92,54 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
     if engine.world.is_main:
         prune(run_dir, engine.config.train.keep_checkpoints)
     return final
+
+
+def write(
+    run_dir: str | Path, config: Config, step: int, tensors: Mapping[str, dict[str, Tensor]], extra: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint from whole tensors, without an engine: what a run that began elsewhere continues from.
+
+    Args:
+        config: the run's.
+        step: optimizer steps taken.
+        tensors: by file name (WEIGHTS, EMA, OPTIMIZER), as the head of this module describes them.
+        extra: as in `save`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: full disk or unwritable folder; nothing is left then.
+    """
+    final = checkpoints_dir(run_dir) / f"step_{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    moments = {key.partition("/")[2] for key in tensors[OPTIMIZER]}
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "extra": dict(extra),
+        "config": config.model_dump(mode="json"),
+        "versions": _versions(),
+        "parameters": {name: list(tensor.shape) for name, tensor in tensors[WEIGHTS].items() if name in moments},
+    }
+    problem = _attempt(lambda: _prepare(final.parent, temporary))
+    for name in (WEIGHTS, EMA, OPTIMIZER):
+        problem = problem or _attempt(lambda name=name: _write_tensors(tensors[name], temporary / name))
+    problem = problem or _attempt(lambda: _finish(state, temporary, final))
+    if problem:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {final}: {problem}")
+    return final
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """state.json and the tensors by file name of a whole checkpoint, as `write` takes them.
+
+    Raises:
+        UserError: as `read_state`, and for a file that is no safetensors file.
+    """
+    state = read_state(directory)
+    return state, {name: read_tensors(directory / name) for name in (WEIGHTS, EMA, OPTIMIZER)}
 
 
 def load(engine: Engine, directory: str | Path) -> dict[str, Any]:

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import Config
-from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.meter import Meter
-from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records
-from unite_fast.engine.report import Report
+from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
+from unite_fast.engine.session import record_session
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
-from unite_fast.model.unite import Unite
+from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective, StepLosses, two_pass_step
+from unite_fast.objective.two_pass import StepLosses, two_pass_step
 from unite_fast.weights import write_text
 
 
@@ -65,15 +65,16 @@ class Run:
             raise UserError(
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
+        check_wandb(config.train.wandb)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
-        self.objective = Objective(
-            config.objective, config.model.num_classes, world.device, autocast_dtype(config, world.device)
-        )
+        self.modality = modality_of(config)
+        self.objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
         self.batch = self._measured_batch()
-        self.stream = self._open_stream(first_step=0 if latest is None else checkpoint.step_of(latest))
+        first_step = 0 if latest is None else checkpoint.step_of(latest)
+        self.stream = self.modality.stream(config, self.batch, world, start_step=first_step)
         torch.manual_seed(config.train.seed)
-        model = Unite(config.model)
+        model = self.modality.network(config.model)
         steps_per_epoch = self.stream.steps_per_epoch
         self.engine = Engine(
             model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
@@ -85,17 +86,18 @@ class Run:
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
         self.first_step = self.engine.step_count
-        self.report = Report(config, self.folder, world, self.engine, self.stream.classes, self.stream.mode)
+        self.report = self.modality.report(config, self.folder, world, self.engine, self.stream)
         self._stop: signal.Signals | None = None
 
     def go(self) -> Path:
         """Train to the end, or until a signal; then evaluate."""
         config, engine = self.config, self.engine
-        records = Records(self.folder, first_step=self.first_step) if self.world.is_main else None
+        records = None
+        if self.world.is_main:
+            record_session(self.folder, config, self.world, self.batch, first_step=self.first_step)
+            records = Records(self.folder, config, first_step=self.first_step)
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
-        meter = Meter(
-            self.world, self.batch, self.stream.steps_per_epoch, has_lpips=self.objective.lpips is not None
-        )
+        meter = Meter(self.world, self.batch, self.stream.steps_per_epoch, unit=self.modality.unit)
         watch = CollapseWatch()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -143,14 +145,11 @@ class Run:
 
     def _micro_batches(self, meter: Meter) -> StepLosses:
         """Forward and backward of one optimizer step: the mean losses and the last micro-batch's latents."""
-        model = self.config.model
-        sums: StepLosses | None = None
+        parts: list[StepLosses] = []
         for index in range(self.batch.accumulation):
             with meter.waiting():
-                batch = next(self.stream)
-            images = batch.images.to(self.world.device, non_blocking=True).float().div_(255)
-            labels = batch.labels.to(self.world.device, non_blocking=True)
-            shape = torch.Size((images.shape[0], model.registers, model.latent_dim))
+                micro_batch = next(self.stream)
+            inputs = self.modality.inputs(self.config, micro_batch, self.batch, self.world)
             draws = SeededDraws(
                 self.config.objective,
                 seed=self.config.train.seed,
@@ -161,15 +160,15 @@ class Run:
             losses = two_pass_step(
                 self.engine,
                 self.objective,
-                images,
-                labels,
+                inputs.data,
+                inputs.labels,
                 draws,
-                shape=shape,
-                weight=1 / self.batch.accumulation,
+                shape=inputs.shape,
+                weight=inputs.weight,
                 last=index + 1 == self.batch.accumulation,
             )
-            sums = losses if sums is None else StepLosses(*(a + b for a, b in zip(sums[:-1], losses[:-1])), losses.z0)
-        return StepLosses(*(value / self.batch.accumulation for value in sums[:-1]), sums.z0)
+            parts.append(losses.scaled(inputs.weight))
+        return StepLosses.sum(parts)
 
     def _measured_batch(self) -> Batch:
         """The batch numbers; `auto` runs steps of growing size on a throw-away model until memory ends."""
@@ -179,40 +178,21 @@ class Run:
         candidates = micro_batch_candidates(train, world.size)
         if len(candidates) == 1:
             return resolve_batch(train, world.size, candidates[0])
-        config = self.config.model
-        probe = Probe(self.config, world.device)
+        probe = Probe(self.modality.network(self.config.model), self.config, world.device)
 
         def try_step(size: int) -> None:
-            images = torch.rand(size, 3, config.image_size, config.image_size, device=world.device)
-            labels = torch.zeros(size, dtype=torch.int64, device=world.device)
+            inputs = self.modality.probe(self.config, size, world.device)
             draws = SeededDraws(self.config.objective, seed=0, step=0, stream=0, device=world.device)
-            shape = torch.Size((size, config.registers, config.latent_dim))
-            two_pass_step(probe, self.objective, images, labels, draws, shape=shape)
+            two_pass_step(probe, self.objective, inputs.data, inputs.labels, draws, shape=inputs.shape)
 
         step = try_step if world.device.type == "cuda" else bounded_on_cpu(try_step)
         return resolve_batch(train, world.size, find_micro_batch(step, candidates, agree=world.all_true))
-
-    def _open_stream(self, first_step: int) -> Stream:
-        config = self.config
-        return open_stream(
-            config.data,
-            device=self.world.device,
-            image_size=config.model.image_size,
-            num_classes=config.model.num_classes,
-            seed=config.train.seed,
-            global_batch=self.batch.global_batch,
-            micro_batch=self.batch.micro_batch,
-            accumulation=self.batch.accumulation,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            start_step=first_step,
-        )
 
     def _announce(self, line: ProgressLine) -> None:
         parameters = sum(parameter.numel() for parameter in self.engine.parameters.values())
         line.say(
             f"{self.config.name}: {parameters / 1e6:.1f} M parameters, {self.total} steps of "
-            f"{self.batch.global_batch} images ({self.world.size} × {self.batch.micro_batch} × "
+            f"{self.batch.global_batch} {self.modality.unit} ({self.world.size} × {self.batch.micro_batch} × "
             f"{self.batch.accumulation}), {self.stream.steps_per_epoch:.1f} steps an epoch, on "
             f"{self.world.device.type} -> {self.folder}"
         )
@@ -224,7 +204,7 @@ class Run:
             extra = {
                 "images": self.engine.step_count * self.batch.global_batch,
                 "class_names": list(self.stream.classes),
-                "data": self.stream.mode,
+                "data": self.modality.record(self.stream),
                 "training_seconds": self._seconds_before + meter.seconds,
             }
             checkpoint.save(self.engine, self.folder, extra)
@@ -266,8 +246,8 @@ class Probe:
     master copy, each the size of the float32 weights.
     """
 
-    def __init__(self, config: Config, device: torch.device):
-        model = Unite(config.model).to(device)
+    def __init__(self, model: nn.Module, config: Config, device: torch.device):
+        model = model.to(device)
         self._forward = AutocastForward(model, autocast_dtype(config, device))
         self._engine_state = torch.empty(4 * sum(p.numel() for p in model.parameters()), device=device)
 

@@ -15,14 +15,22 @@ from unite_fast.engine.world import World
 from unite_fast.objective.two_pass import StepLosses
 
 
-def latent_statistics(z0: Tensor) -> Tensor:
-    """[standard deviation across images, effective rank] of latents z0 [B, K, D], on the device.
+def latent_statistics(z0: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[standard deviation across samples, effective rank] of latents z0 [B, K, D], on the device.
 
-    The deviation is over images, averaged over tokens and channels. The effective rank (Roy & Vetterli 2007) is
+    The deviation is over samples, averaged over tokens and channels; where samples have different numbers of tokens,
+    over those that the mask [B, K] calls real. The effective rank (Roy & Vetterli 2007) is
     exp(entropy) of the normalised eigenvalues of the D × D channel covariance: 1 (one direction) … D.
     """
-    centred = z0.float() - z0.float().mean(dim=0, keepdim=True)
-    deviation = centred.square().mean(dim=0).sqrt().mean()
+    if mask is None:
+        centred = z0.float() - z0.float().mean(dim=0, keepdim=True)
+        deviation = centred.square().mean(dim=0).sqrt().mean()
+    else:
+        real = mask[..., None].float()
+        share = real.sum(dim=0).clamp_min(1)  # [K, 1], samples that have the token
+        centred = (z0.float() - (z0.float() * real).sum(dim=0) / share) * real
+        spread = (centred.square().sum(dim=0) / share).sqrt()
+        deviation = (spread * share).sum() / (share.sum() * z0.shape[-1])
     flat = centred.nan_to_num().flatten(0, 1)  # eigvalsh raises on NaN, and the losses are what should report it
     share = torch.linalg.eigvalsh(flat.T @ flat).clamp_min(0)
     share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
@@ -32,10 +40,9 @@ def latent_statistics(z0: Tensor) -> Tensor:
 class Meter:
     """Sums of losses on the device, read once a log interval, and where the time went."""
 
-    def __init__(self, world: World, batch: Batch, steps_per_epoch: float, *, has_lpips: bool):
+    def __init__(self, world: World, batch: Batch, steps_per_epoch: float, *, unit: str = "images"):
         self.seconds = 0.0
-        self._world, self._batch, self._steps_per_epoch = world, batch, steps_per_epoch
-        self._has_lpips = has_lpips
+        self._world, self._batch, self._steps_per_epoch, self._unit = world, batch, steps_per_epoch, unit
         self._reset()
 
     def begin(self) -> None:
@@ -71,34 +78,33 @@ class Meter:
 
     def add(self, losses: StepLosses, grad_norm: Tensor) -> None:
         """Take one optimizer step's losses in, without waiting for the device."""
-        values = torch.stack([losses.total, losses.l1, losses.lpips, losses.flow, grad_norm]).float()
+        values = torch.stack([losses.total, *losses.terms.values(), losses.flow, grad_norm]).float()
         self._sums = values if self._sums is None else self._sums + values
-        self._z0, self._steps = losses.z0, self._steps + 1
+        self._last, self._steps = losses, self._steps + 1
 
     def read(self, step: int, lr: float) -> dict[str, float]:
         """The means since the last reading, over all ranks. Waits for the device."""
-        values = torch.cat([self._sums / self._steps, latent_statistics(self._z0)])
+        values = torch.cat([self._sums / self._steps, latent_statistics(self._last.z0, self._last.mask)])
         if self._world.size > 1:
             dist.all_reduce(values)
             values /= self._world.size
-        total, l1, lpips, flow, grad_norm, z0_std, z0_rank = values.tolist()
-        self._waited += sum(before.elapsed_time(after) for before, after in self._waits) / 1000  # of milliseconds
+        total, *terms, flow, grad_norm, z0_std, z0_rank = values.tolist()
         elapsed = time.monotonic() - self._began
+        waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
         self.seconds += elapsed
         record = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
-            "images": step * self._batch.global_batch,
+            self._unit: step * self._batch.global_batch,
             "loss": total,
-            "loss_l1": l1,
-            **({"loss_lpips": lpips} if self._has_lpips else {}),
+            **{f"loss_{name}": value for name, value in zip(self._last.terms, terms, strict=True)},
             "loss_flow": flow,
             "grad_norm": grad_norm,
             "lr": lr,
             "z0_std": z0_std,
             "z0_rank": z0_rank,
-            "images_per_second": self._steps * self._batch.global_batch / elapsed,
-            "data_wait": self._waited / elapsed,
+            f"{self._unit}_per_second": self._steps * self._batch.global_batch / elapsed,
+            "data_wait": waited / elapsed,
             "time": time.time(),
         }
         self._reset()
@@ -106,7 +112,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
-        self._z0: Tensor | None = None
+        self._last: StepLosses | None = None
         self._steps, self._began, self._waited = 0, None, 0.0
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from unite_fast.errors import UserError
+from unite_fast.records import METRICS
+
+if TYPE_CHECKING:
+    from unite_fast.config import Config
 
 # In the quickstart the deviation is 0.005 while the latents are still alike, and 0.2 to 0.45 from step 130 on.
 COLLAPSED_STD = 0.05
@@ -40,20 +44,36 @@ class CollapseWatch:
         )
 
 
+def check_wandb(project: str | None) -> None:
+    """Say at once that Weights & Biases is asked for and not installed.
+
+    Raises:
+        UserError: so it is.
+    """
+    if project is not None and find_spec("wandb") is None:
+        raise UserError(
+            "train.wandb names a Weights & Biases project and the package wandb is not installed: "
+            "pip install 'unite_fast[wandb]', or set train.wandb to null (TensorBoard events are written anyway)"
+        )
+
+
 class Records:
-    """metrics.jsonl and TensorBoard events of one run folder.
+    """metrics.jsonl, TensorBoard events and, where `train.wandb` names a project, Weights & Biases of one run folder.
 
     On resume, records of steps that the checkpoint does not hold are dropped: the run will write them again.
     """
 
-    def __init__(self, folder: Path, *, first_step: int):
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, config: Config, *, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # imports torch, which those who only read need not
+
+        self._path = folder / METRICS
         self._keep_before(first_step)
         try:
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
             self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step or None)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
+        self._wandb = None if config.train.wandb is None else _wandb_run(folder, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; `step` is its key."""
@@ -62,12 +82,17 @@ class Records:
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         for name, value in record.items():
-            if name not in ("step", "images", "time"):
+            if name not in ("step", "images", "molecules", "time"):
                 self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            # No `step=`: W&B drops steps that do not rise, and a resumed run repeats those after its checkpoint.
+            self._wandb.log({name: value for name, value in record.items() if name != "time"})
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _keep_before(self, first_step: int) -> None:
         if not self._path.exists():
@@ -82,6 +107,47 @@ class Records:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
+
+
+def _wandb_run(folder: Path, config: Config) -> Any:
+    """The W&B run of this run folder: the same one after a resume, by the id kept in wandb.json."""
+    import wandb
+
+    from unite_fast.weights import write_json
+
+    kept = folder / "wandb.json"
+    try:
+        run_id = json.loads(kept.read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        run_id = None
+    try:
+        run = wandb.init(
+            project=config.train.wandb, name=config.name, id=run_id, resume="allow", dir=str(folder),
+            config=config.model_dump(mode="json"),
+        )  # fmt: skip
+    except Exception as error:  # wandb raises classes of its own: no login, no network, a wrong project name
+        raise UserError(
+            f"cannot start Weights & Biases ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            f"run `wandb login`, set WANDB_MODE=offline, or set train.wandb to null"
+        ) from None
+    run.define_metric("*", step_metric="step")
+    write_json({"id": run.id, "project": config.train.wandb}, kept)
+    return run
+
+
+# How the losses are written on the progress line.
+_LOSSES = {
+    "loss_l1": "L1 {:.4f}", "loss_lpips": "LPIPS {:.3f}", "loss_element": "elements {:.4f}",
+    "loss_position": "positions {:.4f}", "loss_flow": "flow {:.3f}",
+}  # fmt: skip
+
+
+def _told(record: dict[str, Any]) -> list[str]:
+    """The rate and the losses of a record, for people."""
+    rates = [(name, value) for name, value in record.items() if name.endswith("_per_second")]
+    return [f"{value:.0f} {name.removesuffix('_per_second')}/s" for name, value in rates] + [
+        text.format(record[name]) for name, text in _LOSSES.items() if name in record
+    ]
 
 
 class ProgressLine:
@@ -105,11 +171,7 @@ class ProgressLine:
 
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
         """`step` optimizer steps are done; `record` is the newest log record or None."""
-        text = "" if record is None else (
-            f"{record['images_per_second']:.0f} images/s  L1 {record['loss_l1']:.4f}  "
-            + (f"LPIPS {record['loss_lpips']:.3f}  " if "loss_lpips" in record else "")
-            + f"flow {record['loss_flow']:.3f}"
-        )  # fmt: skip
+        text = "" if record is None else "  ".join(_told(record))
         if self._live:
             self._progress.update(self._task, completed=step, **({"text": text} if text else {}))
             return

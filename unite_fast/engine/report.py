@@ -22,20 +22,31 @@ from unite_fast.flow.sampling import generate
 from unite_fast.model.io import save_model
 from unite_fast.model.unite import Unite
 from unite_fast.pictures import loss_curves, reconstruction_sheet, sample_sheet
+from unite_fast.report import PAGE, write_report
 from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
-_SHOWN = (
-    "psnr", "class_accuracy", "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage", "coverage_train",
-    "spread", "nearest_train_ratio", "near_copies",
-)  # fmt: skip
 
 
 class Report:
     """Pictures and metrics of one run, made on the main rank while the others wait.
 
-    Everything that can be wrong with the held-out data is said when the run starts.
+    Everything that can be wrong with the held-out data is said when the run starts. This is the report on images;
+    another modality's replaces what is loaded, drawn and measured.
+
+    Attributes:
+        shown: metrics of the final table.
+        sheets: pictures of the final table, with what they show.
     """
+
+    shown = (
+        "psnr", "class_accuracy", "class_accuracy_real", "frechet_pca", "frechet_pca_train", "coverage",
+        "coverage_train", "spread", "nearest_train_ratio", "near_copies",
+    )  # fmt: skip
+    sheets = (
+        ("samples.png", "generated images, class by class"),
+        ("reconstructions.png", "held-out originals above their reconstructions"),
+    )
 
     def __init__(
         self,
@@ -44,13 +55,17 @@ class Report:
         world: World,
         engine: Engine,
         classes: tuple[str, ...],
-        data_mode: dict[str, str],
+        data: dict[str, Any],
     ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
-        self.data_mode = data_mode
+        self._data = data
+        if world.is_main:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Load what sheets and metrics need."""
+        config = self.config
         self._judge: SmallDataJudge | None = None
-        if not world.is_main:
-            return
         self._held_out, self._held_out_labels = self._load(config.data.val_path or config.data.path)
         if config.evaluation.samples_per_class:
             train = self._load(config.data.path)
@@ -79,6 +94,7 @@ class Report:
                     "made_by": made_by,
                 }
                 write_json(summary, self.folder / "summary.json")
+                write_report(self.folder, model=model)
                 self._show(summary)
         self.world.barrier()
 
@@ -145,19 +161,19 @@ class Report:
             "sampling": self.config.sampling.model_dump(mode="json")
             | {"time_shift": self.config.objective.time_shift},
             "class_names": list(self.classes),
-            "data": self.data_mode,
+            "data": self._data,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
     def _show(self, summary: dict[str, Any]) -> None:
         table = Table(title=f"results in {self.folder}", show_header=False, title_justify="left")
-        for name in _SHOWN:
+        for name in self.shown:
             value = summary.get(name)
             if isinstance(value, float) and math.isfinite(value):
                 table.add_row(name, f"{value:.4g}")
         for name, what in (
-            ("samples.png", "generated images, class by class"),
-            ("reconstructions.png", "held-out originals above their reconstructions"),
+            (PAGE, "all of it on one page, for a browser"),
+            *self.sheets,
             ("curves.png", "losses and latent statistics"),
             ("summary.json", "every metric with its protocol"),
             ("export", "EMA weights for unite_fast.load"),

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_kernels import Spans
+
 
 def _flash3() -> Callable[[Tensor], Tensor]:
     function = importlib.import_module("flash_attn_interface").flash_attn_func
@@ -43,17 +45,39 @@ def flash_backend() -> tuple[str, Callable[[Tensor], Tensor]] | None:
     return None
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v over all tokens.
+def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
+    """softmax(q kᵀ / √d) v over all tokens of a sample.
 
     Args:
         qkv: [B, N, 3, H, d], packed queries, keys and values.
+        spans: qkv is [1, T, 3, H, d], samples of different lengths behind one another.
 
     Returns:
         [B, N, H·d], the heads side by side.
     """
+    if spans is not None:
+        return _attend_spans(qkv[0], spans)[None].flatten(2)
     flash = flash_backend() if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) else None
     if flash is not None:
         return flash[1](qkv).flatten(2)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _attend_spans(qkv: Tensor, spans: Spans) -> Tensor:
+    """`attend` within spans of qkv [T, 3, H, d]: [T, H, d]. Padding, where it is needed, takes no part in any sum."""
+    offsets, longest = spans
+    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        # Torch's own FlashAttention; torch.nn.attention.varlen is there from torch 2.10 on.
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
+    counts = offsets.diff()
+    batch, places = len(counts), torch.arange(longest, device=qkv.device)
+    mask = places < counts[:, None]
+    sample = torch.arange(batch, device=qkv.device).repeat_interleave(counts, output_size=len(qkv))
+    rows = sample * longest + torch.arange(len(qkv), device=qkv.device) - offsets[sample]
+    padded = qkv.new_zeros(batch * longest, *qkv.shape[1:]).index_copy(0, rows, qkv)
+    query, key, value = padded.unflatten(0, (batch, longest)).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, rows)

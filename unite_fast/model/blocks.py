@@ -67,8 +67,10 @@ class Block(nn.Module):
         next_shift: Tensor,
         next_scale: Tensor,
         rotary: Rotary,
-        keep: slice | None = None,
+        keep: slice | Tensor | None = None,
         prepend: Tensor | None = None,
+        spans: uk.Spans | None = None,
+        kept_spans: uk.Spans | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block.
 
@@ -78,22 +80,35 @@ class Block(nn.Module):
             modulation: this block's terms.
             next_shift, next_scale: [B, C] opening modulation of what follows.
             rotary: tables for the N tokens.
-            keep: tokens that anything after this block reads; the rest is dropped as soon as attention has used it.
+            keep: tokens that anything after this block reads, a slice or their indices [N'] int64; the rest is dropped
+                as soon as attention has used it.
             prepend: [B, M, C] context tokens that join in front after this block.
+            spans: x and h are [1, T, C], samples of different lengths behind one another.
+            kept_spans: the samples after `keep`, which makes them shorter.
 
         Returns:
             The next residual stream and its modulated norm, each [B, N', C].
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(h).view(batch, tokens, 3, self.heads, width // self.heads)
-        attended = attend(uk.qk_norm_rope(qkv, self.q_norm, self.k_norm, *rotary))
-        if keep is not None:
+        attended = attend(uk.qk_norm_rope(qkv, self.q_norm, self.k_norm, *rotary), spans)
+        if isinstance(keep, slice):
             x, attended = x[:, keep].contiguous(), attended[:, keep].contiguous()
+        elif keep is not None:
+            x, attended, spans = x.index_select(1, keep), attended.index_select(1, keep), kept_spans
         x, h = uk.gated_residual_rms_norm_modulate(
-            x, self.attention_out(attended), modulation.gate1, self.norm2, modulation.shift2, modulation.scale2
+            x,
+            self.attention_out(attended),
+            modulation.gate1,
+            self.norm2,
+            modulation.shift2,
+            modulation.scale2,
+            spans=spans,
         )
         branch = self.mlp_out(uk.swiglu(self.mlp_in(h)))
-        x, h = uk.block_boundary(x, branch, modulation.gate2, self.norm3, self.next_norm, next_shift, next_scale)
+        x, h = uk.block_boundary(
+            x, branch, modulation.gate2, self.norm3, self.next_norm, next_shift, next_scale, spans=spans
+        )
         if prepend is not None:
             opened = uk.rms_norm_modulate(prepend, self.next_norm, next_shift, next_scale)
             x, h = torch.cat([prepend, x], dim=1), torch.cat([opened, h], dim=1)

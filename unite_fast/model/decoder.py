@@ -15,6 +15,7 @@ from torch import Tensor
 from unite_fast.config import ModelConfig
 from unite_fast.model.attention import attend
 from unite_fast.model.conditioning import sincos_1d, sincos_2d
+from unite_kernels import Spans
 
 LAYER_NORM_EPS = 1e-12
 
@@ -32,10 +33,11 @@ class DecoderBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, spans: Spans | None = None) -> Tensor:
+        """x [B, N, C], or [1, T, C] under `spans` -> the same shape."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        x = x + self.attention_out(attend(qkv))
+        x = x + self.attention_out(attend(qkv, spans))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
 
 

@@ -1,7 +1,7 @@
 """The Generative Encoder: one transformer, two modes (UNITE, arXiv 2603.22283).
 
 With patch tokens it tokenizes (registers read the image); without, it denoises (registers alone, under a label).
-Shapes: B batch, K registers, D latent channels, P patches, C width, M context tokens.
+Shapes: B batch, K registers, D latent channels, P patches, C width, M context tokens, T tokens of a packed batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.blocks import Block, Modulation, Rotary
 from unite_fast.model.conditioning import TimeEmbedding, rotary_tables, sincos_1d
+from unite_fast.model.packing import Packed
 
 
 class GenerativeEncoder(nn.Module):
@@ -58,7 +59,14 @@ class GenerativeEncoder(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, latent: Tensor, t: Tensor, labels: Tensor, patches: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latent: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        patches: Tensor | None = None,
+        packed: Packed | None = None,
+    ) -> Tensor:
         """One evaluation in either mode.
 
         Args:
@@ -66,6 +74,8 @@ class GenerativeEncoder(nn.Module):
             t: [B] times in [0, 1]; 1 is clean.
             labels: [B] int64; `null_label` stands for no class.
             patches: [B, P, C] patch tokens, given in tokenization mode only.
+            packed: samples of different lengths: latent and result are [T, D], patches [T, C], one patch a register,
+                which stand at the same rotary position. Such a model has no context tokens.
         """
         label = self.label(labels)
         condition = F.silu(self.time(t) + label)
@@ -74,6 +84,8 @@ class GenerativeEncoder(nn.Module):
         following = [(m.shift1, m.scale1) for m in modulation[1:]] + [(final_shift, final_scale)]
 
         x = self.register_in(latent)
+        if packed is not None:
+            return self._packed(x, modulation, following, patches, packed)
         x = x + self.register_position.to(x.dtype)
         if patches is not None:
             x = torch.cat([x, patches.to(x.dtype)], dim=1)
@@ -91,10 +103,37 @@ class GenerativeEncoder(nn.Module):
             prepend = context if index + 1 == self.context_start else None
             keep = slice(rotary.unrotated, rotary.unrotated + self.registers) if index == last else None
             arguments = (x, h, modulation[index], *following[index], rotary, keep, prepend)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, h = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, h = block(*arguments)
+            x, h = self._run(block, arguments)
             if prepend is not None:
                 rotary = with_context
         return self.final(h)
+
+    def _packed(
+        self,
+        x: Tensor,
+        modulation: list[Modulation],
+        following: list[tuple[Tensor, Tensor]],
+        patches: Tensor | None,
+        packed: Packed,
+    ) -> Tensor:
+        """The blocks and the final layer on registers x [T, C] of samples of different lengths -> [T, D]."""
+        x = x + self.register_position[0].to(x.dtype).index_select(0, packed.position)
+        spans, position, keep = packed.spans, packed.position, None
+        if patches is not None:
+            spans, keep = packed.pairs.spans, packed.pairs.first
+            x = torch.cat([x, patches.to(x.dtype)]).index_select(0, packed.pairs.order)
+            position = position.repeat(2).index_select(0, packed.pairs.order)
+        rotary = Rotary(self.rotary_cos.index_select(0, position), self.rotary_sin.index_select(0, position), 0)
+        x = x[None]
+        h = uk.rms_norm_modulate(x, self.opening_norm, modulation[0].shift1, modulation[0].scale1, spans=spans)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            rows = keep if index == last else None
+            arguments = (x, h, modulation[index], *following[index], rotary, rows, None, spans, packed.spans)
+            x, h = self._run(block, arguments)
+        return self.final(h[0])
+
+    def _run(self, block: Block, arguments: tuple) -> tuple[Tensor, Tensor]:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)

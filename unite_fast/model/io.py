@@ -9,34 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unite_fast.config import ModelConfig
+from unite_fast.config import Sizes
 from unite_fast.errors import UserError
-from unite_fast.model.unite import Unite
+from unite_fast.modality import modality
+from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.weights import read_tensors, write_json, write_tensors
 
 WEIGHTS, SIZES = "model.safetensors", "model.json"
 
 
-def save_model(state: dict[str, Tensor], config: ModelConfig, folder: str | Path, *, made_by: dict[str, Any]) -> None:
+def save_model(state: dict[str, Tensor], config: Sizes, folder: str | Path, *, made_by: dict[str, Any]) -> None:
     """Write a state dict and its sizes; `made_by` records run, step, whether EMA, sampling defaults, versions."""
     folder = Path(folder)
     write_tensors(state, folder / WEIGHTS, metadata={"format": "unite_fast"})
-    write_json({"model": config.model_dump(mode="json"), "made_by": made_by}, folder / SIZES)
+    sizes = {"modality": config.modality, "model": config.model_dump(mode="json"), "made_by": made_by}
+    write_json(sizes, folder / SIZES)
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> Unite:
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> TwoPassModel:
     """A model ready for inference, from an exported folder or from a run folder (its exported EMA weights).
 
     Raises:
         UserError: nothing to load there, broken files, weights that do not fit the sizes.
     """
     config, state, _ = read_model(path)
-    model = Unite(config)
+    model = modality(config.modality).network(config)
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
+def read_model(path: str | Path) -> tuple[Sizes, dict[str, Tensor], dict[str, Any]]:
     """(sizes, state dict, what made it) of an exported or run folder; see `load`."""
     folder = Path(path)
     if not folder.exists():
@@ -50,18 +52,18 @@ def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[s
         )
     try:
         record = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-        sizes, made_by = record["model"], record.get("made_by", {})
+        sizes, made_by, name = record["model"], record.get("made_by", {}), record.get("modality", "images")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / SIZES} is not a model description") from None
-    config = ModelConfig.parse(sizes, source=str(folder / SIZES))
+    config = modality(name).sizes.parse(sizes, source=str(folder / SIZES))
     state = read_tensors(folder / WEIGHTS)
     check_state(state, config, source=str(folder / WEIGHTS))
     return config, state, made_by
 
 
-def check_state(state: dict[str, Tensor], config: ModelConfig, *, source: str) -> None:
+def check_state(state: dict[str, Tensor], config: Sizes, *, source: str) -> None:
     """Raise a UserError that names the first entries which do not fit the sizes."""
-    expected = Unite.state_shapes(config)
+    expected = modality(config.modality).network.state_shapes(config)
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
     problems += [

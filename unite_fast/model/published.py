@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ def published_names(config: ModelConfig) -> dict[str, str]:
             f"decoder.decoder_layers.{k}.{theirs}": f"decoder.blocks.{k}.{ours}" for theirs, ours in _DECODER_BLOCK.items()
         }
     return names
+
+
+def our_names(published: Iterable[str], config: ModelConfig) -> dict[str, str]:
+    """Published name -> ours, in the order given; entries that our state dict does not hold are left out."""
+    names = published_names(config)
+    return {name: ours for name in published if (ours := _renamed(name, names)) is not None}
 
 
 def _renamed(name: str, names: dict[str, str]) -> str | None:
@@ -148,7 +155,9 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     width, head = config.width, config.width // config.heads
     published["encoder.pos_embed"] = sincos_2d(math.isqrt(config.patches), width)[None]
     published["patch_embed.position_embeddings"] = torch.zeros(1, config.patches + 1, width)
-    published["decoder.decoder_pos_embed"] = Unite(config).decoder.position.clone()
+    side, decoder_width = math.isqrt(config.patches), config.decoder.width
+    extra = torch.zeros(1, decoder_width)
+    published["decoder.decoder_pos_embed"] = torch.cat([extra, sincos_2d(side, decoder_width)])[None]
     cos, sin = (table.repeat_interleave(2, dim=-1) for table in rotary_tables(config.registers + config.patches, head))
     published |= {"encoder.feat_rope.freqs_cos": cos, "encoder.feat_rope.freqs_sin": sin}
     if config.context_len:

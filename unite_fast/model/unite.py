@@ -1,4 +1,4 @@
-"""UNITE as one module: tokenizer, generator and decoder (arXiv 2603.22283).
+"""UNITE on images as one module: tokenizer, generator and decoder (arXiv 2603.22283).
 
 Shapes: B batch, K registers, D latent channels, P patches, H×H image, S flow draws.
 """
@@ -13,10 +13,7 @@ from torch import Tensor
 import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
-from unite_fast.model.generative_encoder import GenerativeEncoder
-
-TOKENIZE_T_MAX = 0.01  # tokenization times are U(0, 0.01): the registers are all but pure noise
-LATENT_NORM_EPS = 1e-5
+from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
 
 
 class PatchEmbedding(nn.Module):
@@ -35,58 +32,14 @@ class PatchEmbedding(nn.Module):
         return F.linear(unfolded.reshape(batch, grid * grid, colours * p * p), self.weight.flatten(1), self.bias)
 
 
-class LatentNorm(nn.Module):
-    """LayerNorm over the D latent channels in float32; outside the encoder, in both modes."""
+class Unite(TwoPassModel):
+    """UNITE on images."""
 
-    def __init__(self, latent_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(latent_dim))
-        self.bias = nn.Parameter(torch.zeros(latent_dim))
+    def make_patches(self, config: ModelConfig) -> PatchEmbedding:
+        return PatchEmbedding(config.patch_size, config.width)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        return F.layer_norm(latent.float(), self.weight.shape, self.weight, self.bias, LATENT_NORM_EPS)
-
-    def mix(self, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(z0, decoder input): where mask [B], the input is t·z0 + (1−t)·noise."""
-        return uk.latent_norm_mix(
-            latent.float(), self.weight, self.bias, mask=mask, t=t, noise=noise, eps=LATENT_NORM_EPS
-        )
-
-    def flow_loss(self, latent: Tensor, z1: Tensor, t: Tensor, *, weighting: bool, floor: float) -> Tensor:
-        """Σ over draws of mean(((z1 − LatentNorm(latent)) / max(1−t, floor))²); undivided without weighting."""
-        return uk.latent_norm_flow_loss(
-            latent.float(), z1, t, self.weight, self.bias, floor=floor, weighting=weighting, eps=LATENT_NORM_EPS
-        )
-
-
-class Unite(nn.Module):
-    """Generative Encoder, latent norm and decoder.
-
-    With `config.shared` one encoder serves both modes; otherwise `denoiser` is a second encoder with a latent norm
-    of its own (the paper's separate-weights ablation).
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.patches = PatchEmbedding(config.patch_size, config.width)
-        self.encoder = GenerativeEncoder(config)
-        self.latent_norm = LatentNorm(config.latent_dim)
-        if not config.shared:
-            self.denoiser = GenerativeEncoder(config)
-            self.denoiser_norm = LatentNorm(config.latent_dim)
-        self.decoder = Decoder(config)
-
-    @staticmethod
-    def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every entry of the state dict, without allocating the weights."""
-        with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in Unite(config).state_dict().items()}
-
-    @property
-    def null_label(self) -> int:
-        """Label that stands for no class."""
-        return self.config.num_classes
+    def make_decoder(self, config: ModelConfig) -> Decoder:
+        return Decoder(config)
 
     def latent_noise(self, batch: int, *, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 1) of shape [B, K, D] on the model's device."""
@@ -131,10 +84,6 @@ class Unite(nn.Module):
         pixels = self.decoder(z0).float().view(-1, grid, grid, p, p, 3)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * p, grid * p)
 
-    def forward(self, phase: str, **inputs):
-        """The training passes, `reconstruct` and `flow`; one entry point so that a wrapper's hooks see both."""
-        return {"reconstruct": self._reconstruct, "flow": self._flow}[phase](**inputs)
-
     def _reconstruct(self, images, noise, t, mix=None, added_noise=None):
         """(z0 [B,K,D], mean |x̂ − x|, x̂ [B,3,H,H]) with the decoder's noise: `mix` = (mask, t, ε), or added_noise."""
         latent = self._encode(images, noise, t)
@@ -156,23 +105,7 @@ class Unite(nn.Module):
         null = torch.full((images.shape[0],), self.null_label, device=images.device)
         return self.encoder(noise, t, null, self.patches(images))
 
-    def _denoiser(self) -> tuple[GenerativeEncoder, LatentNorm]:
-        return (self.encoder, self.latent_norm) if self.config.shared else (self.denoiser, self.denoiser_norm)
-
     def _check_images(self, images: Tensor) -> None:
         side = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"images must be [B, 3, {side}, {side}], got {list(images.shape)}")
-
-    def matrix_parameters(self) -> set[str]:
-        """Names of the parameters that Muon updates (UNITE, optimisation).
-
-        Everything with two or more dimensions except the patch convolution, the final layer, the context vectors
-        and the register positions.
-        """
-        excluded = (".patches.", ".final.", ".final_modulation.", ".context", ".register_position")
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.ndim >= 2 and not any(part in f".{name}" for part in excluded)
-        }

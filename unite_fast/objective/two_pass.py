@@ -7,13 +7,14 @@ Shapes: B batch, K registers, D latent channels, H×H image, S flow draws.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from unite_fast.config import ObjectiveConfig
+from unite_fast.config import ObjectiveConfig, TwoPassConfig
 from unite_fast.objective.draws import Draws
 from unite_fast.objective.perceptual import Lpips
 
@@ -32,45 +33,60 @@ class StepLosses(NamedTuple):
     """Losses of one micro-batch, detached scalars, and its latents."""
 
     total: Tensor
-    l1: Tensor
-    lpips: Tensor
+    terms: dict[str, Tensor]  # the reconstruction's, by name
     flow: Tensor
     z0: Tensor  # [B, K, D]
+    mask: Tensor | None  # [B, K] bool, the tokens of z0 that are real; None for all
+
+    def scaled(self, weight: float) -> StepLosses:
+        """The losses times a micro-batch's weight."""
+        terms = {name: weight * term for name, term in self.terms.items()}
+        return self._replace(total=weight * self.total, terms=terms, flow=weight * self.flow)
+
+    @staticmethod
+    def sum(parts: list[StepLosses]) -> StepLosses:
+        """Sums of the losses of micro-batches, with the last one's latents."""
+        terms = {name: sum(part.terms[name] for part in parts) for name in parts[-1].terms}
+        return parts[-1]._replace(
+            total=sum(part.total for part in parts), terms=terms, flow=sum(part.flow for part in parts)
+        )
 
 
-class Objective:
-    """The losses of both passes under one configuration.
+class TwoPassObjective(ABC):
+    """The losses of both passes under one configuration; a modality adds its reconstruction.
 
     Args:
         config: weights and forms of the losses.
         null_label: label of no class.
-        device: where the images are.
-        autocast: dtype that LPIPS's convolutions compute in; None for float32.
     """
 
-    def __init__(
+    def __init__(self, config: TwoPassConfig, null_label: int):
+        self.config, self.null_label = config, null_label
+
+    @abstractmethod
+    def reconstruction(
+        self, run: Callable[..., Any], data: Any, draws: Draws, shape: torch.Size
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Pass one: (weighted loss, its terms by name, z0) of a micro-batch's data; `shape` is that of z0."""
+
+    def layout(self, data: Any) -> dict[str, Any]:
+        """What the flow pass must know of the data beside the latents; nothing where all samples are of one size."""
+        return {}
+
+    def mask(self, data: Any) -> Tensor | None:
+        """[B, K] bool, the latent tokens that are real; None for all."""
+        return None
+
+    def flow(
         self,
-        config: ObjectiveConfig,
-        null_label: int,
-        device: torch.device | str = "cpu",
-        autocast: torch.dtype | None = None,
-    ):
-        self.config = config
-        self.null_label = null_label
-        self.autocast = autocast
-        self.lpips = Lpips.from_config(config.lpips).to(device) if config.lpips.weight else None
-
-    def reconstruction(self, run: Callable[..., Any], images: Tensor, draws: Draws, shape: torch.Size):
-        """Pass one: (loss, l1, lpips, z0) of images [B, 3, H, H] in [0, 1]; `shape` is that of z0."""
-        noise, t, mix, added_noise = draws.tokenize(shape)
-        z0, l1, reconstruction = run(
-            "reconstruct", images=images, noise=noise, t=t, mix=mix, added_noise=added_noise
-        )
-        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            lpips = self.lpips(images, reconstruction) if self.lpips else torch.zeros_like(l1)
-        return self.config.l1_weight * l1 + self.config.lpips.weight * lpips, l1, lpips, z0
-
-    def flow(self, run: Callable[..., Any], z1: Tensor, labels: Tensor, draws: Draws, first: int, count: int) -> Tensor:
+        run: Callable[..., Any],
+        z1: Tensor,
+        labels: Tensor,
+        draws: Draws,
+        first: int,
+        count: int,
+        data: Any = None,
+    ) -> Tensor:
         """Pass two on draws first … first+count−1: Σ over draws of mean(((z1 − ẑ)/max(1−t, floor))²)."""
         config = self.config
         z_t, t, drop = draws.flow(z1, first, count)
@@ -82,13 +98,50 @@ class Objective:
             z1=z1,
             weighting=config.weighting == "velocity",
             floor=config.t_floor,
+            **self.layout(data),
         )
+
+
+class Objective(TwoPassObjective):
+    """The objective on images: mean absolute error and LPIPS.
+
+    Args:
+        config, null_label: as in `TwoPassObjective`.
+        device: where the images are.
+        autocast: dtype that LPIPS's convolutions compute in; None for float32.
+    """
+
+    config: ObjectiveConfig
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        null_label: int,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+    ):
+        super().__init__(config, null_label)
+        self.autocast = autocast
+        self.lpips = Lpips.from_config(config.lpips).to(device) if config.lpips.weight else None
+
+    def reconstruction(
+        self, run: Callable[..., Any], data: Tensor, draws: Draws, shape: torch.Size
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Pass one on images [B, 3, H, H] in [0, 1]; terms "l1" and, where it is on, "lpips"."""
+        noise, t, mix, added_noise = draws.tokenize(shape)
+        z0, l1, reconstruction = run("reconstruct", images=data, noise=noise, t=t, mix=mix, added_noise=added_noise)
+        loss, terms = self.config.l1_weight * l1, {"l1": l1}
+        if self.lpips:
+            with torch.autocast(data.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                terms["lpips"] = self.lpips(data, reconstruction)
+            loss = loss + self.config.lpips.weight * terms["lpips"]
+        return loss, terms, z0
 
 
 def two_pass_step(
     engine: Backend,
-    objective: Objective,
-    images: Tensor,
+    objective: TwoPassObjective,
+    data: Any,
     labels: Tensor,
     draws: Draws,
     *,
@@ -100,18 +153,18 @@ def two_pass_step(
 
     Args:
         engine: runs passes and accumulates gradients.
-        images: [B, 3, H, H] in [0, 1].
+        data: what the objective's reconstruction reads: images [B, 3, H, H] in [0, 1], or another modality's batch.
         labels: [B] int64.
         draws: the step's randomness.
         shape: [B, K, D] of the latents.
-        weight: of this micro-batch in the optimizer step, one over the number of accumulated ones.
+        weight: of this micro-batch in the optimizer step: one over the number of accumulated ones where all are equal.
         last: this micro-batch ends the optimizer step.
 
     Returns:
         Losses before the weight, detached.
     """
     config = objective.config
-    loss, l1, lpips, z0 = objective.reconstruction(engine, images, draws, shape)
+    loss, terms, z0 = objective.reconstruction(engine, data, draws, shape)
     if config.stop_gradient:
         engine.backward(weight * loss, last=False)
         z1 = z0.detach()
@@ -121,7 +174,7 @@ def two_pass_step(
     flow = torch.zeros_like(loss.detach())
     for first in range(0, config.flow_draws, config.draws_per_chunk):
         count = min(config.draws_per_chunk, config.flow_draws - first)
-        chunk = config.flow_weight * objective.flow(engine, z1, labels, draws, first, count)
+        chunk = config.flow_weight * objective.flow(engine, z1, labels, draws, first, count, data)
         ends = config.stop_gradient and first + count == config.flow_draws
         engine.backward(weight * chunk, last=last and ends)
         flow += chunk.detach()
@@ -130,14 +183,15 @@ def two_pass_step(
         # The gradient of ⟨z0, g⟩ with g held fixed is g at z0: it carries the flow's gradient into pass one.
         engine.backward(weight * loss + (z0 * z1.grad).sum(), last=last)
     loss = loss.detach()
-    return StepLosses(loss + flow, l1.detach(), lpips.detach(), flow, z0.detach())
+    terms = {name: term.detach() for name, term in terms.items()}
+    return StepLosses(loss + flow, terms, flow, z0.detach(), objective.mask(data))
 
 
 def one_graph_loss(
-    run: Callable[..., Any], objective: Objective, images: Tensor, labels: Tensor, draws: Draws, *, shape: torch.Size
+    run: Callable[..., Any], objective: TwoPassObjective, data: Any, labels: Tensor, draws: Draws, *, shape: torch.Size
 ) -> Tensor:
     """The same total loss as one graph, every draw alive at once: what the two-pass step must agree with."""
-    loss, _, _, z0 = objective.reconstruction(run, images, draws, shape)
+    loss, _, z0 = objective.reconstruction(run, data, draws, shape)
     z1 = z0.detach() if objective.config.stop_gradient else z0
     config = objective.config
-    return loss + config.flow_weight * objective.flow(run, z1, labels, draws, 0, config.flow_draws)
+    return loss + config.flow_weight * objective.flow(run, z1, labels, draws, 0, config.flow_draws, data)

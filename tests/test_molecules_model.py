@@ -1,0 +1,284 @@
+"""Molecules through the network: padding, rotations, gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from unite_fast.model.packing import Packed
+from unite_fast.molecules.config import DECODER_PRESETS, MoleculeModelConfig, MoleculeObjectiveConfig
+from unite_fast.molecules.model import MoleculeUnite
+from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, rotation_matrices
+from unite_fast.molecules.sampling import draw_counts, encode, generate, noise, reconstruct
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
+
+COUNTS = torch.tensor([5, 2, 9, 1])
+SIZES = dict(depth=3, width=16, heads=2, latent_dim=4, decoder=dict(depth=2, width=12, heads=2))
+
+
+def model(**sizes) -> MoleculeUnite:
+    torch.manual_seed(0)
+    made = MoleculeUnite(MoleculeModelConfig(**{**SIZES, **sizes})).eval()
+    with torch.no_grad():  # the layers that start at zero would hide everything behind them
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def molecules(counts=COUNTS, *, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elements [B, N] uint8 and positions [B, N, 3] with `extra` columns of padding, NaN where it must not matter."""
+    generator = torch.Generator().manual_seed(1)
+    length = int(counts.max()) + extra
+    elements = torch.zeros(len(counts), length, dtype=torch.uint8)
+    positions = torch.full((len(counts), length, 3), math.nan)
+    for row, count in enumerate(counts.tolist()):
+        elements[row, :count] = torch.randint(1, 6, (count,), generator=generator)
+        places = 2 * torch.randn(count, 3, generator=generator)
+        positions[row, :count] = places - places.mean(0)
+    return elements, positions
+
+
+def batch(counts=COUNTS, extra: int = 0) -> Molecules:
+    elements, positions = molecules(counts, extra=extra)
+    packed = Packed.of(counts, length=elements.shape[1])
+    return Molecules(packed.pack(elements).long(), packed.pack(positions), packed)
+
+
+class Accumulating:
+    """Runs passes on the model and adds gradients up."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, phase, **inputs):
+        return self.network(phase, **inputs)
+
+    def backward(self, loss, *, last):
+        loss.backward()
+
+
+def step_parts(network, data, **options):
+    config = MoleculeObjectiveConfig(**options)
+    draws = SeededDraws(config, seed=1, step=5, stream=0, device=torch.device("cpu"))
+    shape = torch.Size((len(data.packed.counts), data.packed.length, network.config.latent_dim))
+    labels = torch.arange(len(data.packed.counts)) % (network.null_label + 1)
+    return MoleculeObjective(config, network.null_label), data, labels, draws, shape
+
+
+def test_packing_is_undone_by_padding():
+    packed = Packed.of(COUNTS, length=12)
+    padded = torch.randn(4, 12, 3) * packed.mask[..., None]
+    flat = packed.pack(padded)
+    assert flat.shape == (17, 3) and torch.equal(packed.pad(flat), padded)
+    assert packed.position.tolist() == [0, 1, 2, 3, 4, 0, 1, *range(9), 0]
+    assert packed.sequence.tolist() == [0] * 5 + [1] * 2 + [2] * 9 + [3]
+    assert torch.allclose(packed.mean(flat)[5:7], flat[5:7].mean(0).expand(2, 3))
+    order = packed.pairs.order.tolist()
+    assert order[:10] == [*range(5), *range(17, 22)] and order[10:14] == [5, 6, 22, 23]
+    assert packed.pairs.first.tolist()[5:7] == [10, 11]
+    assert torch.equal(packed.repeat(2).pack(torch.cat([padded, 2 * padded])), torch.cat([flat, 2 * flat]))
+
+
+def test_padding_changes_no_bit():
+    network = model()
+    z = torch.randn(4, 9, 4)
+    for extra in (3, 11):
+        outputs = []
+        for padding in (0, extra):
+            elements, positions = molecules(extra=padding)
+            packed = Packed.of(COUNTS, length=9 + padding)
+            wide = torch.full((4, 9 + padding, 4), math.nan)
+            wide[:, :9] = z
+            latents = network.tokenize(elements.long(), positions, packed, noise=wide)
+            denoised = network.denoise(wide, torch.full((4,), 0.4), torch.zeros(4, dtype=torch.int64), packed)
+            found, places = network.decode(wide, packed)
+            assert not latents[:, 9:].any() and not denoised[:, 9:].any() and not places[:, 9:].any()
+            assert not found[~packed.mask].any() and found[packed.mask].all()
+            outputs.append([x[:, :9] for x in (latents, denoised, found, places)])
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_molecule_does_not_depend_on_its_neighbours():
+    network = model()
+    elements, positions = molecules()
+    together, _ = encode(network, elements, positions, COUNTS)
+    for row in range(len(COUNTS)):
+        count = COUNTS[row : row + 1]
+        alone, _ = encode(network, elements[row : row + 1], positions[row : row + 1], count, first=row)
+        torch.testing.assert_close(alone[0], together[row, : int(count)], rtol=1e-4, atol=1e-5)
+
+
+def test_each_register_reads_its_own_atom_and_the_order_matters():
+    """A permutation of the atoms is another input; nothing is claimed to be invariant."""
+    network = model()
+    elements, positions = molecules(torch.tensor([6]))
+    known, _ = encode(network, elements, positions, torch.tensor([6]))
+    order = torch.tensor([3, 1, 2, 0, 4, 5])
+    other, _ = encode(network, elements[:, order], positions[:, order], torch.tensor([6]))
+    assert not torch.allclose(other, known[:, order], atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("sizes", [dict(), dict(shared=False), dict(checkpoint_activations=True)])
+def test_gradients_equal_those_of_one_graph(stop_gradient, sizes):
+    network = model(**sizes)
+    options = dict(flow_draws=3, draws_per_chunk=2, stop_gradient=stop_gradient)
+    objective, data, labels, draws, shape = step_parts(network, batch(), **options)
+    one = one_graph_loss(network, objective, data, labels, draws, shape=shape)
+    one.backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    losses = two_pass_step(Accumulating(network), objective, data, labels, draws, shape=shape, weight=0.5)
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected) and len(found) > 40
+    for name in expected:
+        error = (2 * found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-5)
+        assert error < 1e-3, name
+    assert torch.allclose(losses.total, one.detach(), rtol=1e-5)
+    assert set(losses.terms) == {"element", "position"} and losses.mask.sum() == COUNTS.sum()
+
+
+def test_losses_are_means_over_real_atoms():
+    """The mean of a batch is that of its molecules weighted by their atoms, and padding takes no part."""
+    network = model()
+    objective, data, labels, draws, shape = step_parts(network, batch(extra=4), decoder_noise="none", flow_draws=1)
+    losses = two_pass_step(Accumulating(network), objective, data, labels, draws, shape=shape)
+    noise_, t, *_ = draws.tokenize(shape)
+    flow = draws.flow(losses.z0, 0, 1)
+    total = {"element": 0.0, "position": 0.0, "flow": 0.0}
+    for row, count in enumerate(COUNTS.tolist()):
+        alone = batch().packed  # the rows of this molecule in the packed batch
+        rows = alone.sequence == row
+        packed = Packed.of(COUNTS[row : row + 1])
+        _, element, position = network(
+            "reconstruct", elements=data.elements[rows], positions=data.positions[rows], packed=packed,
+            noise=noise_[row : row + 1, :count], t=t[row : row + 1], squared=False,
+        )  # fmt: skip
+        z_t = flow.z_t[:, row : row + 1, :count].contiguous()
+        label = torch.where(flow.drop[:, row : row + 1], network.null_label, labels[None, row : row + 1])
+        flowed = network(
+            "flow", z_t=z_t, t=flow.t[:, row : row + 1], labels=label, z1=losses.z0[row : row + 1, :count],
+            weighting=True, floor=0.05, packed=packed,
+        )  # fmt: skip
+        for name, value in (("element", element), ("position", position), ("flow", flowed)):
+            total[name] += value.item() * count / int(COUNTS.sum())
+    assert float(losses.terms["element"]) == pytest.approx(total["element"], rel=1e-4)
+    assert float(losses.terms["position"]) == pytest.approx(total["position"], rel=1e-4)
+    assert float(losses.flow) == pytest.approx(total["flow"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(position_loss="mse"), dict(decoder_noise="additive", additive_sigma=0.3)])
+def test_other_forms_of_the_objective(options):
+    network = model()
+    objective, data, labels, draws, shape = step_parts(network, batch(), flow_draws=1, **options)
+    losses = two_pass_step(Accumulating(network), objective, data, labels, draws, shape=shape)
+    plain, *_ = two_pass_step(Accumulating(network), *step_parts(network, batch(), flow_draws=1)[:4], shape=shape)[1:]
+    if "position_loss" in options:  # nm²: an error of a few Å is about 0.1
+        assert 0 < losses.terms["position"] < plain["position"] ** 2
+    else:
+        assert losses.terms["position"] != plain["position"]
+
+
+def test_rotations_are_uniform_and_one_a_molecule():
+    counts = torch.full((4000,), 3)
+    data = Molecules(
+        torch.ones(12000, dtype=torch.int64),
+        torch.eye(3).repeat(4000, 1) - 1 / 3,
+        Packed.of(counts),
+    )
+    turned = rotate(data, seed=0, step=3, stream=1)
+    # The columns of the rotation are the images of the axes; centring subtracts their mean.
+    images = turned.positions.view(4000, 3, 3)
+    distances = (images[:, 0] - images[:, 1]).norm(dim=1)
+    assert torch.allclose(distances, torch.full_like(distances, math.sqrt(2)), atol=1e-5)
+    matrices = rotation_matrices(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)))
+    identity = torch.eye(3).expand(4000, 3, 3)
+    assert torch.allclose(matrices @ matrices.mT, identity, atol=1e-5) and torch.allclose(
+        torch.linalg.det(matrices), torch.ones(4000), atol=1e-5
+    )
+    # Every entry of a uniform rotation has mean 0 and variance 1/3: 0.05 is 5 σ of the mean of 4,000. A rotation that
+    # is not uniform (of Euler angles, say) has a trace of another mean, and E[trace²] = 1 only under the Haar measure.
+    assert matrices.mean(0).abs().max() < 0.05 and images.mean(0).abs().max() < 0.05
+    trace = matrices.diagonal(dim1=1, dim2=2).sum(1)
+    assert abs(float(trace.square().mean()) - 1) < 0.1
+    assert len({tuple(row.round(decimals=3).tolist()) for row in images[:, 0]}) > 3900
+    again = rotate(data, seed=0, step=3, stream=1)
+    assert torch.equal(again.positions, turned.positions)
+    for other in (dict(seed=1, step=3, stream=1), dict(seed=0, step=4, stream=1), dict(seed=0, step=3, stream=2)):
+        assert not torch.allclose(rotate(data, **other).positions, turned.positions)
+
+
+def test_rotation_keeps_what_a_molecule_is():
+    data = batch()
+    turned = rotate(data, seed=0, step=0, stream=0)
+    for row in range(len(COUNTS)):
+        rows = data.packed.sequence == row
+        assert torch.allclose(torch.cdist(turned.positions[rows], turned.positions[rows]),
+                              torch.cdist(data.positions[rows], data.positions[rows]), atol=1e-4)  # fmt: skip
+        assert turned.positions[rows].mean(0).abs().max() < 1e-5
+
+
+def test_presets():
+    assert set(DECODER_PRESETS) == {"mol_debug", "mol_tiny", "qm9_s"}
+    with torch.device("meta"):
+        network = MoleculeUnite(MoleculeModelConfig(preset="qm9_s"))
+    # The paper's "about 33 M" is the size of the Generative Encoder.
+    assert sum(p.numel() for p in network.encoder.parameters()) == 32_607_376
+    assert sum(p.numel() for p in network.parameters()) == 54_062_648
+    with torch.device("meta"):
+        tiny = MoleculeUnite(MoleculeModelConfig(preset="mol_tiny"))
+    assert tiny.config.decoder.depth == 4 and "decoder.positions.weight" not in tiny.matrix_parameters()
+
+
+def test_sampling_depends_on_seed_and_number_alone():
+    network = model(num_classes=3)
+    counts = torch.tensor([4, 9, 2])
+    options = dict(solver="heun", steps=4, guidance=2.0, seed=5)
+    together = generate(network, counts, torch.tensor([0, 1, 2]), **options)
+    assert together.elements.shape == (3, 9) and (together.elements > 0).sum(1).tolist() == counts.tolist()
+    alone = generate(network, counts[1:2], torch.tensor([1]), first=1, **options)
+    torch.testing.assert_close(alone.positions[0], together.positions[1], rtol=1e-3, atol=1e-4)
+    other = generate(network, counts, torch.tensor([2, 1, 0]), **options)
+    assert not torch.allclose(other.positions, together.positions)
+    assert not torch.allclose(generate(network, counts, **(options | {"seed": 6})).positions, together.positions)
+    assert reconstruct(network, *molecules(), COUNTS).positions.shape == (4, 9, 3)
+    for wrong in (dict(counts=torch.tensor([30])), dict(counts=torch.tensor([0])), dict(counts=counts, labels=counts)):
+        with pytest.raises(ValueError, match="must lie in"):
+            generate(network, **wrong)
+    assert noise(network, Packed.of(counts), seed=0, first=0, stream=0).shape == (3, 9, 4)
+
+
+def test_atom_counts_follow_the_histogram():
+    histogram = [0, 0, 1, 0, 3]
+    counts = draw_counts(histogram, 4000, seed=3)
+    assert set(counts.tolist()) == {2, 4} and abs((counts == 4).mean() - 0.75) < 0.03
+    assert (draw_counts(histogram, 10, seed=3, first=7) == counts[7:17]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisation is a matter of CUDA")
+def test_a_step_on_a_gpu_does_not_make_the_host_wait():
+    network = model().cuda()
+    elements, positions = molecules()
+    packed = Packed.of(COUNTS, device="cuda")
+    objective, *_ = step_parts(network, batch())
+    shape = torch.Size((4, 9, 4))
+
+    def step(number):
+        data = Molecules(packed.pack(elements).long(), packed.pack(positions), packed)
+        draws = SeededDraws(objective.config, seed=0, step=number, stream=0, device=torch.device("cuda"))
+        data = rotate(data, seed=0, step=number, stream=0)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return two_pass_step(Accumulating(network), objective, data, labels, draws, shape=shape)
+
+    elements, positions, labels = elements.cuda(), positions.cuda(), torch.zeros(4, dtype=torch.int64, device="cuda")
+    step(0)  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(losses.total)

@@ -1,0 +1,304 @@
+"""Readers on files written here in QM9's formats: whole ones, damaged ones, and everything in between."""
+
+import bz2
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+pytest.importorskip("rdkit")
+
+from molecule_files import METHANE, WATER, coordinates_close, qm9_text, sdf_text, uncharacterized_text
+from rdkit import Chem
+
+from unite_fast.data.molecules import reading
+from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, assemble, write_npz
+from unite_fast.data.molecules.reading import load_molecules
+from unite_fast.data.molecules.sample import sample_set
+from unite_fast.data.molecules.writing import write_sdf, write_xyz
+from unite_fast.errors import UserError
+
+HARTREE = 27.211386245988
+
+
+@pytest.fixture(scope="module")
+def molecules():
+    return sample_set(12, 5, processes=1)
+
+
+def _small(*molecules):
+    return assemble(
+        [Molecule(str(i), [CODE_OF_SYMBOL[s] for s in symbols], xyz) for i, (symbols, xyz) in enumerate(molecules)], "t"
+    )
+
+
+def _folder(tmp_path, molecules, end="\n"):
+    folder = tmp_path / "xyz"
+    folder.mkdir()
+    for row in range(len(molecules)):
+        index = 3 * row + 1
+        text = qm9_text(molecules, row, index, 0.1 + row / 100, end)
+        (folder / f"dsgdb9nsd_{index:06d}.xyz").write_bytes(text.encode())
+    return folder
+
+
+def _tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, text in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_qm9_folder(tmp_path, molecules, end):
+    found = load_molecules(_folder(tmp_path, molecules, end))
+    coordinates_close(found, molecules, 1e-6)
+    assert found.names == tuple(f"gdb_{3 * row + 1}" for row in range(len(molecules)))
+    assert_allclose(found.gap, (0.1 + np.arange(len(molecules)) / 100) * HARTREE, rtol=1e-6)
+    assert found.smiles == molecules.smiles
+    assert found.skipped == {}
+
+
+def test_mathematica_exponents(tmp_path):
+    (tmp_path / "a.xyz").write_text("2\n\nH 1.5*^-6 0 7.5*^-1\nH -2.5*^-5\t0.0 -.1*^1\n")
+    positions = load_molecules(tmp_path / "a.xyz").positions[0, :2]
+    assert_allclose(positions[0] - positions[1], [2.65e-5, 0, 1.75], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.bz2", "w:bz2"), ("3195389", "w:gz"), ("a.tar.xz", "w:xz")])
+def test_archives_in_any_order_give_the_folders_set(tmp_path, molecules, name, mode):
+    folder = _folder(tmp_path, molecules)
+    members = [(f"./{path.name}", path.read_text()) for path in folder.iterdir()]
+    members += [("readme.txt", "not a molecule"), ("._dsgdb9nsd_000001.xyz", "a resource fork")]
+    archive = _tar(tmp_path / name, sorted(members, reverse=True), mode)
+    found, expected = load_molecules(archive), load_molecules(folder)
+    assert (found.names, found.smiles) == (expected.names, expected.smiles)
+    assert_array_equal(found.positions, expected.positions)
+    assert_array_equal(found.gap, expected.gap)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:gz", "w:xz"])
+def test_half_downloaded_archive_names_the_last_whole_member(tmp_path, molecules, mode):
+    # Incompressible neighbours, so that half of the compressed bytes hold some members and not others.
+    noise = np.random.default_rng(0).integers(33, 126, 20_000, dtype=np.uint8).tobytes().decode()
+    members = [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(12)]
+    archive = _tar(tmp_path / "a", [part for member in members for part in (member, ("noise", noise))], mode)
+    whole = archive.read_bytes()
+    assert len(load_molecules(archive)) == 12
+    for size in (len(whole) // 2, len(whole) - 700 if mode != "w" else len(whole) // 2 + 512):
+        archive.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"a is cut off or damaged after .*, member \d+: download it again"):
+            load_molecules(archive)
+
+
+def test_archive_cut_exactly_between_members(tmp_path, molecules):
+    archive = _tar(tmp_path / "a.tar", [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(5)])
+    with tarfile.open(archive) as opened:
+        boundary = opened.getmembers()[3].offset
+    archive.write_bytes(archive.read_bytes()[:boundary])
+    with pytest.raises(UserError, match="after 2.xyz, member 3"):
+        load_molecules(archive)
+
+
+def test_sdf_takes_elements_and_coordinates_only(tmp_path, molecules):
+    path = tmp_path / "gdb9.sdf"
+    path.write_bytes("".join(sdf_text(molecules, row, f"gdb_{row + 1}", "\r\n") for row in range(12)).encode() + b"\r\n")
+    found = load_molecules(path)
+    coordinates_close(found, molecules, 1e-4)
+    assert found.names[3] == "gdb_4" and found.smiles is None and found.gap is None
+    (tmp_path / "gdb9.sdf.csv").write_text("mol_id,A,gap\n" + "".join(f"gdb_{i},1,0.{i:02d}\n" for i in range(1, 13)))
+    assert_allclose(load_molecules(path).gap, np.arange(1, 13) / 100 * HARTREE, rtol=1e-6)
+    (tmp_path / "gdb9.sdf.csv").write_text("mol_id,A,gap\ngdb_1,1\n")
+    with pytest.raises(UserError, match="gdb9.sdf.csv lacks a column"):
+        load_molecules(path)
+
+
+def test_uncharacterized_molecules_are_left_out_even_under_strict(tmp_path, molecules):
+    folder = _folder(tmp_path, molecules)
+    (folder / "uncharacterized.txt").write_text(uncharacterized_text([4, 10, 3054, 2014]))
+    found = load_molecules(folder, strict=True)
+    assert len(found) == 10 and not {"gdb_4", "gdb_10"} & set(found.names)
+    assert found.skipped == {"listed in uncharacterized.txt": 2}
+    (folder / "uncharacterized.txt").write_text("404: not found\n")
+    with pytest.raises(UserError, match="no row of an index and a SMILES"):
+        load_molecules(folder)
+
+
+CUTS = {
+    "count": (lambda lines: ["five", *lines[1:]], "line 1: here the number of atoms should stand, found 'five'"),
+    "empty": (lambda lines: ["", " "], "line 1: the file is empty"),
+    "no tail": (lambda lines: lines[:-1], "cut off: line 1 announces 3 atoms, and QM9 three lines"),
+    "no atoms": (lambda lines: lines[:3], "line 3: cut off"),
+    "short atom": (lambda lines: [*lines[:3], "H\t0.1\t0.2", *lines[4:]], "line 4: an element and three coordinates"),
+    "no number": (lambda lines: [*lines[:2], "O\t0.1\t0.x\t1\t0", *lines[3:]], "line 3: '0.x' is not a number"),
+    "properties": (lambda lines: [lines[0], lines[1].rsplit("\t", 2)[0], *lines[2:]], "line 2: a QM9 property line has 17"),
+    "smiles": (lambda lines: [*lines[:6], "O", lines[7]], "line 7: QM9 gives two SMILES"),
+    "second frame": (lambda lines: [*lines, "3", "water"], "line 10: cut off: line 9 announces 3 atoms, so"),
+    "nan": (lambda lines: [*lines[:2], "O\tnan\t0\t1\t0", *lines[3:]], "line 1: a coordinate is not a number or farther"),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_broken_xyz_names_file_and_line(tmp_path, case):
+    water = _small(WATER)
+    object.__setattr__(water, "smiles", ("O",))
+    change, message = CUTS[case]
+    lines = change(qm9_text(water, 0, 7).splitlines())
+    (tmp_path / "good.xyz").write_text(qm9_text(water, 0, 1))
+    (tmp_path / "odd.xyz").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=f"odd.xyz, {message}" if message.startswith("line") else f"odd.xyz, .*{message}"):
+        load_molecules(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda lines: lines[:-1], r"line 21: cut off: the last record ends without \$\$\$\$"),
+        (lambda lines: lines[:14], "line 14: cut off: the last record ends without"),
+        (lambda lines: lines[:6], "line 6: cut off: line 4 announces 3 atoms"),
+        (lambda lines: lines[:3], "line 3: cut off: an SDF record has four lines of header"),
+        (lambda lines: [*lines[:4], "    0.0000   broken", *lines[5:]], "line 5: three coordinates and an element"),
+        (lambda lines: [*lines[:4], lines[4].replace("0.3910", "0.39x0"), *lines[5:]], "line 5: '0.39x0' is not a number"),
+        (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: here the number of atoms should stand"),
+        (lambda lines: [*lines[:3], lines[3].replace("V2000", "V3000"), *lines[4:]], "line 4: a V3000 record"),
+    ],
+)
+def test_broken_sdf_names_file_and_line(tmp_path, cut, message):
+    water = _small(WATER)
+    lines = cut((sdf_text(water, 0, "a") + sdf_text(water, 0, "b")).splitlines())
+    path = tmp_path / "a.sdf"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=f"a.sdf, {message}"):
+        load_molecules(path)
+
+
+def test_unknown_elements_large_molecules_and_repetitions(tmp_path):
+    water = _small(WATER)
+    object.__setattr__(water, "smiles", ("O",))
+    text = qm9_text(water, 0, 7)
+    (tmp_path / "a.xyz").write_text(text)
+    (tmp_path / "b.xyz").write_text(text)  # the same molecule twice
+    (tmp_path / "c.xyz").write_text(text.replace("0.3910", "0.3930"))  # its index twice
+    (tmp_path / "d.xyz").write_text("2\nsalt\nNa 0 0 0\nCl 0 0 2.4\n")
+    (tmp_path / "e.xyz").write_text("30\n\n" + "".join(f"C 0 0 {i}\n" for i in range(30)))
+    found = load_molecules(tmp_path)
+    assert found.names == ("gdb_7", "gdb_7#2")
+    assert found.skipped == {"an exact repetition": 1, "an element other than H C N O F": 1, "more than 29 atoms": 1}
+    with pytest.raises(UserError, match="b.xyz, line 1: an exact repetition"):
+        load_molecules(tmp_path, strict=True)
+    for name in "abc":
+        (tmp_path / f"{name}.xyz").unlink()
+    with pytest.raises(UserError, match="d.xyz, line 1: an element other"):
+        load_molecules(tmp_path, strict=True)
+    with pytest.raises(UserError, match="no molecule to use"):
+        load_molecules(tmp_path)
+
+
+def test_extended_xyz_columns(tmp_path):
+    (tmp_path / "a.extxyz").write_text(
+        '3\nLattice="9 0 0 0 9 0 0 0 9" Properties=id:I:1:pos:R:3:species:S:1 name="my water" gap=8.5 smiles=[H]O[H]\n'
+        "1 0 0 0.1 O\n2 0 0.7 -0.4 H\n3 0 -0.7 -0.4 H\n\n"
+    )
+    found = load_molecules(tmp_path / "a.extxyz")
+    assert (found.names, found.smiles, found.gap.tolist()) == (("my water",), ("O",), [8.5])
+    assert_array_equal(found.atoms(0)[0], [4, 1, 1])
+    (tmp_path / "a.extxyz").write_text("1\nProperties=species:S:1:momentum:R:3\nH 0 0 0\n")
+    with pytest.raises(UserError, match="a.extxyz, line 2: .* no pos:R:3"):
+        load_molecules(tmp_path / "a.extxyz")
+
+
+def test_parquet(tmp_path, molecules):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    atoms = [molecules.atoms(row) for row in range(12)]
+    numbers = [[[0, 1, 6, 7, 8, 9][code] for code in elements] for elements, _ in atoms]
+    columns = {"atomic_numbers": numbers, "positions": [points.reshape(-1).tolist() for _, points in atoms]}
+    parquet.write_table(pyarrow.table(columns | {"name": list(molecules.names), "gap": np.arange(12.0)}), path)
+    found = load_molecules(path)
+    coordinates_close(found, molecules, 1e-6)
+    assert found.names == molecules.names and found.gap[5] == 5
+    nested = columns | {"positions": [points.tolist() for _, points in atoms]}
+    parquet.write_table(pyarrow.table(nested), path)
+    coordinates_close(load_molecules(path), molecules, 1e-6)
+    parquet.write_table(pyarrow.table(columns | {"positions": [[0.0] * 7] * 12}), path)
+    with pytest.raises(UserError, match="a.parquet, row 1: .* coordinates, found 7"):
+        load_molecules(path)
+    parquet.write_table(pyarrow.table({"positions": [[0.0]]}), path)
+    with pytest.raises(UserError, match="no column atomic_numbers"):
+        load_molecules(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cut off or no Parquet"):
+        load_molecules(path)
+
+
+def test_what_we_write_we_read(tmp_path, molecules):
+    write_xyz(molecules, tmp_path / "a.xyz")
+    found = load_molecules(tmp_path / "a.xyz")
+    coordinates_close(found, molecules, 2e-6)
+    assert (found.names, found.smiles) == (molecules.names, molecules.smiles)
+    broken = _small(METHANE, ("CCC", [[0, 0, 0], [0.3, 0, 0], [0, 0.3, 0]]))
+    write_sdf(broken, tmp_path / "b.sdf")
+    coordinates_close(load_molecules(tmp_path / "b.sdf"), broken, 1e-4)
+    whole, damaged = Chem.SDMolSupplier(str(tmp_path / "b.sdf"), sanitize=False)
+    assert (whole.GetNumBonds(), whole.GetProp("valid"), whole.GetProp("smiles")) == (4, "1", "C")
+    assert (damaged.GetNumBonds(), damaged.GetProp("valid"), damaged.GetProp("fragments")) == (0, "0", "0")
+
+
+def test_what_is_no_molecule_file(tmp_path):
+    with pytest.raises(UserError, match="no file or folder"):
+        load_molecules(tmp_path / "none")
+    with pytest.raises(UserError, match="not exactly one SDF, tar, NPZ or Parquet file"):
+        load_molecules(tmp_path)
+    (tmp_path / "notes").write_text("hello\nworld\n")
+    with pytest.raises(UserError, match="notes is no molecule file"):
+        load_molecules(tmp_path / "notes")
+
+
+def test_a_folder_stands_for_its_only_file(tmp_path, molecules):
+    write_npz(molecules, tmp_path / "set.npz")
+    (tmp_path / "readme.md").write_text("about")
+    coordinates_close(load_molecules(tmp_path), molecules, 0)
+    (tmp_path / "gdb9.sdf").write_text(sdf_text(molecules, 0, "a"))
+    with pytest.raises(UserError, match="gdb9.sdf, set.npz"):
+        load_molecules(tmp_path)
+
+
+def test_cache_follows_the_files(tmp_path, molecules, monkeypatch):
+    folder, cache = _folder(tmp_path, molecules), tmp_path / "cache"
+    first = load_molecules(folder, cache=cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "_read", lambda *_: pytest.fail("read again"))
+        again = load_molecules(folder, cache=cache)
+    assert_array_equal(again.positions, first.positions)
+    assert (again.names, again.smiles, again.source) == (first.names, first.smiles, first.source)
+    next(iter(cache.iterdir())).write_bytes(b"damaged")
+    assert len(load_molecules(folder, cache=cache)) == 12
+    os.remove(folder / "dsgdb9nsd_000004.xyz")
+    assert len(load_molecules(folder, cache=cache)) == 11
+
+
+def test_canonical_order_does_not_depend_on_the_files(tmp_path, molecules):
+    shuffle = np.random.default_rng(0)
+    mixed = []
+    for row in range(12):
+        elements, positions = molecules.atoms(row)
+        order = shuffle.permutation(len(elements))
+        mixed.append(Molecule(molecules.names[row], elements[order], positions[order]))
+    write_npz(assemble(mixed, "mixed"), tmp_path / "a.npz")
+    found = load_molecules(tmp_path / "a.npz", order="canonical")
+    assert_array_equal(found.elements, molecules.elements)
+    # Symmetric atoms may have changed places: their sorted distances to the centre have not.
+    radii = [np.sort(np.linalg.norm(part.positions, axis=-1)) for part in (found, molecules)]
+    assert_allclose(radii[0], radii[1], atol=1e-5)
+
+
+def test_a_truncated_bzip2_file_is_not_taken_for_text(tmp_path):
+    (tmp_path / "a.tar.bz2").write_bytes(bz2.compress(b"x" * 100))
+    with pytest.raises(UserError, match="cut off or damaged after its beginning, member 0"):
+        load_molecules(tmp_path / "a.tar.bz2")

@@ -1,0 +1,347 @@
+"""The report: what the page holds and says is missing, hostile and broken runs, the numbers behind its pictures."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from cli_toy import mistake, run, save_toy
+from PIL import Image
+from report_run import HOSTILE, LONG, trained_run
+from runs import config, image_tree
+
+from unite_fast.engine import checkpoint
+from unite_fast.flow.sampling import generate
+from unite_fast.importing import open_trained
+from unite_fast.records import RunFolder, open_run
+from unite_fast.report import write_report
+from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
+from unite_fast.report.neighbours import find_neighbours
+from unite_fast.report.probe import Options, _noise, _statistics, probe, silent
+from unite_fast.report.tiles import BUDGET, Tiles
+
+VOID = {"meta", "img", "br", "link", "line", "circle", "rect", "polyline"}
+
+
+class Page(HTMLParser):
+    """Text of each section, addresses of pictures; fails on tags that do not close."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.pictures, self.open, self.section = {}, [], [], "top"
+        self.source = path.read_text()
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "section":
+            self.section = attributes["id"]
+        if tag == "img" and attributes.get("src"):
+            self.pictures.append((self.section, attributes["src"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            between = "" if self.open and self.open[-1] in ("code", "sub") else " "  # cells have no space between
+            self.text[self.section] = self.text.get(self.section, "") + between + data
+
+    def says(self, section):
+        return " ".join(self.text[section].split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return trained_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture()
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_training_ends_with_a_page_that_fetches_nothing(finished):
+    page = Page(finished / "report.html")
+    assert (finished / "report.html").stat().st_size < 5e6
+    sections = {"samples", "reconstructions", "trajectory", "neighbours"}
+    assert {section for section, _ in page.pictures} == sections
+    for _, address in page.pictures:
+        assert address.startswith("data:image/")
+        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
+            picture.load()
+    outside = re.findall(r'(?:src|href|action|data|poster)\s*=\s*"(?!data:|#)([^"]*)"', page.source)
+    assert outside == [] and "@import" not in page.source and "url(" not in page.source
+    assert "default-src 'none'" in page.source
+
+
+def test_results_stand_with_their_protocol(finished):
+    results = Page(finished / "report.html").says("results")
+    for part in ("gFID ↓ 12.35", "Inception score ↑ 101.5", "of its own kind 3", "KID ↓ not finite", "a" * 64, "PSNR"):
+        assert part in results, part
+    assert "interval 0.1, 1" in results and "checkpoint: step 20" in results
+    assert "guidance search" in results and "18.25" in results and "score over guidance low 0, high 1" in results
+    assert "few images for gfid" in results and "guided & swept step 20, ema weights" in results
+    assert "gFID over training" in results
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"{summary['psnr']:.4g} dB" in results and "No evaluation is stored" not in results
+
+
+def test_numbers_that_an_evaluation_holds_are_not_shown_twice(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = {key: summary[key] for key in ("psnr", "psnr_std", "psnr_worst", "l1")}
+    record = {"metrics": metrics | {"images_reconstructed": 16}, "protocol": {"model": {"step": 20}}}
+    (folder / "evaluations" / "at_the_end.json").write_text(json.dumps(record))
+    results = Page(write_report(folder, quick=True)).says("results")
+    assert "at the end of training" not in results and "at_the_end" in results
+
+
+def test_names_and_values_are_never_markup(finished):
+    page = Page(finished / "report.html")
+    assert page.says("results").count(HOSTILE) == 3 and HOSTILE in page.says("environment")
+    assert page.source.count("<script>") == 1 and LONG in page.says("samples")
+    assert "marked & sold" in page.says("trajectory")
+
+
+def test_sessions_configuration_and_curves(finished):
+    page = Page(finished / "report.html")
+    environment = page.says("environment")
+    assert "resumed after step 10" in environment and "from the start" in environment and "torch" in environment
+    configuration = page.says("configuration")
+    assert "latent_dim 4" in configuration and "lpips.weight 0" in configuration
+    assert page.source.count('class="mark"') == 7  # the resumption, in each panel
+    training = page.says("training")
+    assert all(title in training for title in ("Losses", "Learning rate", "Images per second", "waiting for data"))
+
+
+def test_the_same_run_gives_the_same_pictures(finished, folder):
+    assert run("report", folder, "--out", folder / "again.html") == 0
+    first, again = Page(finished / "report.html"), Page(folder / "again.html")
+    assert again.pictures == first.pictures
+
+
+def test_a_run_still_in_training(folder):
+    for name in ("summary.json", "samples.png", "sessions.jsonl"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "evaluations")
+    shutil.rmtree(folder / "export")
+    shutil.rmtree(folder / "checkpoints" / "step_00000020")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:12]) + lines[12][:30])
+    page = Page(write_report(folder))
+    assert "in training" in page.says("top") and "step 12 of 20" in page.says("top")
+    assert "step 10." in page.says("samples") and any(section == "samples" for section, _ in page.pictures)
+    assert "unite-fast evaluate" in page.says("results") and "has not ended" in page.says("results")
+    assert "no record of its sessions" in page.says("environment")
+
+
+def test_a_run_without_a_checkpoint_or_a_record(folder):
+    for name in ("checkpoints", "export", "evaluations"):
+        shutil.rmtree(folder / name)
+    for name in ("metrics.jsonl", "summary.json", "samples.png", "reconstructions.png"):
+        (folder / name).unlink()
+    page = Page(write_report(folder))
+    assert "starting" in page.says("top")
+    assert "saved no checkpoint yet" in page.says("samples") and "logged no step yet" in page.says("training")
+    assert page.source.count("saved no checkpoint yet") == 5
+
+
+def test_a_run_whose_data_is_gone(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    settings["data"] |= {"path": str(folder / "gone"), "val_path": str(folder / "gone too")}
+    (folder / "config.json").write_text(json.dumps(settings))
+    page = Page(write_report(folder))
+    assert "gone too does not exist" in page.says("reconstructions")
+    assert "gone too does not exist" in page.says("latents") and "gone does not exist" in page.says("neighbours")
+    shown = [section for section, _ in page.pictures]
+    assert shown.count("reconstructions") == 1 and shown.count("samples") > 10 and "trajectory" in shown
+
+
+def test_quick_takes_the_sheets_on_disk(folder, monkeypatch):
+    monkeypatch.setattr("unite_fast.importing.open_trained", None)  # would be called in vain
+    assert run("report", folder, "--quick", "--out", folder / "quick.html") == 0
+    page = Page(folder / "quick.html")
+    assert "was not run for this report" in page.says("trajectory")
+    assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+
+
+def test_a_run_on_something_else_than_images(folder):
+    settings = json.loads((folder / "config.json").read_text()) | {"modality": "molecules"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"molecules": 7}) + "\n" for r in records))
+    page = Page(write_report(folder))
+    assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training")
+    assert "gFID" in page.says("results")
+    assert "This is a run on molecules" in page.says("trajectory")
+    assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "evaluations/broken.json", "evaluations/list.json"])
+def test_broken_files_are_named_and_the_rest_is_shown(name, folder):
+    (folder / name).write_text("[1]" if "list" in name else '{"metrics": 3}' if "evaluations" in name else '{"psnr": ')
+    page = Page(write_report(folder, quick=True))
+    assert str(folder / name) in page.says("environment") and "gFID" in page.says("results")
+
+
+def test_wrong_folders_are_one_sentence(folder, tmp_path, capsys):
+    assert mistake(capsys, "report", tmp_path / "no") == f"no folder {tmp_path / 'no'}"
+    save_toy(tmp_path / "model")
+    assert "holds no run: give the run's folder" in mistake(capsys, "report", tmp_path / "model")
+    says = mistake(capsys, "report", checkpoint.latest(folder))
+    assert "holds one checkpoint: give the run's folder" in says
+    (folder / "config.json").write_text("{")
+    assert mistake(capsys, "report", folder) == f"{folder / 'config.json'} is not JSON"
+
+
+def test_an_unwritable_page_and_damaged_weights(folder, capsys):
+    (folder / "file").touch()
+    before = (folder / "report.html").read_bytes()
+    says = mistake(capsys, "report", folder, "--quick", "--out", folder / "file" / "page.html")
+    assert says.startswith("cannot write ")
+    (folder / "export" / "model.safetensors").write_bytes(b"x")
+    shutil.rmtree(folder / "checkpoints")
+    assert "model.safetensors" in mistake(capsys, "report", folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_length_and_state_of_a_run():
+    def made(**train):
+        records = [{"step": 10, "epoch": 0.4, "time": 1000.0}, {"step": 50, "epoch": 2.0, "time": 1100.0}]
+        return RunFolder(None, {"name": "a", "train": train}, records)
+
+    assert made(steps=60).total == 60 and made(epochs=4).total == 100 and made(epochs=1.99).total == 50
+    assert made(epochs=2).state(now=9e9) == "finished" and made(steps=60).state(now=1200.0) == "training"
+    assert made(steps=60).state(now=3000.0) == "stopped"
+    assert RunFolder(None, {"train": {"epochs": 3}}).total is None
+
+
+def _points(chart, kind):
+    return [
+        np.array([[float(v) for v in pair.split(",")] for pair in points.split()])
+        for points in re.findall(rf'<polyline class="{kind}" points="([^"]*)"', chart)
+    ]
+
+
+def test_a_line_goes_where_its_values_are():
+    x, y = np.arange(1.0, 11), np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512.0])
+    (line,) = _points(line_chart([Curve("", x, y)], log=True, x_name="step"), "line c0")
+    assert np.allclose(np.diff(line[:, 0]), np.diff(line[:, 0])[0], atol=0.11)
+    assert np.allclose(np.diff(line[:, 1]), np.diff(line[:, 1])[0], atol=0.11)  # a power is straight on log paper
+    assert line[-1, 1] < line[0, 1]  # up is smaller in SVG
+    (line,) = _points(line_chart([Curve("", x, y)], log=False, x_name="step"), "line c0")
+    rise = -np.diff(line[:, 1])
+    assert np.allclose(rise[1:] / rise[:-1], 2, rtol=0.2)
+
+
+def test_charts_of_awkward_values():
+    single = line_chart([Curve("one", np.array([5.0]), np.array([0.0]))], log=True, x_name="step")
+    assert "<circle" in single and "nan" not in single
+    flat = line_chart([Curve("", np.arange(9.0), np.full(9, -3.0))], log=True, x_name="step")
+    assert "nan" not in flat and "inf" not in flat
+    many = np.random.default_rng(0).lognormal(size=200_000)
+    chart = line_chart([Curve("", np.arange(200_000.0), many, noisy=True)], log=True, x_name="step")
+    assert len(chart) < 40_000
+    assert "nan" not in bar_chart(np.zeros(3), name="channel")
+    assert [short(v) for v in (0, 0.004, 9.5e-4, 250, 1000, 25_000, 1.5e6)] == [
+        "0", "0.004", "9.5e-4", "250", "1000", "25k", "1.5M",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("low,high", [(0.01, 0.013), (1, 9.5), (1e-5, 4e4), (3, 3.3e9)])
+def test_ticks_lie_on_the_axis(low, high, log):
+    ticks = Axis(low, high, 0, 100, log).ticks(4)
+    assert 1 <= len(ticks) <= 8 and all(low * 0.999 - 1e-4 <= tick <= high * 1.001 for tick in ticks)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A configuration over 12 training images a class, and those of class 1 as [12, 3, 16, 16] uint8."""
+    folder = tmp_path_factory.mktemp("data")
+    image_tree(folder / "train")
+    images = [np.asarray(Image.open(path)) for path in sorted((folder / "train" / "class_1").iterdir())]
+    return folder, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_copies_are_found(flip, data):
+    folder, train = data
+    names = ["class_0", "class_1"]
+    copy, mirrored = train[3] / 255, train[5].flip(-1) / 255
+    noise = torch.randint(-30, 30, train.shape, generator=torch.Generator().manual_seed(0))
+    held_out = ((train + noise).clamp(0, 255).byte(), torch.ones(12, dtype=torch.int64))
+    settings = config(folder, data={"flip": flip})
+    found = find_neighbours({1: torch.stack([copy, mirrored])}, names, settings, held_out, silent)
+    assert (found.searched, found.classes, found.held_out, found.whole) == (12, 1, 12, True)
+    # cdist by matrix products loses half of float32's digits
+    assert found.matches[0].distances[0] < 1e-3 and found.matches[0].share == 0
+    assert np.array_equal(found.matches[0].nearest[0], train[3].permute(1, 2, 0).numpy())
+    assert (found.matches[1].distances[0] < 1e-3) is flip and found.near_copies == 1 + flip
+    flat, every = mirrored.flatten().double(), (train / 255).flatten(1).double()
+    if not flip:
+        expected = (every - flat).square().mean(1).sqrt().sort().values[:3].tolist()
+        assert found.matches[1].distances == pytest.approx(expected, rel=1e-4)
+
+
+def test_neighbours_without_held_out_images(data):
+    folder, train = data
+    found = find_neighbours({1: train[:1] / 255}, ["class_0", "class_1"], config(folder), None, silent)
+    assert found.near_copies is None and found.median is None and found.matches[0].share is None
+
+
+def test_statistics_of_latents():
+    generator = torch.Generator().manual_seed(0)
+    z0 = torch.randn(400, 8, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 0.0, 0.0]) + 0.5
+    latents = _statistics(z0)
+    assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
+    assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
+    assert latents.rank == pytest.approx(4, abs=0.05)
+    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02)
+    assert latents.spectrum[0] == max(latents.spectrum)
+    width = 2 * latents.range / len(latents.histogram)
+    assert latents.histogram.sum() * width == pytest.approx(1, abs=0.01)
+    assert latents.reference.sum() * width == pytest.approx(1, abs=0.01)
+
+
+def test_a_trajectory_ends_in_the_sample(finished):
+    """Its last image is what `generate` makes of the same noise, and sample sheets hold `generate`'s images."""
+    trained, settings = open_trained(finished), open_run(finished).config
+    model = trained.build()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # twenty steps leave a network that ignores what it is given
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    result = probe(trained, model, config(finished.parents[1], **{
+        name: settings[name] for name in ("data", "evaluation", "sampling")
+    }), Options(columns=2, held_out=8))  # fmt: skip
+    assert result.times[0] == 0 and result.times[-1] == 1 and result.times == sorted(result.times)
+    options = result.sampling
+    with torch.no_grad():
+        expected = generate(model, torch.tensor([0, 1]), noise=_noise(model, 0, 0, 0, 2), **options)
+        samples = generate(model, torch.tensor([0, 0, 1, 1]), noise=_noise(model, 0, 0, 0, 4), **options)
+    assert len({row.images.tobytes() for row in result.trajectory}) == 2
+    for row, image in zip(result.trajectory, expected):
+        last = torch.from_numpy(row.images[-1]).permute(2, 0, 1) / 255
+        assert (last - image).abs().max() < 1.5 / 255
+    shown = np.concatenate([row.images for row in result.samples])
+    assert np.abs(shown - samples.mul(255).permute(0, 2, 3, 1).numpy()).max() < 1.5
+    assert result.latents.count == 8 and len(result.psnr) == len(result.originals) == 8
+
+
+def test_hundreds_of_large_pictures_stay_within_five_megabytes():
+    images = [np.random.default_rng(k).integers(0, 256, (256, 256, 3), np.uint8) for k in range(8)] * 30
+    tiles = Tiles(images)
+    total = sum(len(tiles(image)) for image in images[:8]) * 30
+    assert total < BUDGET * 4 / 3 * 1.1 < 5e6
+    assert tiles(images[0]).startswith("data:image/jpeg") and tiles.side < 256

@@ -1,0 +1,58 @@
+"""`unite-fast report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unite_fast.cli.console import Device, DeviceOption, SeedOption, explain_memory, out, pick_device, progress
+
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder, finished or in training.", metavar="RUN")]
+
+
+def report(
+    run: RunArgument,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="The page. Default: report.html in the run.", metavar="FILE")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Do not run the model: curves, results, configuration, and sheets on disk."),
+    ] = False,
+    held_out: Annotated[
+        int, typer.Option(help="Held-out images that latent statistics are measured on, at most.", min=2)
+    ] = 256,
+    seed: SeedOption = 0,
+    batch: Annotated[
+        int | None, typer.Option(help="Images computed at a time. Default: evaluation.batch of the run.", min=1)
+    ] = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Write one HTML page about a run: samples, reconstructions, curves, results with their protocol.
+
+    Also a denoising trajectory, the nearest training images of samples, latent statistics, the configuration and the
+    environment. The page is one file that fetches nothing. What the run does not hold yet is named in its place.
+
+    Example: `unite-fast report runs/quickstart`
+    """
+    from unite_fast.records import open_run
+
+    open_run(run)  # a wrong folder is told before torch is imported
+    from unite_fast.report import write_report
+
+    with explain_memory(batch or 64):
+        path = write_report(
+            run, out=out_file, device=str(pick_device(device)), quick=quick, held_out=held_out, seed=seed, batch=batch,
+            progress=_bar,
+        )  # fmt: skip
+    out().print(f"report of {run} in {path} ({path.stat().st_size / 1e6:.1f} MB)", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    with progress(what, total) as bar:
+        yield lambda done: bar.advance(bar.task_ids[0], done)

@@ -1,0 +1,344 @@
+"""Molecules as padded arrays: what every reader returns, every cache holds and every metric takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unite_fast.errors import UserError
+
+SYMBOLS = ("H", "C", "N", "O", "F")  # element codes 1 … 5; 0 is padding
+ATOMIC_NUMBERS = np.array([0, 1, 6, 7, 8, 9], np.uint8)  # by element code
+MAX_ATOMS = 29  # C9H20, the largest saturated molecule of nine heavy atoms
+# Coordinates beyond this are broken, not large: C9H20 stretched out is 12 Å long.
+FARTHEST = 1000.0
+CODE_OF_NUMBER = {int(number): code for code, number in enumerate(ATOMIC_NUMBERS) if code}
+CODE_OF_SYMBOL = {symbol: code for code, symbol in enumerate(SYMBOLS, 1)}
+
+
+class Molecule(NamedTuple):
+    """One molecule as a reader found it."""
+
+    name: str
+    elements: Sequence[int]  # [n] codes 1 … 5; 0 where the element is not one of H C N O F
+    positions: ArrayLike  # [n, 3] Å
+    smiles: str | None = None
+    gap: float | None = None  # eV
+    where: str = ""  # file and line, for messages
+
+
+@dataclass(frozen=True)
+class MoleculeSet:
+    """n molecules of at most 29 atoms, hydrogens explicit.
+
+    Attributes:
+        elements: [n, 29] uint8, 0 = padding, 1 … 5 = H C N O F; the atoms of a molecule come first.
+        positions: [n, 29, 3] float32 in Å. The unweighted mean over a molecule's atoms is zero (as in EDM, Hoogeboom
+            et al. 2022; not the centre of mass of physics). Padding is zero.
+        counts: [n] int64, atoms a molecule.
+        names: of the molecules, each once.
+        source: one line on where they come from, for records and captions.
+        smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
+        gap: [n] float32, HOMO-LUMO gap in eV, or None.
+        skipped: reason -> number of molecules that were left out.
+    """
+
+    elements: NDArray[np.uint8]
+    positions: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    names: tuple[str, ...]
+    source: str
+    smiles: tuple[str, ...] | None = None
+    gap: NDArray[np.float32] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """[n, 29], true at real atoms."""
+        return self.elements > 0
+
+    def select(self, indices: ArrayLike) -> MoleculeSet:
+        """The molecules at indices [m], in that order."""
+        chosen = np.asarray(indices, np.int64)
+        return replace(
+            self,
+            elements=self.elements[chosen],
+            positions=self.positions[chosen],
+            counts=self.counts[chosen],
+            names=tuple(self.names[i] for i in chosen),
+            smiles=self.smiles and tuple(self.smiles[i] for i in chosen),
+            gap=None if self.gap is None else self.gap[chosen],
+        )
+
+    def atoms(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Element codes [count] and positions [count, 3] of one molecule, without padding."""
+        count = self.counts[index]
+        return self.elements[index, :count], self.positions[index, :count]
+
+
+def from_arrays(
+    elements: ArrayLike, positions: ArrayLike, *, source: str, names: Sequence[str] | None = None
+) -> MoleculeSet:
+    """A set of what a model made.
+
+    Args:
+        elements: [n, N] codes, N at most 29, 0 = padding behind the atoms of a molecule.
+        positions: [n, N, 3] Å; they are centred here, and what stands at padding is ignored.
+        source: one line on where they come from.
+        names: by default molecule_1, molecule_2, …
+
+    Raises:
+        UserError: no molecule, arrays of another shape, padding between atoms, a molecule without atoms, coordinates that
+            are not finite (says how many).
+    """
+    codes, points = np.asarray(elements), np.asarray(positions)
+    if codes.ndim != 2 or not 0 < codes.shape[1] <= MAX_ATOMS or points.shape != (*codes.shape, 3) or not len(codes):
+        raise UserError(
+            f"{source}: elements must be [n, N ≤ {MAX_ATOMS}] and positions [n, N, 3] with at least one molecule, "
+            f"got {list(codes.shape)} and {list(points.shape)}"
+        )
+    if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() > len(SYMBOLS):
+        raise UserError(f"{source}: element codes must be integers 0 … {len(SYMBOLS)}")
+    mask = codes > 0
+    if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise UserError(f"{source}: every molecule needs its atoms first and its padding last, and at least one atom")
+    bad = int((~np.isfinite(points).all(2) & mask).any(1).sum())
+    if bad:
+        raise UserError(f"{bad} of {len(codes)} molecules of {source} have NaN or infinite coordinates: the network diverged")
+    padded = _pad([(row[real], at[real].astype(np.float64)) for row, at, real in zip(codes, points, mask, strict=True)])
+    chosen = tuple(names) if names is not None else tuple(f"molecule_{row + 1}" for row in range(len(codes)))
+    if len(chosen) != len(codes):
+        raise UserError(f"{source}: {len(chosen)} names for {len(codes)} molecules")
+    return MoleculeSet(*padded, chosen, source)
+
+
+class Split(NamedTuple):
+    """Indices of the parts of a set."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]  # empty but for QM9
+
+
+QM9_KEPT = 130_831  # 133,885 less the 3,054 of uncharacterized.txt
+QM9_TRAIN, QM9_VALIDATION = 100_000, 17_748  # and 13,083 to test
+
+
+def split(count: int, seed: int = 0) -> Split:
+    """Divide `count` molecules by NumPy's seeded permutation.
+
+    130,831 molecules are QM9's and divide into 100,000 / 17,748 / 13,083, with seed 0 the split of Cormorant and EDM.
+    Of any other number a fifth is held out as validation.
+    """
+    # RandomState is the legacy generator, whose numbers NumPy has promised never to change.
+    order = np.random.RandomState(seed).permutation(count)
+    if count == QM9_KEPT:
+        return Split(*np.split(order, [QM9_TRAIN, QM9_TRAIN + QM9_VALIDATION]))
+    held_out = round(count / 5)
+    return Split(order[held_out:], order[:held_out], order[:0])
+
+
+def assemble(
+    molecules: Iterable[Molecule], source: str, *, strict: bool = False, skipped: dict[str, int] | None = None
+) -> MoleculeSet:
+    """Collect molecules into a set and centre them.
+
+    A molecule with an unknown element or more than 29 atoms is left out and counted, and so is one that repeats another
+    of the same name exactly; one that only shares a name becomes name#2.
+
+    Args:
+        molecules: in the order of the set.
+        source: see `MoleculeSet`.
+        strict: refuse in place of leaving out.
+        skipped: what was left out before.
+
+    Raises:
+        UserError: no molecule is left; coordinates that are not finite or farther than 1000 Å; under `strict` what would
+            be left out.
+    """
+    kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+    smiles: list[str | None] = []
+    gaps: list[float | None] = []
+    left_out = Counter(skipped or {})
+    for molecule in molecules:
+        codes = np.asarray(molecule.elements, np.uint8)
+        positions = np.asarray(molecule.positions, np.float64).reshape(-1, 3)
+        where = molecule.where or molecule.name
+        if not (np.abs(positions) < FARTHEST).all():  # false for NaN as well
+            raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
+        name, reason = _place(kept, molecule.name, codes, positions)
+        if reason is not None:
+            if strict:
+                raise UserError(f"{where}: {reason}; without --strict such molecules are left out and counted")
+            left_out[reason] += 1
+            continue
+        kept[name] = codes, positions
+        smiles.append(molecule.smiles)
+        gaps.append(molecule.gap)
+    if not kept:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there are none"
+        raise UserError(f"{source}: no molecule to use ({reasons})")
+    elements, all_positions, counts = _pad(list(kept.values()))
+    return MoleculeSet(
+        elements=elements,
+        positions=all_positions,
+        counts=counts,
+        names=tuple(kept),
+        source=source,
+        smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
+        gap=None if None in gaps else np.array(gaps, np.float32),
+        skipped=dict(left_out),
+    )
+
+
+def _place(
+    kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]],
+    name: str,
+    codes: NDArray[np.uint8],
+    positions: NDArray[np.float64],
+) -> tuple[str, str | None]:
+    """The name a molecule gets, or why it is left out."""
+    if len(codes) == 0:
+        return name, "no atoms"
+    if len(codes) > MAX_ATOMS:
+        return name, f"more than {MAX_ATOMS} atoms"
+    if not codes.all():
+        return name, f"an element other than {' '.join(SYMBOLS)}"
+    unique, number = name, 1
+    while unique in kept:
+        other_codes, other_positions = kept[unique]
+        if np.array_equal(codes, other_codes) and np.array_equal(positions, other_positions):
+            return name, "an exact repetition"
+        number += 1
+        unique = f"{name}#{number}"
+    return unique, None
+
+
+def _pad(
+    molecules: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64]]],
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+    """Padded elements, positions with zero mean, and counts."""
+    elements = np.zeros((len(molecules), MAX_ATOMS), np.uint8)
+    positions = np.zeros((len(molecules), MAX_ATOMS, 3), np.float32)
+    for row, (codes, points) in enumerate(molecules):
+        elements[row, : len(codes)] = codes
+        mean = points.mean(0)
+        # What was centred and rounded to float32 before stays as it is, so that a cache gives back its input's bits.
+        centred = np.abs(mean).max() <= np.finfo(np.float32).eps * np.abs(points).max()
+        positions[row, : len(codes)] = points if centred else points - mean
+    return elements, positions, (elements > 0).sum(1, dtype=np.int64)
+
+
+def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
+    """Write a set as NPZ, aside and renamed; `read_npz` gives it back, bit for bit.
+
+    Arrays: atomic_numbers [n, 29] uint8 with 0 as padding, positions [n, 29, 3] float32 in Å, names [n], smiles [n],
+    gap [n] in eV (the last two where known), and about, a JSON text of source and skipped. No pickles.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
+    path = Path(path)
+    arrays: dict[str, NDArray] = {
+        "atomic_numbers": ATOMIC_NUMBERS[molecules.elements],
+        "positions": molecules.positions,
+        "names": np.array(molecules.names),
+        "about": np.array(json.dumps({"source": molecules.source, "skipped": molecules.skipped})),
+    }
+    if molecules.smiles is not None:
+        arrays["smiles"] = np.array(molecules.smiles)
+    if molecules.gap is not None:
+        arrays["gap"] = molecules.gap
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # renamed away, or its folder could not be made
+            temporary.unlink()
+
+
+def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
+    """Read an NPZ file of atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N, and optionally names,
+    smiles, gap (eV) and about, as `write_npz` writes them.
+
+    Raises:
+        UserError: missing or cut off, arrays of another shape or kind, and as `assemble`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is cut off or not an NPZ file without pickles: {error}") from None
+    about = _about(arrays, path)
+    numbers, positions = _shapes(arrays, path)
+    names = arrays["names"] if "names" in arrays else [f"{Path(path).stem}_{row + 1}" for row in range(len(numbers))]
+    lookup = np.zeros(256, np.uint8)
+    lookup[ATOMIC_NUMBERS[1:]] = np.arange(1, len(ATOMIC_NUMBERS))
+    smiles, gap = arrays.get("smiles"), arrays.get("gap")
+    molecules = (
+        Molecule(
+            name=str(names[row]),
+            elements=lookup[numbers[row, real]],
+            positions=positions[row, real],
+            smiles=None if smiles is None else str(smiles[row]),
+            gap=None if gap is None else float(gap[row]),
+            where=f"{path}, molecule {row + 1}",
+        )
+        for row, real in enumerate(numbers > 0)
+    )
+    return assemble(molecules, about["source"], strict=strict, skipped=about["skipped"])
+
+
+def _about(arrays: dict[str, NDArray], path: str | Path) -> dict:
+    if "about" not in arrays:
+        return {"source": str(path), "skipped": {}}
+    try:
+        about = json.loads(str(arrays["about"]))
+        return {"source": str(about["source"]), "skipped": {str(k): int(v) for k, v in about["skipped"].items()}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{path}: its array "about" is not the JSON that unite_fast writes: remove it') from None
+
+
+def _shapes(arrays: dict[str, NDArray], path: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    for name in ("atomic_numbers", "positions"):
+        if name not in arrays:
+            raise UserError(f"{path} has no array {name}; it has {', '.join(arrays) or 'none'}")
+    numbers, positions = arrays["atomic_numbers"], arrays["positions"]
+    if numbers.ndim != 2 or numbers.dtype.kind not in "iu" or positions.shape != (*numbers.shape, 3):
+        raise UserError(
+            f"{path}: atomic_numbers must be integers [n, N] and positions [n, N, 3], "
+            f"got {numbers.dtype} {list(numbers.shape)} and {list(positions.shape)}"
+        )
+    if positions.dtype.kind != "f":
+        raise UserError(f"{path}: positions must be floating-point numbers in Å, got {positions.dtype}")
+    for name, kind in (("names", "U"), ("smiles", "U"), ("gap", "f")):
+        if name in arrays and (arrays[name].shape != (len(numbers),) or arrays[name].dtype.kind != kind):
+            raise UserError(
+                f"{path}: {name} must be one {'text' if kind == 'U' else 'number'} a molecule ({len(numbers)}), "
+                f"got {arrays[name].dtype} {list(arrays[name].shape)}"
+            )
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= 255:
+        raise UserError(f"{path}: atomic numbers must lie in 0 … 255, got {numbers.min()} … {numbers.max()}")
+    return numbers, positions

@@ -1,0 +1,310 @@
+"""`load_molecules`: QM9's own files and general formats, recognised by their content, cached as NPZ."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import logging
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from unite_fast.data.molecules.formats import HARTREE, read_sdf, read_xyz
+from unite_fast.data.molecules.molecule_set import QM9_KEPT, Molecule, MoleculeSet, assemble, read_npz, write_npz
+from unite_fast.data.molecules.parquet import read_parquet
+from unite_fast.data.molecules.perception import canonical_order, perceive_all, with_bonds
+from unite_fast.errors import UserError
+from unite_fast.progress import track
+
+log = logging.getLogger("unite_fast.data")
+
+# Raised with every change of what the readers give, so that an old cache is made again.
+VERSION = 1
+XYZ_NAMES = (".xyz", ".extxyz")
+SDF_NAMES = (".sdf", ".mol")
+LARGEST_MEMBER = 64 << 20  # bytes of one XYZ file in an archive; QM9's largest has 3 kB
+QM9_NAME = re.compile(r"gdb_(\d+)$")
+QM9_ALL, QM9_EXCLUDED = 133_885, 3_054
+UNCHARACTERIZED = "uncharacterized.txt"
+EXCLUDED_REASON = f"listed in {UNCHARACTERIZED}"
+# A row of uncharacterized.txt: an index and a SMILES of H C N O F, followed by three numbers; no English word of the
+# header is one.
+EXCLUDED_ROW = re.compile(r"\s*(\d+)\s+(?=\S*[CNOF])[\[\]()CNOFHcno0-9#=+\-@/\\.]+\s")
+
+Order = Literal["file", "canonical"]
+
+
+def load_molecules(
+    path: str | Path, *, order: Order = "file", strict: bool = False, cache: str | Path | None = None
+) -> MoleculeSet:
+    """Read molecules of H, C, N, O, F from whatever stands at a path.
+
+    What is recognised, whatever it is called: a folder of .xyz or .extxyz files (`dsgdb9nsd_*.xyz` among them), a
+    tar archive of such files (also gzip, bzip2 or xz), one such file, an SDF or MOL file (V2000; elements and
+    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). A folder that holds no XYZ file but exactly one
+    of the others stands for that one.
+
+    QM9's molecules, which are those named gdb_<index>, are put in the order of their indices, and those listed in an
+    `uncharacterized.txt` in the same folder are left out. Their gaps come from the XYZ files, or for `gdb9.sdf` from
+    `gdb9.sdf.csv` beside it.
+
+    Args:
+        path: file or folder.
+        order: of the atoms; "file", or "canonical" for RDKit's canonical SMILES order on perceived bonds (heavy atoms
+            first; a molecule whose bonds cannot be perceived keeps its order, and is counted in a warning).
+        strict: refuse molecules with an unknown element or more than 29 atoms, and repetitions, in place of leaving
+            them out.
+        cache: folder that keeps the result as NPZ for the next time; it is made again when the files change.
+
+    Raises:
+        UserError: nothing there, nothing recognised, a file that is broken or cut off (with its line), no molecule left,
+            and under `strict` one that would be left out.
+    """
+    path = _one_file(Path(path))
+    stored = None if cache is None else Path(cache) / f"molecules_{_fingerprint(path, order, strict)}.npz"
+    if stored is not None and stored.exists():
+        try:
+            return read_npz(stored)
+        except UserError as error:
+            log.warning("%s; reading %s again", error, path)
+    molecules = _without_uncharacterized(_read(path, strict), path)
+    if order == "canonical":
+        molecules = _canonical(molecules)
+    if molecules.skipped:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
+        log.info("%s: %d molecules; left out: %s", path, len(molecules), reasons)
+    if stored is not None:
+        write_npz(molecules, stored)
+    return molecules
+
+
+def _one_file(path: Path) -> Path:
+    """The path itself, or the only molecule file in a folder without XYZ files."""
+    try:
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"no file or folder {path}: set the path to molecules, see unite_fast.data.molecules")
+            return path
+        if _xyz_files(path):
+            return path
+        found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and entry.suffix not in (".txt", ".csv")]
+        known = [entry for entry in found if _kind(entry)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
+    if len(known) != 1:
+        what = ", ".join(entry.name for entry in known[:5]) if known else "none"
+        raise UserError(f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({what}): name one")
+    return known[0]
+
+
+def _xyz_files(folder: Path) -> list[Path]:
+    return sorted(
+        entry for entry in folder.iterdir() if entry.suffix.lower() in XYZ_NAMES and not entry.name.startswith(".")
+    )
+
+
+def _kind(path: Path) -> str | None:
+    """Format of a file, from its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith(b"PK\x03\x04"):
+        return "npz"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")) or head[257:262] == b"ustar":
+        return "tar"
+    lines = head.decode("utf-8", "replace").splitlines()
+    suffix = path.suffix.lower()  # a text file that is broken from the start should be told so, and not be no molecule
+    if suffix in SDF_NAMES or len(lines) > 3 and ("V2000" in lines[3] or "V3000" in lines[3]):
+        return "sdf"
+    if suffix in XYZ_NAMES or lines and lines[0].strip().isdecimal():
+        return "xyz"
+    return None
+
+
+def _read(path: Path, strict: bool) -> MoleculeSet:
+    source = str(path)
+    if path.is_dir():
+        return assemble(_in_order(_folder(path)), source, strict=strict)
+    try:
+        kind = _kind(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if kind == "npz":
+        return read_npz(path, strict=strict)
+    if kind == "parquet":
+        return read_parquet(path, strict=strict)
+    if kind == "tar":
+        return assemble(_in_order(_archive(path)), source, strict=strict)
+    if kind == "xyz":
+        return assemble(read_xyz(_lines(path), source), source, strict=strict)
+    if kind == "sdf":
+        return assemble(_in_order(_sdf(path)), source, strict=strict)
+    raise UserError(
+        f"{path} is no molecule file: its first lines are neither XYZ (a number of atoms) nor SDF, and its first bytes "
+        f"not those of a tar archive, NPZ or Parquet"
+    )
+
+
+def _in_order(molecules: Iterable[Molecule]) -> list[Molecule]:
+    """QM9's molecules by index, others as they came: archives and folders list files as they please."""
+    found = list(molecules)
+    matches = [QM9_NAME.match(molecule.name) for molecule in found]
+    if not all(matches):
+        return found
+    by_index = sorted(range(len(found)), key=lambda place: int(matches[place].group(1)))
+    return [found[place] for place in by_index]
+
+
+def _folder(folder: Path) -> Iterator[Molecule]:
+    files = _xyz_files(folder)
+    with track("reading molecules", len(files)) as advance:
+        for path in files:
+            yield from read_xyz(_lines(path), str(path))
+            advance(1)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _sdf(path: Path) -> Iterator[Molecule]:
+    gaps = _csv_gaps(path.with_name(path.name + ".csv"))
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
+            for molecule in read_sdf(file, str(path)):
+                yield molecule._replace(gap=gaps.get(molecule.name))
+                advance(1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _csv_gaps(path: Path) -> dict[str, float]:
+    """mol_id -> gap in eV from the table that comes with gdb9.sdf; empty without it."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {row["mol_id"]: float(row["gap"]) * HARTREE for row in csv.DictReader(file)}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} lacks a column mol_id or gap, or a number in it: repair or remove it") from None
+
+
+def _archive(path: Path) -> Iterator[Molecule]:
+    """Molecules of the XYZ files in a tar archive, read once from front to back, nothing unpacked to disk."""
+    members = 0
+    last = "its beginning"
+    try:
+        with _decompressed(path) as file:
+            stream = _Watched(file)
+            with tarfile.open(fileobj=stream, mode="r|") as archive, track("reading molecules", QM9_ALL) as advance:
+                for member in archive:
+                    name = member.name.rsplit("/", 1)[-1]
+                    if not member.isreg() or name.startswith(".") or not name.lower().endswith(XYZ_NAMES):
+                        continue
+                    if member.size > LARGEST_MEMBER:
+                        raise UserError(f"{path}: {member.name} has {member.size} bytes, an XYZ file has thousands")
+                    content = archive.extractfile(member)
+                    assert content is not None  # regular files have content
+                    lines = content.read().decode("utf-8", "replace").splitlines()
+                    yield from read_xyz(lines, f"{path}: {member.name}")
+                    members, last = members + 1, member.name
+                    advance(1)
+            # An archive cut between two members would pass for a shorter one; a whole one ends in zeros.
+            if not stream.ends_in_zeros():
+                raise EOFError
+    except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"{path} is cut off or damaged after {last}, member {members}: download it again") from None
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        head = file.read(6)
+    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open)):
+        if head.startswith(magic):
+            return opener(path, "rb")
+    return path.open("rb")
+
+
+class _Watched(io.RawIOBase):
+    """A stream that remembers its last block."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._tail = file, b""
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self._tail = (self._tail + block)[-2 * tarfile.BLOCKSIZE :]
+        return block
+
+    def ends_in_zeros(self) -> bool:
+        while self.read(1 << 16):
+            pass
+        return len(self._tail) == 2 * tarfile.BLOCKSIZE and not any(self._tail)
+
+
+def _without_uncharacterized(molecules: MoleculeSet, path: Path) -> MoleculeSet:
+    matches = [QM9_NAME.match(name) for name in molecules.names]
+    if not all(matches) or EXCLUDED_REASON in molecules.skipped:
+        return molecules
+    indices = np.array([int(match.group(1)) for match in matches])
+    table = (path if path.is_dir() else path.parent) / UNCHARACTERIZED
+    if not table.exists():
+        if len(molecules) == QM9_ALL:
+            log.warning("no %s beside QM9: the %d molecules it lists stay in the set", UNCHARACTERIZED, QM9_EXCLUDED)
+        return molecules
+    rows = [EXCLUDED_ROW.match(line) for line in _lines(table)]
+    excluded = np.array([int(row.group(1)) for row in rows if row], np.int64)
+    if not len(excluded):
+        raise UserError(f"{table} has no row of an index and a SMILES: download it again")
+    keep = np.flatnonzero(~np.isin(indices, excluded))
+    if not len(keep):
+        raise UserError(f"{table} lists every molecule of {path}: nothing is left")
+    if len(molecules) == QM9_ALL and len(keep) != QM9_KEPT:
+        log.warning("%s leaves %d of %d molecules, not QM9's %d: is it whole?", table, len(keep), QM9_ALL, QM9_KEPT)
+    skipped = molecules.skipped | {EXCLUDED_REASON: len(molecules) - len(keep)}
+    return replace(molecules.select(keep), skipped=skipped)
+
+
+def _canonical(molecules: MoleculeSet) -> MoleculeSet:
+    elements, positions = molecules.elements.copy(), molecules.positions.copy()
+    unperceived = 0
+    for index, perceived in enumerate(perceive_all(molecules, what="ordering atoms")):
+        if not perceived.valid:
+            unperceived += 1
+            continue
+        order = canonical_order(with_bonds(*molecules.atoms(index), perceived))
+        elements[index, : len(order)] = elements[index, order]
+        positions[index, : len(order)] = positions[index, order]
+    if unperceived:
+        log.warning("%d of %d molecules keep their order: no bonds perceived", unperceived, len(molecules))
+    return replace(molecules, elements=elements, positions=positions)
+
+
+def _fingerprint(path: Path, order: Order, strict: bool) -> str:
+    """Changes with the files' names, sizes and times, and with the way they are read."""
+    files = _xyz_files(path) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.parent
+    text = [f"{VERSION} {order} {strict} {path.resolve()}"]
+    for file in [*files, folder / UNCHARACTERIZED, path.with_name(path.name + ".csv")]:
+        if file.exists():
+            status = file.stat()
+            text.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(text).encode("utf-8", "replace")).hexdigest()[:16]

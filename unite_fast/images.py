@@ -1,0 +1,66 @@
+"""Images as a modality of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unite_fast.config import Config, ModelConfig
+from unite_fast.data.loader import MicroBatch
+from unite_fast.data.stream import Stream, open_stream
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.report import Report
+from unite_fast.engine.world import World
+from unite_fast.modality import Inputs
+from unite_fast.model.unite import Unite
+from unite_fast.objective.two_pass import Objective
+
+
+class Images:
+    """Class-folder images; see `unite_fast.modality.Modality`."""
+
+    name, unit, sizes, network = "images", "images", ModelConfig, Unite
+
+    def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
+        return Objective(config.objective, config.model.num_classes, device, autocast)
+
+    def stream(self, config: Config, batch: Batch, world: World, *, start_step: int) -> Stream:
+        return open_stream(
+            config.data,
+            device=world.device,
+            image_size=config.model.image_size,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            global_batch=batch.global_batch,
+            micro_batch=batch.micro_batch,
+            accumulation=batch.accumulation,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=start_step,
+        )
+
+    def inputs(self, config: Config, micro_batch: MicroBatch, batch: Batch, world: World) -> Inputs:
+        images = micro_batch.images.to(world.device, non_blocking=True).float().div_(255)
+        labels = micro_batch.labels.to(world.device, non_blocking=True)
+        return Inputs(images, labels, self._latents(config, len(images)), 1 / batch.accumulation)
+
+    def probe(self, config: Config, size: int, device: torch.device) -> Inputs:
+        side = config.model.image_size
+        images = torch.rand(size, 3, side, side, device=device)
+        return Inputs(images, torch.zeros(size, dtype=torch.int64, device=device), self._latents(config, size), 1.0)
+
+    def record(self, stream: Stream) -> dict[str, Any]:
+        return stream.mode
+
+    def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
+        return Report(config, folder, world, engine, stream.classes, stream.mode)
+
+    def commands(self) -> None:
+        return None
+
+    @staticmethod
+    def _latents(config: Config, size: int) -> torch.Size:
+        return torch.Size((size, config.model.registers, config.model.latent_dim))

@@ -1,0 +1,100 @@
+"""What a kind of data brings to the trainer, and nothing else of it is particular to a kind.
+
+The Generative Encoder, the two-pass step, the flow loss, engine, checkpoints, EMA and the command line are shared.
+A modality is a folder: a configuration class (listed in `unite_fast.config.MODALITIES`), a network on top of
+`TwoPassModel`, an objective, a stream of micro-batches, a report, and three commands.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unite_fast.config import Config, Sizes
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+from unite_fast.model.two_pass import TwoPassModel
+from unite_fast.objective.two_pass import TwoPassObjective
+
+if TYPE_CHECKING:
+    from unite_fast.engine.engine import Engine
+    from unite_fast.engine.report import Report
+
+
+class Inputs(NamedTuple):
+    """One micro-batch on the device, as `two_pass_step` takes it."""
+
+    data: Any  # what the objective's reconstruction reads
+    labels: Tensor  # [B] int64
+    shape: torch.Size  # [B, K, D] of the latents
+    weight: float  # of this micro-batch in the optimizer step; the weights of a step sum to 1 on average over the ranks
+
+
+class Stream(Protocol):
+    """Endless micro-batches of one rank, in an order that depends on (seed, step) alone."""
+
+    classes: tuple[str, ...]  # name of each label
+    steps_per_epoch: float
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class Modality(Protocol):
+    """A kind of data."""
+
+    name: str
+    unit: str  # what a batch counts, in the plural
+    sizes: type[Sizes]  # configuration class of the network
+    network: type[TwoPassModel]
+
+    def objective(self, config: Any, device: torch.device, autocast: torch.dtype | None) -> TwoPassObjective:
+        """The losses."""
+
+    def stream(self, config: Any, batch: Batch, world: World, *, start_step: int) -> Stream:
+        """The training data from an optimizer step on. Raises a UserError for data that cannot be used."""
+
+    def inputs(self, config: Any, micro_batch: Any, batch: Batch, world: World) -> Inputs:
+        """A micro-batch of the stream on the device, without waiting for it."""
+
+    def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
+        """The largest micro-batch of `size` samples that could come, to measure memory with."""
+
+    def record(self, stream: Any) -> dict[str, Any]:
+        """What checkpoints and exports keep of the training data beside the class names; JSON values."""
+
+    def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
+        """What the run leaves for people."""
+
+    def commands(self) -> ModuleType | None:
+        """The module whose sample, reconstruct and tokenize serve such models; None: those of `unite_fast.cli`."""
+
+
+_HOMES = {"images": "unite_fast.images:Images", "molecules": "unite_fast.molecules.modality:Molecular"}
+
+
+def modality(name: str) -> Modality:
+    """The modality of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in _HOMES:
+        raise UserError(f"unknown modality {name!r}; this version of unite_fast knows {', '.join(_HOMES)}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def modality_of(config: Config) -> Modality:
+    """The modality of a run."""
+    return modality(config.modality)

@@ -1,0 +1,112 @@
+"""What every modality's network shares: the Generative Encoder, the latent norm, and the denoising pass.
+
+A modality adds how its data become patch tokens, its decoder, and the tokenization pass with its losses.
+Shapes: B batch, K registers, D latent channels, S flow draws.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import unite_kernels as uk
+from unite_fast.model.generative_encoder import GenerativeEncoder
+
+TOKENIZE_T_MAX = 0.01  # tokenization times are U(0, 0.01): the registers are all but pure noise
+LATENT_NORM_EPS = 1e-5
+
+
+class LatentNorm(nn.Module):
+    """LayerNorm over the D latent channels in float32; outside the encoder, in both modes."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(latent_dim))
+        self.bias = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return F.layer_norm(latent.float(), self.weight.shape, self.weight, self.bias, LATENT_NORM_EPS)
+
+    def mix(self, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(z0, decoder input): where mask [B], the input is t·z0 + (1−t)·noise."""
+        return uk.latent_norm_mix(
+            latent.float(), self.weight, self.bias, mask=mask, t=t, noise=noise, eps=LATENT_NORM_EPS
+        )
+
+    def flow_loss(self, latent: Tensor, z1: Tensor, t: Tensor, *, weighting: bool, floor: float) -> Tensor:
+        """Σ over draws of mean(((z1 − LatentNorm(latent)) / max(1−t, floor))²); undivided without weighting."""
+        return uk.latent_norm_flow_loss(
+            latent.float(), z1, t, self.weight, self.bias, floor=floor, weighting=weighting, eps=LATENT_NORM_EPS
+        )
+
+
+class TwoPassModel(nn.Module, ABC):
+    """Patch embedding, Generative Encoder, latent norm and decoder under one configuration of sizes.
+
+    With `config.shared` one encoder serves both modes; otherwise `denoiser` is a second encoder with a latent norm
+    of its own (the paper's separate-weights ablation).
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        # This order of the parts is that of the initial random numbers and of the optimizer's parameters.
+        self.patches = self.make_patches(config)
+        self.encoder = GenerativeEncoder(config)
+        self.latent_norm = LatentNorm(config.latent_dim)
+        if not config.shared:
+            self.denoiser = GenerativeEncoder(config)
+            self.denoiser_norm = LatentNorm(config.latent_dim)
+        self.decoder = self.make_decoder(config)
+
+    @abstractmethod
+    def make_patches(self, config: Any) -> nn.Module:
+        """The module that turns data into patch tokens."""
+
+    @abstractmethod
+    def make_decoder(self, config: Any) -> nn.Module:
+        """The module that turns latents into data."""
+
+    @abstractmethod
+    def _reconstruct(self, **inputs: Any) -> Any:
+        """The tokenization pass with its losses; the first output is z0."""
+
+    @abstractmethod
+    def _flow(self, **inputs: Any) -> Tensor:
+        """The denoising pass of several draws: their flow losses' sum."""
+
+    @classmethod
+    def state_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every entry of the state dict, without allocating the weights."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+
+    @property
+    def null_label(self) -> int:
+        """Label that stands for no class."""
+        return self.config.num_classes
+
+    def forward(self, phase: str, **inputs):
+        """The training passes, `reconstruct` and `flow`; one entry point so that a wrapper's hooks see both."""
+        return {"reconstruct": self._reconstruct, "flow": self._flow}[phase](**inputs)
+
+    def _denoiser(self) -> tuple[GenerativeEncoder, LatentNorm]:
+        return (self.encoder, self.latent_norm) if self.config.shared else (self.denoiser, self.denoiser_norm)
+
+    def matrix_parameters(self) -> set[str]:
+        """Names of the parameters that Muon updates (UNITE, optimisation).
+
+        Everything with two or more dimensions except the patch embedding, the final layer, the context vectors and
+        the register positions.
+        """
+        excluded = (".patches.", ".final.", ".final_modulation.", ".context", ".register_position")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim >= 2 and not any(part in f".{name}" for part in excluded)
+        }

@@ -1,0 +1,75 @@
+"""Molecules as a modality of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.report import Report
+from unite_fast.engine.world import World
+from unite_fast.modality import Inputs
+from unite_fast.model.packing import Packed
+from unite_fast.molecules.config import MAX_ATOMS, MoleculeConfig, MoleculeModelConfig
+from unite_fast.molecules.model import MoleculeUnite
+from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate
+
+if TYPE_CHECKING:
+    from unite_fast.molecules.stream import MoleculeBatch, MoleculeStream
+
+
+class Molecular:
+    """Molecules with coordinates; see `unite_fast.modality.Modality`."""
+
+    name, unit, sizes, network = "molecules", "molecules", MoleculeModelConfig, MoleculeUnite
+
+    def objective(
+        self, config: MoleculeConfig, device: torch.device, autocast: torch.dtype | None
+    ) -> MoleculeObjective:
+        return MoleculeObjective(config.objective, config.model.num_classes)
+
+    def stream(self, config: MoleculeConfig, batch: Batch, world: World, *, start_step: int) -> MoleculeStream:
+        from unite_fast.molecules.stream import MoleculeStream  # needs RDKit, which using a model does not
+
+        return MoleculeStream(config.data, config.model.num_classes, config.train.seed, batch, world, start_step)
+
+    def inputs(self, config: MoleculeConfig, micro_batch: MoleculeBatch, batch: Batch, world: World) -> Inputs:
+        device = world.device
+        packed = Packed.of(micro_batch.counts, length=micro_batch.elements.shape[1], device=device)
+        molecules = Molecules(
+            packed.pack(micro_batch.elements.to(device, non_blocking=True)).long(),
+            packed.pack(micro_batch.positions.to(device, non_blocking=True)),
+            packed,
+        )
+        if config.objective.rotate:
+            stream = world.rank * batch.accumulation + micro_batch.micro_batch
+            molecules = rotate(molecules, seed=config.train.seed, step=micro_batch.step, stream=stream)
+        shape = torch.Size((*micro_batch.elements.shape, config.model.latent_dim))
+        return Inputs(molecules, micro_batch.labels.to(device, non_blocking=True), shape, micro_batch.weight)
+
+    def probe(self, config: MoleculeConfig, size: int, device: torch.device) -> Inputs:
+        packed = Packed.of(torch.full((size,), MAX_ATOMS), device=device)
+        atoms = size * MAX_ATOMS
+        elements = torch.ones(atoms, dtype=torch.int64, device=device)
+        molecules = Molecules(elements, torch.randn(atoms, 3, device=device), packed)
+        shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
+        return Inputs(molecules, torch.zeros(size, dtype=torch.int64, device=device), shape, 1.0)
+
+    def record(self, stream: MoleculeStream) -> dict[str, Any]:
+        return stream.record
+
+    def report(
+        self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
+    ) -> Report:
+        from unite_fast.molecules.report import MoleculeReport
+
+        return MoleculeReport(config, folder, world, engine, stream)
+
+    def commands(self) -> ModuleType:
+        from unite_fast.molecules import commands
+
+        return commands

@@ -1,0 +1,154 @@
+"""UNITE on molecules: one register and one patch an atom; hidden states hold real atoms only.
+
+Latents are padded, [B, N, D] with D = 16, because draws and metrics want them so and they are small; the hidden
+states, C = 384, are packed: [T, C] for the T real atoms of a batch, so no work is done on padding and padding cannot
+change a result. Atom order is part of the input: the model is not invariant under permutations.
+Shapes: B molecules, N padded atoms, T real atoms in all, D latent channels, C width, S flow draws.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from unite_fast.model.conditioning import sincos_1d
+from unite_fast.model.decoder import LAYER_NORM_EPS, DecoderBlock
+from unite_fast.model.packing import Packed
+from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
+from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig
+
+ANGSTROM_PER_NM = 10.0
+
+
+class AtomEmbedding(nn.Module):
+    """Atoms to patch tokens: element embedding + MLP(position) + index encoding.
+
+    The MLP's last bias is the patches' type vector, as the bias of the encoder's `register_in` is the registers'.
+    """
+
+    def __init__(self, config: MoleculeModelConfig):
+        super().__init__()
+        width = config.width
+        self.element = nn.Embedding(ELEMENTS, width)
+        self.lift = nn.Linear(3, width)
+        self.project = nn.Linear(width, width)
+        self.register_buffer("index", sincos_1d(torch.arange(config.registers), width), persistent=False)
+
+    def forward(self, elements: Tensor, positions: Tensor, place: Tensor) -> Tensor:
+        """elements [T] 1 … 5, positions [T, 3] in Å, place [T] in the molecule -> [T, C] float32."""
+        # bfloat16 keeps 8 bits: at 5 Å a rounding of 0.02 Å, as much as perceiving a bond's order allows.
+        with torch.autocast(positions.device.type, enabled=False):
+            moved = self.project(F.silu(self.lift(positions.float())))
+            return self.element(elements - 1) + moved + self.index.index_select(0, place)
+
+
+class AtomDecoder(nn.Module):
+    """Latents of atoms -> element logits and positions."""
+
+    def __init__(self, config: MoleculeModelConfig):
+        super().__init__()
+        sizes = config.decoder
+        self.lift = nn.Linear(config.latent_dim, sizes.width)
+        self.register_buffer("index", sincos_1d(torch.arange(config.registers), sizes.width), persistent=False)
+        self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.elements = nn.Linear(sizes.width, ELEMENTS)
+        self.positions = nn.Linear(sizes.width, 3)
+
+    def forward(self, latent: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+        """latent [T, D] -> logits [T, 5] and positions [T, 3] in Å, zero mean in every molecule; both float32."""
+        x = self.lift(latent)
+        x = (x + self.index.index_select(0, packed.position).to(x.dtype))[None]
+        for block in self.blocks:
+            x = block(x, packed.spans)
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.norm(x[0].float())
+            positions = self.positions(x)
+            return self.elements(x), positions - packed.mean(positions)
+
+
+class MoleculeUnite(TwoPassModel):
+    """UNITE on molecules."""
+
+    def make_patches(self, config: MoleculeModelConfig) -> AtomEmbedding:
+        return AtomEmbedding(config)
+
+    def make_decoder(self, config: MoleculeModelConfig) -> AtomDecoder:
+        return AtomDecoder(config)
+
+    def tokenize(
+        self, elements: Tensor, positions: Tensor, packed: Packed, *, noise: Tensor, t: Tensor | None = None
+    ) -> Tensor:
+        """Molecules to latents.
+
+        Args:
+            elements: [B, N] int64, 0 = padding, 1 … 5 = H C N O F.
+            positions: [B, N, 3] in Å, zero mean over a molecule's atoms.
+            packed: of these molecules.
+            noise: [B, N, D] register noise.
+            t: [B] tokenization times; the middle of U(0, 0.01) if None.
+
+        Returns:
+            z0 [B, N, D] float32, zero at padding.
+        """
+        if t is None:
+            t = torch.full(elements.shape[:1], TOKENIZE_T_MAX / 2, device=elements.device)
+        latent = self._encode(packed.pack(elements), packed.pack(positions), packed, noise, t)
+        return packed.pad(self.latent_norm(latent))
+
+    def denoise(self, z_t: Tensor, t: Tensor, labels: Tensor, packed: Packed, *, normalise: bool = True) -> Tensor:
+        """Prediction of clean latents: z_t [B, N, D], t [B], labels [B] -> ẑ0 [B, N, D] float32, zero at padding."""
+        encoder, norm = self._denoiser()
+        latent = encoder(packed.pack(z_t), t, labels, packed=packed)
+        return packed.pad(norm(latent) if normalise else latent.float())
+
+    def decode(self, z0: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Latents [B, N, D] -> elements [B, N] int64 with 0 = padding, and positions [B, N, 3] in Å."""
+        logits, positions = self.decoder(packed.pack(z0), packed)
+        return packed.pad(logits.argmax(-1) + 1), packed.pad(positions)
+
+    def _reconstruct(self, elements, positions, packed, noise, t, squared, mix=None, added_noise=None):
+        """(z0 [B,N,D], cross-entropy, position error) of elements [T] and positions [T, 3], means over real atoms.
+
+        `squared` makes the error a squared one in nm²; otherwise it is absolute in Å. `mix` is (mask, t, ε).
+        """
+        latent = self._encode(elements, positions, packed, noise, t)
+        if mix is not None:
+            mask, mix_t, mix_noise = mix
+            # Each atom as a sample of one token: the operator then needs no mask.
+            z0, decoder_input = self.latent_norm.mix(
+                latent[:, None], mask[packed.sequence], mix_t[packed.sequence], packed.pack(mix_noise)[:, None]
+            )
+            z0, decoder_input = z0[:, 0], decoder_input[:, 0]
+        else:
+            z0 = self.latent_norm(latent)
+            decoder_input = z0 if added_noise is None else z0 + packed.pack(added_noise)
+        logits, found = self.decoder(decoder_input, packed)
+        distance = found - (positions - packed.mean(positions))
+        error = (distance / ANGSTROM_PER_NM).square().mean() if squared else distance.abs().mean()
+        return packed.pad(z0), F.cross_entropy(logits, elements - 1), error
+
+    def _flow(self, z_t, t, labels, z1, weighting, floor, packed):
+        """Flow loss of s draws: z_t [s,B,N,D], t [s,B], labels [s,B], z1 [B,N,D] -> scalar, summed over draws.
+
+        A draw's mean runs over real atoms and channels: each atom is a sample of one token under its molecule's time.
+        """
+        encoder, norm = self._denoiser()
+        draws, many = z_t.shape[0], packed.repeat(z_t.shape[0])
+        latent = encoder(many.pack(z_t.flatten(0, 1)), t.flatten(), labels.flatten(), packed=many)
+        clean = packed.pack(z1)[:, None]
+        return norm.flow_loss(
+            latent.view(draws, *clean.shape), clean, t[:, packed.sequence], weighting=weighting, floor=floor
+        )
+
+    def _encode(self, elements: Tensor, positions: Tensor, packed: Packed, noise: Tensor, t: Tensor) -> Tensor:
+        null = torch.full_like(packed.counts, self.null_label)
+        patches = self.patches(elements, positions, packed.position)
+        return self.encoder(packed.pack(noise), t, null, patches, packed)
+
+    def matrix_parameters(self) -> set[str]:
+        """As in `TwoPassModel`, without the heads: an orthogonal update of 3 × C moves coordinates by a fixed length,
+        however small their error has become."""
+        return super().matrix_parameters() - {"decoder.elements.weight", "decoder.positions.weight"}
