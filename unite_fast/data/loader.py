@@ -265,7 +265,7 @@ class _Pieces(Dataset[Piece]):
         def holding(index: int) -> None:
             mine[1] = index
 
-        piece = read_piece(self.reader, draw, seed=self._seed, flip=self._flip, holding=holding, shared=True)
+        piece = read_piece(self.reader, draw, seed=self._seed, flip=self._flip, holding=holding)
         mine[1] = -1
         return piece
 

@@ -161,7 +161,6 @@ def read_piece(
     seed: int,
     flip: bool,
     holding: Callable[[int], None] = lambda index: None,
-    shared: bool = False,
 ) -> Piece:
     """Read a micro-batch.
 
@@ -174,12 +173,9 @@ def read_piece(
         seed: of flips and substitutes.
         flip: mirror half of the images.
         holding: told the index of every file before it is opened.
-        shared: put the images into shared memory at once, where another process will want them. A worker that leaves
-            the move to the queue took up to 40 % longer, for fresh pages twice over.
     """
     size = reader.image_size
-    tensor = torch.empty((len(draw.indices), 3, size, size), dtype=torch.uint8)
-    images = (tensor.share_memory_() if shared else tensor).numpy()
+    images = np.empty((len(draw.indices), 3, size, size), np.uint8)
     places: list[Served] = []
     for epoch, wanted in zip(draw.epochs.tolist(), draw.indices.tolist()):
         place = serve(reader, seed, epoch, wanted, holding)
@@ -190,7 +186,7 @@ def read_piece(
         if flip and flips(seed, epoch, place.index)[0]:
             rows = rows[:, ::-1]
         images[len(places) - 1] = rows.transpose(2, 0, 1)
-    return piece_of(draw, places, tensor, reader.folder.labels)
+    return piece_of(draw, places, torch.from_numpy(images), reader.folder.labels)
 
 
 def piece_of(draw: Draw, places: list[Served], images: Tensor, labels: NDArray[np.int64]) -> Piece:
