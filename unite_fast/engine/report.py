@@ -49,13 +49,9 @@ class Report:
 
     def __init__(self, config: Config, folder: Path, world: World, engine: Engine, classes: tuple[str, ...]):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
-        if world.is_main:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        """Load what sheets and metrics need."""
-        config = self.config
         self._judge: SmallDataJudge | None = None
+        if not world.is_main:
+            return
         self._held_out, self._held_out_labels = self._load(config.data.val_path or config.data.path)
         if config.evaluation.samples_per_class:
             train = self._load(config.data.path)

@@ -52,11 +52,8 @@ class MoleculeReport(Report):
     def __init__(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
     ):
-        self._parts, self._record = stream.parts, stream.record
-        self._judge: MoleculeJudge | None = None
-        super().__init__(config, folder, world, engine, stream.classes)
-
-    def _prepare(self) -> None:
+        self.config, self.folder, self.world, self.engine = config, folder, world, engine
+        self.classes, self._parts, self._mode = stream.classes, stream.parts, stream.mode
         held_out = self._parts.held_out
         self._held_out = held_out.select(np.arange(min(len(held_out), self.config.evaluation.reconstructions)))
 
@@ -68,22 +65,27 @@ class MoleculeReport(Report):
             molecule_sheet(made, perceived, self.folder / f"samples{suffix}.png")
 
     def _measure(self, model: MoleculeUnite) -> dict[str, Any]:
-        self._judge = MoleculeJudge(self._parts.train, self._held_out, processes=self._processes)
+        judge = MoleculeJudge(self._parts.train, self._held_out, processes=self._processes)
         rebuilt = self._reconstruct(model, self._held_out)
-        reconstruction = self._judge.reconstruction(rebuilt)
+        reconstruction = judge.reconstruction(rebuilt)
         made = self._generate(model, self.config.evaluation.samples)
-        generation = self._judge.generation(made)
-        self._draw(made, generation, rebuilt, reconstruction)
+        generation = judge.generation(made)
+        self._draw(judge, made, generation, rebuilt, reconstruction)
         return reconstruction.metrics | generation.metrics | {"data": self._parts.train.source}
 
     def _draw(
-        self, made: MoleculeSet, generation: Generation, rebuilt: MoleculeSet, reconstruction: Reconstruction
+        self,
+        judge: MoleculeJudge,
+        made: MoleculeSet,
+        generation: Generation,
+        rebuilt: MoleculeSet,
+        reconstruction: Reconstruction,
     ) -> None:
         folder, source = self.folder, self._parts.train.source
         some = np.arange(min(len(made), self.config.evaluation.sheet))
         shown, found = made.select(some), [generation.perceived[index] for index in some]
         molecule_sheet(shown, found, folder / "samples.png", title=f"Generated, the first {len(some)} of {len(made)}")
-        originals = self._held_out, self._judge.held_out_perceived
+        originals = judge.held_out, judge.held_out_perceived
         reconstruction_sheet(
             *originals, rebuilt, reconstruction, folder / "reconstructions.png", count=SHEET_RECONSTRUCTIONS
         )
@@ -110,7 +112,7 @@ class MoleculeReport(Report):
         sampling, seed, pieces = self.config.sampling, self.config.train.seed + 1, []
         for first in range(0, count, self.config.evaluation.batch):
             numbers = np.arange(first, min(first + self.config.evaluation.batch, count))
-            counts = draw_counts(self._record["atom_histogram"], len(numbers), seed=seed, first=first)
+            counts = draw_counts(self._mode["atom_histogram"], len(numbers), seed=seed, first=first)
             labels = torch.from_numpy(numbers % len(self.classes)) if self.classes else None
             pieces.append(
                 generate(
@@ -126,7 +128,7 @@ class MoleculeReport(Report):
         return self.config.evaluation.workers or None
 
     def _made_by(self, steps: int) -> dict[str, Any]:
-        return super()._made_by(steps) | {"data": self._record}
+        return super()._made_by(steps) | {"data": self._mode}
 
 
 def joined(pieces: list[Any], source: str, names: tuple[str, ...] | None = None) -> MoleculeSet:
