@@ -158,6 +158,7 @@ def test_latent_statistics_look_at_real_atoms_only():
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        ({"modality": [7]}, ["modality", "valid: images, molecules"]),
         ({"modality": "molecule"}, ["modality", "did you mean 'molecules'"]),
         ({"data": {"flip": True}}, ["data.flip: unknown key"]),
         ({"model": {"num_classes": 4}}, ["num_classes 4", "data.condition"]),

@@ -305,7 +305,7 @@ class Config(Section):
             UserError: every problem on a line of its own, with the key, the value and what is valid.
         """
         name = data.get("modality", "images") if isinstance(data, dict) else "images"
-        if name not in MODALITIES:
+        if not isinstance(name, str) or name not in MODALITIES:
             near = difflib.get_close_matches(str(name), MODALITIES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(MODALITIES)}"
             raise UserError(f"{source} is not valid:\n  modality: {name!r} is unknown; {hint}")

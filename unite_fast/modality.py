@@ -86,7 +86,7 @@ def modality(name: str) -> Modality:
     Raises:
         UserError: there is none.
     """
-    if name not in MODALITIES:
+    if not isinstance(name, str) or name not in MODALITIES:
         raise UserError(f"unknown modality {name!r}; this version of unite_fast knows {', '.join(MODALITIES)}")
     return imported(MODALITIES[name][1])()
 
