@@ -153,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"{molecules.source} in {options.file}; dropped {molecules.skipped or 'none'}")
     return 0
 
