@@ -23,14 +23,14 @@ def mathematica(value: float) -> str:
 
 
 def qm9_text(molecules: MoleculeSet, row: int, index: int, gap: float = 0.25, end: str = "\n") -> str:
-    """One dsgdb9nsd file."""
+    """One dsgdb9nsd file; its first SMILES, GDB's, is not that of the relaxed geometry."""
     elements, positions = molecules.atoms(row)
     smiles = molecules.smiles[row]
     properties = [157.7, 157.7, 157.7, 0.0, 13.2, -0.38, 0.11, gap, 35.3, 0.04, -40.4, -40.4, -40.4, -40.4, 6.4]
     lines = [str(len(elements)), f"gdb {index}\t" + "\t".join(f"{value:g}" for value in properties) + "\t"]
     for code, point in zip(elements, positions.astype(float), strict=True):
         lines.append("\t".join([SYMBOLS[code - 1], *map(mathematica, point), mathematica(-2.5e-5)]))
-    lines += ["1341.307\t1562.6792\t3151.7060", f"{smiles}\t{smiles}\t", f"InChI=1S/{index}\tInChI=1S/{index}"]
+    lines += ["1341.307\t1562.6792\t3151.7060", f"C\t{smiles}\t", f"InChI=1S/{index}\tInChI=1S/{index}"]
     return end.join(lines) + end
 
 
@@ -47,7 +47,13 @@ def sdf_text(molecules: MoleculeSet, row: int, title: str, end: str = "\n") -> s
 
 def uncharacterized_text(indices: list[int]) -> str:
     """The list of molecules that failed the consistency check, with a header that holds numbers."""
-    header = ["3054 molecules failed", "the check of 2014 , see text", "", " Index  SMILES_GDB  SMILES_geo  a b c", "-" * 30]
+    header = [
+        "3054 molecules failed",
+        "the check of 2014 , see text",
+        "",
+        " Index  SMILES_GDB  SMILES_geo  a b c",
+        "-" * 30,
+    ]
     rows = [f"  {index}  CC(=O)N   C[C](O)[NH3+]     0.1  2.0  3" for index in indices]
     return "\n".join([*header, *rows, "  "]) + "\n"
 

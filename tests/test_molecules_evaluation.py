@@ -157,7 +157,9 @@ def test_shares_count_what_they_say(judge):
     assert figures["rdkit/connected"] == pytest.approx(3 / 5)
     assert figures["rdkit/unique"] == pytest.approx(3 / 4) and figures["rdkit/charged"] == 0
     assert figures["rdkit/valid_unique"] == pytest.approx(3 / 5)
-    assert figures["rdkit/valid_connected_unique"] == figures["rdkit/valid_connected_unique_novel"] == pytest.approx(2 / 5)
+    assert (
+        figures["rdkit/valid_connected_unique"] == figures["rdkit/valid_connected_unique_novel"] == pytest.approx(2 / 5)
+    )
     assert figures["edm/molecule_stable"] == pytest.approx(4 / 5)
     assert figures["edm/atom_stable"] == pytest.approx(19 / 23)
     assert [found.valid for found in verdict.perceived] == [True, True, True, False, True]
@@ -235,6 +237,11 @@ def test_wrong_elements_and_mirrored_or_permuted_atoms_do_not_match(judge):
     swapped[1, [3, 8]] = swapped[1, [8, 3]]  # two hydrogens change places: same molecule, wrong index
     verdict = other.reconstruction(from_arrays(chiral.elements, swapped, source="swapped"))
     assert verdict.rmsd[1] > 0.3 and verdict.match[1]
+    elements, renumbered = chiral.elements.copy(), chiral.positions.copy()
+    elements[1, [0, 2]], renumbered[1, [0, 2]] = elements[1, [2, 0]], renumbered[1, [2, 0]]
+    verdict = other.reconstruction(from_arrays(elements, renumbered, source="renumbered"))
+    assert verdict.perceived[1].inchi == other.held_out_perceived[1].inchi  # the same molecule, but not its atoms
+    assert not verdict.match[1]
     with pytest.raises(UserError, match="atom counts differ"):
         other.reconstruction(_set(WATER, METHANE))
 
@@ -276,7 +283,10 @@ def test_permutation_leaves_smiles_and_stability_alone():
 def test_lone_hydrogens_have_a_canonical_order():
     for symbols in ("HH", "H"):
         molecules = _set((symbols, [[0, 0, 0], [0.74, 0, 0]][: len(symbols)]))
-        assert sorted(canonical_order(with_bonds(*molecules.atoms(0), perceive(molecules.atoms(0))))) == [0, 1][: len(symbols)]
+        assert (
+            sorted(canonical_order(with_bonds(*molecules.atoms(0), perceive(molecules.atoms(0)))))
+            == [0, 1][: len(symbols)]
+        )
 
 
 def _hang_on_methane(atoms):
@@ -305,7 +315,11 @@ def test_arrays_from_a_model():
     positions[0, 1] = np.nan
     with pytest.raises(UserError, match="1 of 2 molecules of model have NaN"):
         from_arrays(elements, positions, source="model")
-    for bad, message in ((elements[:, ::-1], "atoms first"), (elements + 5, "codes must be"), (elements[:0], "at least one")):
+    for bad, message in (
+        (elements[:, ::-1], "atoms first"),
+        (elements + 5, "codes must be"),
+        (elements[:0], "at least one"),
+    ):
         with pytest.raises(UserError, match=message):
             from_arrays(bad, np.zeros((*bad.shape, 3)), source="model")
     with pytest.raises(UserError, match="got .*2, 6, 2"):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import unite_fast
 from unite_fast.model.packing import Packed
 from unite_fast.molecules.config import DECODER_PRESETS, MoleculeModelConfig, MoleculeObjectiveConfig
 from unite_fast.molecules.model import MoleculeUnite
@@ -248,6 +249,8 @@ def test_sampling_depends_on_seed_and_number_alone():
     for wrong in (dict(counts=torch.tensor([30])), dict(counts=torch.tensor([0])), dict(counts=counts, labels=counts)):
         with pytest.raises(ValueError, match="must lie in"):
             generate(network, **wrong)
+    with pytest.raises(ValueError, match="this model makes molecules"):
+        unite_fast.generate(network, torch.tensor([0]))
     assert noise(network, Packed.of(counts), seed=0, first=0, stream=0).shape == (3, 9, 4)
 
 

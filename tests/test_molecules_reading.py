@@ -70,7 +70,9 @@ def test_mathematica_exponents(tmp_path):
     assert_allclose(positions[0] - positions[1], [2.65e-5, 0, 1.75], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.bz2", "w:bz2"), ("3195389", "w:gz"), ("a.tar.xz", "w:xz")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.tar", "w"), ("a.tar.bz2", "w:bz2"), ("3195389", "w:gz"), ("a.tar.xz", "w:xz")]
+)
 def test_archives_in_any_order_give_the_folders_set(tmp_path, molecules, name, mode):
     folder = _folder(tmp_path, molecules)
     members = [(f"./{path.name}", path.read_text()) for path in folder.iterdir()]
@@ -107,7 +109,9 @@ def test_archive_cut_exactly_between_members(tmp_path, molecules):
 
 def test_sdf_takes_elements_and_coordinates_only(tmp_path, molecules):
     path = tmp_path / "gdb9.sdf"
-    path.write_bytes("".join(sdf_text(molecules, row, f"gdb_{row + 1}", "\r\n") for row in range(12)).encode() + b"\r\n")
+    path.write_bytes(
+        "".join(sdf_text(molecules, row, f"gdb_{row + 1}", "\r\n") for row in range(12)).encode() + b"\r\n"
+    )
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-4)
     assert found.names[3] == "gdb_4" and found.smiles is None and found.gap is None
@@ -136,10 +140,16 @@ CUTS = {
     "no atoms": (lambda lines: lines[:3], "line 3: cut off"),
     "short atom": (lambda lines: [*lines[:3], "H\t0.1\t0.2", *lines[4:]], "line 4: an element and three coordinates"),
     "no number": (lambda lines: [*lines[:2], "O\t0.1\t0.x\t1\t0", *lines[3:]], "line 3: '0.x' is not a number"),
-    "properties": (lambda lines: [lines[0], lines[1].rsplit("\t", 2)[0], *lines[2:]], "line 2: a QM9 property line has 17"),
+    "properties": (
+        lambda lines: [lines[0], lines[1].rsplit("\t", 2)[0], *lines[2:]],
+        "line 2: a QM9 property line has 17",
+    ),
     "smiles": (lambda lines: [*lines[:6], "O", lines[7]], "line 7: QM9 gives two SMILES"),
     "second frame": (lambda lines: [*lines, "3", "water"], "line 10: cut off: line 9 announces 3 atoms, so"),
-    "nan": (lambda lines: [*lines[:2], "O\tnan\t0\t1\t0", *lines[3:]], "line 1: a coordinate is not a number or farther"),
+    "nan": (
+        lambda lines: [*lines[:2], "O\tnan\t0\t1\t0", *lines[3:]],
+        "line 1: a coordinate is not a number or farther",
+    ),
 }
 
 
@@ -151,7 +161,9 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
     lines = change(qm9_text(water, 0, 7).splitlines())
     (tmp_path / "good.xyz").write_text(qm9_text(water, 0, 1))
     (tmp_path / "odd.xyz").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=f"odd.xyz, {message}" if message.startswith("line") else f"odd.xyz, .*{message}"):
+    with pytest.raises(
+        UserError, match=f"odd.xyz, {message}" if message.startswith("line") else f"odd.xyz, .*{message}"
+    ):
         load_molecules(tmp_path)
 
 
@@ -163,7 +175,10 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
         (lambda lines: lines[:6], "line 6: cut off: line 4 announces 3 atoms"),
         (lambda lines: lines[:3], "line 3: cut off: an SDF record has four lines of header"),
         (lambda lines: [*lines[:4], "    0.0000   broken", *lines[5:]], "line 5: three coordinates and an element"),
-        (lambda lines: [*lines[:4], lines[4].replace("0.3910", "0.39x0"), *lines[5:]], "line 5: '0.39x0' is not a number"),
+        (
+            lambda lines: [*lines[:4], lines[4].replace("0.3910", "0.39x0"), *lines[5:]],
+            "line 5: '0.39x0' is not a number",
+        ),
         (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: here the number of atoms should stand"),
         (lambda lines: [*lines[:3], lines[3].replace("V2000", "V3000"), *lines[4:]], "line 4: a V3000 record"),
     ],

@@ -26,7 +26,7 @@ from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.world import World
 from unite_fast.importing import open_trained
 from unite_fast.molecules.report import MoleculeReport
-from unite_fast.molecules.stream import MoleculeStream, PropertyBins
+from unite_fast.molecules.stream import MoleculeStream, PropertyBins, load_parts
 
 CPU = torch.device("cpu")
 
@@ -101,9 +101,11 @@ def test_bf16_and_a_measured_micro_batch(tmp_path, unjudged):
     assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def stream(folder, *, batch, rank=0, ranks=1, start=0, **data):
-    parsed = config(folder, data=data)
-    return MoleculeStream(parsed.data, 3, 7, batch, World(rank, ranks, 0, CPU), start)
+def stream(folder, *, batch, rank=0, ranks=1, start=0, condition=None):
+    parts, world = load_parts(config(folder).data), World(rank, ranks, 0, CPU)
+    return MoleculeStream(
+        parts, condition=condition, num_classes=3, seed=7, batch=batch, world=world, start_step=start
+    )
 
 
 def test_the_stream_is_one_order_for_every_number_of_ranks(tmp_path):
@@ -156,6 +158,7 @@ def test_latent_statistics_look_at_real_atoms_only():
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        ({"modality": [7]}, ["modality", "valid: images, molecules"]),
         ({"modality": "molecule"}, ["modality", "did you mean 'molecules'"]),
         ({"data": {"flip": True}}, ["data.flip: unknown key"]),
         ({"model": {"num_classes": 4}}, ["num_classes 4", "data.condition"]),

@@ -111,7 +111,9 @@ def test_bad_npz_files(tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=message):
             read_npz(path)
-    np.savez(path, atomic_numbers=numbers, positions=positions, about=np.array(json.dumps({"source": "s", "skipped": {}})))
+    np.savez(
+        path, atomic_numbers=numbers, positions=positions, about=np.array(json.dumps({"source": "s", "skipped": {}}))
+    )
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:size])

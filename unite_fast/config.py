@@ -19,8 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from unite_fast.errors import UserError
 
-# Where each modality's configuration class lives; `unite_fast.modality` finds the rest of it by that class.
-MODALITIES = {"images": "unite_fast.config:Config", "molecules": "unite_fast.molecules.config:MoleculeConfig"}
+# The modalities: where the class of a run's configuration lives, and the class that `unite_fast.modality` describes.
+MODALITIES = {
+    "images": ("unite_fast.config:Config", "unite_fast.images:Images"),
+    "molecules": ("unite_fast.molecules.config:MoleculeConfig", "unite_fast.molecules.modality:Molecular"),
+}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -336,13 +339,11 @@ class Config(Section):
             UserError: every problem on a line of its own, with the key, the value and what is valid.
         """
         name = data.get("modality", "images") if isinstance(data, dict) else "images"
-        if name not in MODALITIES:
+        if not isinstance(name, str) or name not in MODALITIES:
             near = difflib.get_close_matches(str(name), MODALITIES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(MODALITIES)}"
             raise UserError(f"{source} is not valid:\n  modality: {name!r} is unknown; {hint}")
-        module, _, attribute = MODALITIES[name].partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-        return super(Config, found).parse(data, source=source)
+        return super(Config, imported(MODALITIES[name][0])).parse(data, source=source)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -367,6 +368,12 @@ class Config(Section):
     def to_json(self) -> str:
         """The resolved configuration, every key present."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def imported(name: str) -> Any:
+    """What `module:attribute` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

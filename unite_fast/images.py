@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,9 +50,6 @@ class Images:
         side = config.model.image_size
         images = torch.rand(size, 3, side, side, device=device)
         return Inputs(images, torch.zeros(size, dtype=torch.int64, device=device), self._latents(config, size), 1.0)
-
-    def record(self, stream: Stream) -> dict[str, Any]:
-        return stream.mode
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
         return Report(config, folder, world, engine, stream.classes, stream.mode)

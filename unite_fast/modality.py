@@ -1,13 +1,13 @@
 """What a kind of data brings to the trainer, and nothing else of it is particular to a kind.
 
 The Generative Encoder, the two-pass step, the flow loss, engine, checkpoints, EMA and the command line are shared.
-A modality is a folder: a configuration class (listed in `unite_fast.config.MODALITIES`), a network on top of
-`TwoPassModel`, an objective, a stream of micro-batches, a report, and three commands.
+A modality is a folder: a configuration class, a network on top of `TwoPassModel`, an objective on top of
+`TwoPassObjective`, a stream of micro-batches, a report, three commands, and the class that lists them, which
+`unite_fast.config.MODALITIES` names.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from unite_fast.config import Config, Sizes
+from unite_fast.config import MODALITIES, Config, Sizes, imported
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
@@ -42,6 +42,7 @@ class Stream(Protocol):
 
     classes: tuple[str, ...]  # name of each label
     steps_per_epoch: float
+    mode: dict[str, Any]  # what checkpoints and exports keep of the training data beside the class names; JSON values
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -70,17 +71,11 @@ class Modality(Protocol):
     def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
         """The largest micro-batch of `size` samples that could come, to measure memory with."""
 
-    def record(self, stream: Any) -> dict[str, Any]:
-        """What checkpoints and exports keep of the training data beside the class names; JSON values."""
-
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
         """What the run leaves for people."""
 
     def commands(self) -> ModuleType | None:
         """The module whose sample, reconstruct and tokenize serve such models; None: those of `unite_fast.cli`."""
-
-
-_HOMES = {"images": "unite_fast.images:Images", "molecules": "unite_fast.molecules.modality:Molecular"}
 
 
 def modality(name: str) -> Modality:
@@ -89,10 +84,9 @@ def modality(name: str) -> Modality:
     Raises:
         UserError: there is none.
     """
-    if name not in _HOMES:
-        raise UserError(f"unknown modality {name!r}; this version of unite_fast knows {', '.join(_HOMES)}")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)()
+    if not isinstance(name, str) or name not in MODALITIES:
+        raise UserError(f"unknown modality {name!r}; this version of unite_fast knows {', '.join(MODALITIES)}")
+    return imported(MODALITIES[name][1])()
 
 
 def modality_of(config: Config) -> Modality:

@@ -209,7 +209,7 @@ class Run:
             extra = {
                 "images": self.engine.step_count * self.batch.global_batch,
                 "class_names": list(self.stream.classes),
-                "data": self.modality.record(self.stream),
+                "data": self.stream.mode,
                 "training_seconds": self._seconds_before + meter.seconds,
             }
             checkpoint.save(self.engine, self.folder, extra)

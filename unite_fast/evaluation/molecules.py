@@ -48,7 +48,7 @@ class MoleculeJudge:
         train: training molecules.
         held_out: held-out molecules, m of them.
         held_out_perceived: their bonds.
-        train_smiles: distinct SMILES of the training molecules: as their source states them, perceived where it does not.
+        train_smiles: distinct SMILES of the training molecules, as their source states them or else perceived.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class MoleculeJudge:
             UserError: an empty set.
         """
         if not len(train) or not len(held_out):
-            raise UserError(f"molecule metrics need training and held-out molecules, got {len(train)} and {len(held_out)}")
+            raise UserError(
+                f"molecule metrics need training and held-out molecules, got {len(train)} and {len(held_out)}"
+            )
         self.train, self.held_out = train, held_out
         self._limits = {"seconds": seconds, "processes": processes}
         self.held_out_perceived = perceive_all(held_out, what="perceiving held-out molecules", **self._limits)
@@ -94,8 +96,8 @@ class MoleculeJudge:
                 SMILES that fulfil it all, over all molecules. SMILES are canonical, without stereochemistry.
             distance/atoms, distance/elements: total variation between the histograms of atom counts and of elements and
                 the held-out ones, 0 equal, 1 disjoint; distance/bond_lengths: Wasserstein-1 distance in Å between the
-                lengths of pairs that EDM calls bonded, by pair of elements, averaged with the held-out weights; a pair that
-                is never bonded counts as bonds of length 0.
+                lengths of pairs that EDM calls bonded, by pair of elements, averaged with the held-out weights; a pair
+                that is never bonded counts as bonds of length 0.
             rdkit/timeouts: molecules that perception was killed over (they count as invalid); molecules,
                 molecules_held_out, molecules_train: the protocol.
         """
@@ -121,8 +123,8 @@ class MoleculeJudge:
         """Figures of the held-out molecules' reconstructions, in the same order and with the same atom counts.
 
         Returns:
-            reconstruction/element_accuracy: share of atoms; reconstruction/elements_exact: share of molecules with every
-                element right; reconstruction/rmsd: mean over molecules of the root-mean-square distance of atoms of the
+            reconstruction/element_accuracy: share of atoms; reconstruction/elements_exact: share of molecules with
+                every element right; reconstruction/rmsd: mean over molecules of the root-mean-square distance of atoms of the
                 same index after the best proper rotation (Kabsch), in Å, and reconstruction/rmsd_median;
                 reconstruction/match: share with the same elements and the same InChI perceived from the coordinates.
                 reconstruction/match_real: share of originals with an InChI at all, the ceiling.

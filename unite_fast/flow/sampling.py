@@ -94,8 +94,10 @@ def generate(
         Images [B, 3, H, H] clipped to [0, 1].
 
     Raises:
-        ValueError: unknown solver, too few steps, noise of another shape, labels out of range.
+        ValueError: unknown solver, too few steps, noise of another shape, labels out of range, a model of molecules.
     """
+    if model.config.modality != "images":
+        raise ValueError(f"this model makes {model.config.modality}: call unite_fast.molecules.sampling.generate")
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
     if steps < 2:

@@ -33,9 +33,17 @@ class Molecular:
         return MoleculeObjective(config.objective, config.model.num_classes)
 
     def stream(self, config: MoleculeConfig, batch: Batch, world: World, *, start_step: int) -> MoleculeStream:
-        from unite_fast.molecules.stream import MoleculeStream  # needs RDKit, which using a model does not
+        from unite_fast.molecules.stream import MoleculeStream, load_for_all  # need RDKit, which using a model does not
 
-        return MoleculeStream(config.data, config.model.num_classes, config.train.seed, batch, world, start_step)
+        return MoleculeStream(
+            load_for_all(config.data, world),
+            condition=config.data.condition,
+            num_classes=config.model.num_classes,
+            seed=config.train.seed,
+            batch=batch,
+            world=world,
+            start_step=start_step,
+        )
 
     def inputs(self, config: MoleculeConfig, micro_batch: MoleculeBatch, batch: Batch, world: World) -> Inputs:
         device = world.device
@@ -58,9 +66,6 @@ class Molecular:
         molecules = Molecules(elements, torch.randn(atoms, 3, device=device), packed)
         shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
         return Inputs(molecules, torch.zeros(size, dtype=torch.int64, device=device), shape, 1.0)
-
-    def record(self, stream: MoleculeStream) -> dict[str, Any]:
-        return stream.record
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream

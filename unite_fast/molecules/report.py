@@ -53,8 +53,7 @@ class MoleculeReport(Report):
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
     ):
         self._parts = stream.parts
-        self._judge: MoleculeJudge | None = None
-        super().__init__(config, folder, world, engine, stream.classes, stream.record)
+        super().__init__(config, folder, world, engine, stream.classes, stream.mode)
 
     def _prepare(self) -> None:
         if not self.world.is_main:
@@ -76,22 +75,27 @@ class MoleculeReport(Report):
     def _measure(self, model: MoleculeUnite, step: int) -> dict[str, Any]:
         if not self.world.is_main:
             return {}
-        self._judge = MoleculeJudge(self._parts.train, self._held_out, processes=self._processes)
+        judge = MoleculeJudge(self._parts.train, self._held_out, processes=self._processes)
         rebuilt = self._reconstruct(model, self._held_out)
-        reconstruction = self._judge.reconstruction(rebuilt)
+        reconstruction = judge.reconstruction(rebuilt)
         made = self._generate(model, self.config.evaluation.samples)
-        generation = self._judge.generation(made)
-        self._draw(made, generation, rebuilt, reconstruction)
+        generation = judge.generation(made)
+        self._draw(judge, made, generation, rebuilt, reconstruction)
         return reconstruction.metrics | generation.metrics | {"data": self._parts.train.source}
 
     def _draw(
-        self, made: MoleculeSet, generation: Generation, rebuilt: MoleculeSet, reconstruction: Reconstruction
+        self,
+        judge: MoleculeJudge,
+        made: MoleculeSet,
+        generation: Generation,
+        rebuilt: MoleculeSet,
+        reconstruction: Reconstruction,
     ) -> None:
         folder, source = self.folder, self._parts.train.source
         some = np.arange(min(len(made), self.config.evaluation.sheet))
         shown, found = made.select(some), [generation.perceived[index] for index in some]
         molecule_sheet(shown, found, folder / "samples.png", title=f"Generated, the first {len(some)} of {len(made)}")
-        originals = self._held_out, self._judge.held_out_perceived
+        originals = judge.held_out, judge.held_out_perceived
         reconstruction_sheet(
             *originals, rebuilt, reconstruction, folder / "reconstructions.png", count=SHEET_RECONSTRUCTIONS
         )

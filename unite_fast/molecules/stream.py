@@ -59,6 +59,25 @@ def load_parts(config: MoleculeDataConfig) -> Parts:
     return Parts(molecules.select(parts.train), molecules.select(parts.validation))
 
 
+def load_for_all(config: MoleculeDataConfig, world: World) -> Parts:
+    """`load_parts` on every rank; the main rank goes first, so that the others find the cache it leaves.
+
+    Raises:
+        UserError: as `load_parts`, on every rank.
+    """
+    if world.size == 1:
+        return load_parts(config)
+    parts = problem = None
+    if world.is_main:
+        try:
+            parts = load_parts(config)
+        except UserError as error:
+            problem = error
+    if not world.all_true(problem is None):
+        raise problem or UserError("the main rank cannot use the molecules, see its message")
+    return parts or load_parts(config)
+
+
 class PropertyBins:
     """A property in bins of equal share: the label of a molecule is its bin.
 
@@ -115,20 +134,27 @@ class MoleculeStream:
         steps_per_epoch: optimizer steps in one pass over the training molecules.
 
     Raises:
-        UserError: as `load_parts` and `PropertyBins.of`.
+        UserError: as `PropertyBins.of`.
     """
 
     def __init__(
-        self, config: MoleculeDataConfig, num_classes: int, seed: int, batch: Batch, world: World, start_step: int
+        self,
+        parts: Parts,
+        *,
+        condition: str | None,
+        num_classes: int,
+        seed: int,
+        batch: Batch,
+        world: World,
+        start_step: int = 0,
     ):
-        self.parts = load_parts(config)
-        train = self.parts.train
+        self.parts, train = parts, parts.train
         self.classes: tuple[str, ...] = ()
         self._labels = np.full(len(train), num_classes, np.int64)  # the null label
-        if config.condition is not None:
-            bins = PropertyBins.of(train, config.condition, num_classes)
+        if condition is not None:
+            bins = PropertyBins.of(train, condition, num_classes)
             self.classes = bins.names
-            self._labels = bins.labels(getattr(train, config.condition))
+            self._labels = bins.labels(getattr(train, condition))
         self.steps_per_epoch = len(train) / batch.global_batch
         self._sampler = Sampler(
             len(train), seed, batch.global_batch, batch.micro_batch, batch.accumulation, world.rank, world.size
@@ -157,7 +183,7 @@ class MoleculeStream:
         return MoleculeBatch(*tensors, float(counts.sum() * self._ranks / whole), draw.step, draw.micro_batch)
 
     @property
-    def record(self) -> dict[str, Any]:
+    def mode(self) -> dict[str, Any]:
         """Where the molecules come from, and the training histogram of atom counts 0 … 29."""
         histogram = np.bincount(self.parts.train.counts, minlength=MAX_ATOMS + 1)
         return {"source": self.parts.train.source, "atom_histogram": histogram.tolist()}

@@ -116,7 +116,9 @@ def molecule_page(path: str | Path, title: str, subtitle: str, sections: Sequenc
 
 def _card(card: Card) -> dict[str, Any]:
     positions = card.positions - card.positions.mean(0)
-    axes = np.linalg.svd(positions, full_matrices=True)[2]  # the longest axis lies across the view, the shortest along it
+    axes = np.linalg.svd(positions, full_matrices=True)[
+        2
+    ]  # the longest axis lies across the view, the shortest along it
     axes[2] *= np.sign(np.linalg.det(axes))  # a turn and no mirror image
     record: dict[str, Any] = {
         "caption": card.caption,

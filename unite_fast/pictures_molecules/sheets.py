@@ -100,7 +100,7 @@ def reconstruction_sheet(
                 _drawing(after) if after.valid else _overlay(both[1:]),
                 after.smiles or "no valid molecule", f"reconstruction: {same}", GOOD if matches else BAD,
             ),
-            _tile(_overlay(both), f"RMSD {verdict.rmsd[index]:.3f} Å", "original grey, reconstruction in colour", FAINT),
+            _tile(_overlay(both), f"RMSD {verdict.rmsd[index]:.3f} Å", "original in grey", FAINT),
         ]  # fmt: skip
     _save(_grid(tiles, 3 if count <= 4 else 6, title), path)
 

@@ -120,7 +120,9 @@ def _atoms(
     for index in atoms:
         fields = lines[index].split()
         if len(fields) <= max(species, position + 2):
-            raise UserError(f"{file}, line {index + 1}: an element and three coordinates expected, found {_shown(lines[index])}")
+            raise UserError(
+                f"{file}, line {index + 1}: an element and three coordinates expected, found {_shown(lines[index])}"
+            )
         elements.append(CODE_OF_SYMBOL.get(fields[species], 0))
         positions.append([_number(text, file, index + 1) for text in fields[position : position + 3]])
     return elements, positions

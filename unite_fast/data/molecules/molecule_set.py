@@ -102,8 +102,8 @@ def from_arrays(
         names: by default molecule_1, molecule_2, …
 
     Raises:
-        UserError: no molecule, arrays of another shape, padding between atoms, a molecule without atoms, coordinates that
-            are not finite (says how many).
+        UserError: no molecule, arrays of another shape, padding between atoms, a molecule without atoms, coordinates
+            that are not finite (says how many).
     """
     codes, points = np.asarray(elements), np.asarray(positions)
     if codes.ndim != 2 or not 0 < codes.shape[1] <= MAX_ATOMS or points.shape != (*codes.shape, 3) or not len(codes):
@@ -118,7 +118,9 @@ def from_arrays(
         raise UserError(f"{source}: every molecule needs its atoms first and its padding last, and at least one atom")
     bad = int((~np.isfinite(points).all(2) & mask).any(1).sum())
     if bad:
-        raise UserError(f"{bad} of {len(codes)} molecules of {source} have NaN or infinite coordinates: the network diverged")
+        raise UserError(
+            f"{bad} of {len(codes)} molecules of {source} have NaN or infinite coordinates: the network diverged"
+        )
     padded = _pad([(row[real], at[real].astype(np.float64)) for row, at, real in zip(codes, points, mask, strict=True)])
     chosen = tuple(names) if names is not None else tuple(f"molecule_{row + 1}" for row in range(len(codes)))
     if len(chosen) != len(codes):
@@ -167,8 +169,8 @@ def assemble(
         skipped: what was left out before.
 
     Raises:
-        UserError: no molecule is left; coordinates that are not finite or farther than 1000 Å; under `strict` what would
-            be left out.
+        UserError: no molecule is left; coordinates that are not finite or farther than 1000 Å; under `strict` what
+            would be left out.
     """
     kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
     smiles: list[str | None] = []
@@ -278,8 +280,10 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
 
 
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
-    """Read an NPZ file of atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N, and optionally names,
-    smiles, gap (eV) and about, as `write_npz` writes them.
+    """Read an NPZ file as `write_npz` writes it, or another's.
+
+    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles, gap (eV) and about
+    may be missing.
 
     Raises:
         UserError: missing or cut off, arrays of another shape or kind, and as `assemble`.

@@ -54,7 +54,9 @@ def perceive(atoms: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> Perceived:
     RDLogger.DisableLog("rdApp.*")
     molecule = bare(*atoms)
     try:
-        rdDetermineBonds.DetermineBonds(molecule, useHueckel=True, charge=0, allowChargedFragments=True, embedChiral=True)
+        rdDetermineBonds.DetermineBonds(
+            molecule, useHueckel=True, charge=0, allowChargedFragments=True, embedChiral=True
+        )
         Chem.SanitizeMol(molecule)
         inchi = Chem.MolToInchi(molecule)
         fragments = len(Chem.GetMolFrags(molecule))

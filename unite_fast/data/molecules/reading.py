@@ -51,8 +51,8 @@ def load_molecules(
 
     What is recognised, whatever it is called: a folder of .xyz or .extxyz files (`dsgdb9nsd_*.xyz` among them), a
     tar archive of such files (also gzip, bzip2 or xz), one such file, an SDF or MOL file (V2000; elements and
-    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). A folder that holds no XYZ file but exactly one
-    of the others stands for that one.
+    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). A folder that holds no XYZ file but exactly
+    one of the others stands for that one.
 
     QM9's molecules, which are those named gdb_<index>, are put in the order of their indices, and those listed in an
     `uncharacterized.txt` in the same folder are left out. Their gaps come from the XYZ files, or for `gdb9.sdf` from
@@ -67,8 +67,8 @@ def load_molecules(
         cache: folder that keeps the result as NPZ for the next time; it is made again when the files change.
 
     Raises:
-        UserError: nothing there, nothing recognised, a file that is broken or cut off (with its line), no molecule left,
-            and under `strict` one that would be left out.
+        UserError: nothing there, nothing recognised, a file that is broken or cut off (with its line), no molecule
+            left, and under `strict` one that would be left out.
     """
     path = _one_file(Path(path))
     stored = None if cache is None else Path(cache) / f"molecules_{_fingerprint(path, order, strict)}.npz"
@@ -103,7 +103,9 @@ def _one_file(path: Path) -> Path:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
     if len(known) != 1:
         what = ", ".join(entry.name for entry in known[:5]) if known else "none"
-        raise UserError(f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({what}): name one")
+        raise UserError(
+            f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({what}): name one"
+        )
     return known[0]
 
 

@@ -32,7 +32,7 @@ from unite_fast.data.molecules.molecule_set import (
 from unite_fast.data.sampler import counter_hash
 from unite_fast.errors import UserError
 from unite_fast.progress import track
-from unite_fast.workers import Lost, bounded_map
+from unite_fast.workers import bounded_map
 
 log = logging.getLogger("unite_fast.data")
 
@@ -94,7 +94,9 @@ def _make(count: int, seed: int, processes: int | None) -> MoleculeSet:
             wanted = count - len(kept)
             asked = list(itertools.islice(stream, wanted + wanted // 20 + 1))
             work = [Task(smiles, int(counter_hash(_EMBEDDING, seed)[0] % 2**31)) for smiles in asked]
-            for smiles, found in zip(asked, bounded_map(embed, work, seconds=SECONDS, processes=processes), strict=True):
+            for smiles, found in zip(
+                asked, bounded_map(embed, work, seconds=SECONDS, processes=processes), strict=True
+            ):
                 if len(kept) == count:
                     break
                 if isinstance(found, Embedded):
@@ -151,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"{molecules.source} in {options.file}; dropped {molecules.skipped or 'none'}")
     return 0
 
