@@ -320,7 +320,12 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     queries = model.patches if model.registers != model.patches else 0
     tokens = 1 + model.registers + queries
     size = tokens * channels
-    kept_norm = sizes.norm_width / width  # a LayerNorm keeps its input as wide as it reads it
+
+    def norm(rows: int, held_rows: int) -> Op:
+        # Keeps its input as wide as it reads it, and two float32 a row.
+        kept = held_rows * channels * sizes.norm_width + 8 * rows
+        return _moves("norm", rows * channels, width, forward=2, backward=3)._replace(saved=kept)
+
     ops = [
         _linear("lift", model.registers, model.latent_dim, decoder.inner, width),
         _linear("embed", model.registers, decoder.inner, channels, width),
@@ -328,12 +333,12 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     ]
     for _ in range(decoder.depth):
         ops += [
-            _moves("norm", size, width, forward=2, backward=3, saved=kept_norm),
+            norm(tokens, tokens),
             _linear("qkv", tokens, channels, 3 * channels, width),
             _attention(tokens, channels, decoder.heads, width),
             _linear("attention out", tokens, channels, channels, width, saves=False),
             _moves("add", size, width, forward=3, backward=2),
-            _moves("norm", size, width, forward=2, backward=3, saved=kept_norm),
+            norm(tokens, tokens),
             _linear("mlp in", tokens, channels, 4 * channels, width),
             _moves("GELU", 4 * size, width, forward=2, backward=3, saved=1),
             _linear("mlp out", tokens, 4 * channels, channels, width),
@@ -341,13 +346,14 @@ def _decoder(sizes: _Sizes) -> list[Op]:
         ]
     pixels = model.patch_size**2 * 3
     image = model.image_size**2 * 3
-    # Float32 norms read a copy of the patches' rows; others keep the whole sequence that the rows are a view of.
-    last = model.patches if sizes.norm_width != width else tokens
-    l1 = _moves("unpatchify, L1", image, width, forward=2, backward=3, saved=1)
     return ops + [
-        _moves("norm", last * channels, width, forward=2, backward=3, saved=kept_norm),
+        # A float32 norm reads a copy of the patches' rows; others keep the whole sequence that the rows are a view of.
+        norm(model.patches, model.patches if sizes.norm_width != width else tokens),
         _linear("pixels", model.patches, channels, pixels, width),
-        l1._replace(forward_bytes=l1.forward_bytes + 4 * image, backward_bytes=l1.backward_bytes + 4 * image),
+        Op(
+            "unpatchify, L1", forward_bytes=(2 * width + 4) * image, backward_bytes=(3 * width + 4) * image,
+            saved=(width + 4) * image,  # the reconstruction and the float32 target
+        ),
     ]
 
 
