@@ -22,7 +22,7 @@ def peak_allocated(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop would be announced on stderr
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     tree = recorded.profiler.kineto_results.experimental_event_tree()
@@ -40,3 +40,8 @@ def _flat(events: Iterable[Any]) -> Iterable[Any]:
         event = stack.pop()
         yield event
         stack.extend(event.children)
+
+
+def quiet_profiler() -> None:
+    """Keep the profiler's library from announcing every start and stop on stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

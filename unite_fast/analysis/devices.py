@@ -71,7 +71,8 @@ def find_gpu(name: str) -> Gpu:
     names = [gpu.name for gpu in GPUS]
     if name.lower() in names:
         return GPUS[names.index(name.lower())]
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    near = [known for known in reversed(names) if known.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"unknown GPU {name!r}: {hint}known are {', '.join(names)}")
 

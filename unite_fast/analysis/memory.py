@@ -6,11 +6,12 @@ Activations are what autograd keeps of the larger of the two passes (tests hold 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from unite_fast.analysis.counts import VGG_WEIGHTS, Dtype, Part, step_parts
-from unite_fast.analysis.update import FP32, slice_elements, trained_weights
+from unite_fast.analysis.counts import DTYPE_BYTES, VGG_WEIGHTS, Dtype, Part, step_parts
+from unite_fast.analysis.update import FP32, Weights, slice_elements, trained_weights
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import BATCH_ELEMENTS
@@ -102,7 +103,7 @@ def predict(
         buffers=FP32 * min(BUCKET_ELEMENTS, total) if sharded else 0,
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
-        update=_update_bytes(weights, muon, held, dtype),
+        update=_update_bytes(weights, muon, dtype),
     )
 
 
@@ -129,10 +130,13 @@ def _casts(part: Part) -> int:
     return part.width * sum(op.weights for op in part.ops if not op.name.startswith("time"))
 
 
-def _update_bytes(weights, muon: int, held: int, dtype: Dtype) -> int:
-    """Muon's update of a rank's matrices, and about four tensors of a batch inside Newton-Schulz."""
+def _update_bytes(weights: Weights, muon: int, dtype: Dtype) -> int:
+    """Nesterov means and updates of a rank's matrices, and inside Newton-Schulz about four tensors of a batch.
+
+    A batch is all matrices of one shape, BATCH_ELEMENTS at most.
+    """
     if not weights.matrices:
         return 0
-    largest = max(rows * columns for rows, columns in weights.matrices)
-    batch = min(muon, max(BATCH_ELEMENTS, largest))
-    return FP32 * 2 * muon + 4 * batch * (2 if dtype == "bf16" else FP32)
+    together = max(min(rows * columns * count, max(BATCH_ELEMENTS, rows * columns))
+                   for (rows, columns), count in Counter(weights.matrices).items())  # fmt: skip
+    return FP32 * 2 * muon + 4 * min(muon, together) * DTYPE_BYTES[dtype]

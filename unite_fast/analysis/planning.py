@@ -97,7 +97,7 @@ def plan(
     if total is None:
         total = config.train.micro_batch * config.train.accumulation * ranks
     if total % ranks:
-        raise UserError(f"a global batch of {total} images cannot be shared by {ranks} GPUs: change --gpus or --batch")
+        raise UserError(f"train.global_batch {total} cannot be shared by {ranks} GPUs: change one of them")
     per_rank = total // ranks
     limit = gpu.memory * USABLE_MEMORY
     sizes = [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
