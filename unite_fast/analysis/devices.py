@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from typing import NamedTuple
 
+import torch
+
 from unite_fast.analysis.counts import Rates
 from unite_fast.errors import UserError
 
@@ -79,7 +81,19 @@ def find_gpu(name: str) -> Gpu:
 
 def recognise(device_name: str) -> Gpu | None:
     """The GPU behind a torch.cuda.get_device_name, or None where it is none of the list."""
+    if "Laptop" in device_name:  # another, slower product of the same name
+        return None
     return next((gpu for gpu in GPUS if gpu.torch_name in device_name), None)
+
+
+def stated_peak(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """Operations a second that the maker states for this device in bfloat16; None for CPUs, unknown GPUs and other
+    dtypes (None stands for float32), which MFU is then not given for.
+    """
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return None
+    gpu = recognise(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.matmul
 
 
 class Network(NamedTuple):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unite_fast.analysis.planning import BROKEN
 from unite_fast.pictures import COLOURS, write_figure
 
 if TYPE_CHECKING:
     from unite_fast.analysis.planning import Plan
 
-MEMORY = ("weights", "gradients", "optimizer", "ema", "frozen", "buffers", "casts", "activations")
-PALETTE = ("#1f2937", "#2563eb", "#7c3aed", "#db2777", "#9ca3af", "#f59e0b", "#84cc16", "#bfdbfe")
+MEMORY = ("weights", "gradients", "optimizer", "ema", "frozen", "casts", "activations")
+PALETTE = ("#1f2937", "#2563eb", "#7c3aed", "#db2777", "#9ca3af", "#84cc16", "#bfdbfe")
 TIMES = (("compute", "compute"), ("gradients", "reduce gradients"), ("exchange", "exchange for Muon"),
          ("weights", "gather weights"), ("update", "update"))  # fmt: skip
 
@@ -88,8 +89,8 @@ def _throughput(axes: Any, plans: list[Plan], simulated: list[float], broken: tu
     axes.plot(ranks, played, color=COLOURS[3], marker="o", linestyle="none", markersize=4, label="simulated")
     if broken:
         axes.axvline(broken[0].ranks, color="#dc2626", linewidth=1, linestyle="--")
-        axes.text(broken[0].ranks, axes.get_ylim()[0], " below 80 % a GPU", fontsize=8, color="#dc2626", rotation=90,
-                  va="bottom", ha="right")  # fmt: skip
+        axes.text(broken[0].ranks, 0.02, f"below {BROKEN:.0%} a GPU", fontsize=8, color="#dc2626", rotation=90,
+                  va="bottom", ha="right", transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
