@@ -65,6 +65,11 @@ def plan(
     simulated = [_simulated(run, device, links, p, share) for p in scaled]
     broken = planning.breaking_point(scaled) if scaled else None
     epochs = run.train.epochs or run.train.steps * plans[0].global_batch / images
+    if picture is not None:
+        from unite_fast.analysis.plan_picture import plan_picture
+
+        label = f"{preset or run.name}, S = {run.objective.flow_draws}, {device.name}"
+        plan_picture(plans, scaled, simulated, broken, device.memory, label, picture)
     if as_json:
         rows = [_row(p, images, epochs) for p in plans]
         line = [_row(p, images, epochs) | {"simulated_step_seconds": s} for p, s in zip(scaled, simulated, strict=True)]
@@ -77,12 +82,7 @@ def plan(
             _print_scaling(scaled, simulated, stage)
             _print_break(scaled, broken)
         _print_assumptions(device, links, share, efficiency is None)
-    if picture is not None:
-        from unite_fast.analysis.plan_picture import plan_picture
-
-        label = f"{preset or run.name}, S = {run.objective.flow_draws}, {device.name}"
-        plan_picture(plans, scaled, simulated, broken, device.memory, label, picture)
-        if not as_json:
+        if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
 
 

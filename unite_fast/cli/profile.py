@@ -109,16 +109,18 @@ def _print(measured: Measured, name: str, device: str) -> None:
         ("waiting for data", measured.waiting),
         ("other", measured.other),
     ):
-        shown = ("not measured: no data folder", "") if seconds is None else (_ms(seconds), f"{seconds / measured.step:.1%}")
-        table.add_row(label, "", shown[0], "", shown[1])
+        if seconds is not None:
+            table.add_row(label, "", _ms(seconds), "", f"{seconds / measured.step:.1%}")
     out().print(table)
     lines = (
         f"{measured.images / measured.step:.4g} images/s on this rank, {measured.mfu:.1%} of the measured matrix rate "
         f"(MFU), {measured.efficiency:.1%} of the floor without waiting and communication (`plan --efficiency`)",
         f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s copying",
-        "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written once",
+        "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "
+        "once; what stays in a cache beats it",
         "parts run alone on inputs of the step's size; other: draws, image conversion, launching, and what parts cost "
         "more or less together",
+        *(("waiting for data was not measured: there is no data folder, images are made up",) * (measured.waiting is None)),
     )
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)
