@@ -160,6 +160,11 @@ def test_more_hardware_is_never_slower():
     assert small.accumulation > 1 and small.memory.peak < find_gpu("rtx4090").memory
     huge = published("XL").model_copy(update={"model": ModelConfig(preset="XL", width=8192, heads=64)})
     assert not plan(huge, find_gpu("rtx4090"), NODES, ranks=8, stage=0).fits
+    weak = published("L", global_batch=None, accumulation=2)
+    grown = plan(weak, H100, NODES, ranks=64, stage=1)
+    assert grown.global_batch == 128 * grown.micro_batch and grown.micro_batch in (32, 64)
+    fixed = plan(published("L", micro_batch=4), H100, NODES, ranks=64, stage=1)
+    assert (fixed.micro_batch, fixed.accumulation) == (4, 4)
     seconds = step_time(config, H100.rates, NODES, 64, 0, 16, 1, 0.75)
     assert seconds.exchange == seconds.weights == 0 < seconds.gradients
 
@@ -210,7 +215,7 @@ def test_the_numbers_come_as_json(capsys):
     [
         (["--preset", "L", "--gpu", "h100"], "unknown GPU 'h100': did you mean h100-80? known are b200, h200"),
         (["--preset", "Q"], "unknown preset 'Q': choose one of B, M, L, XL"),
-        (["--preset", "L", "--gpus", "7"], "train.global_batch 1024 cannot be shared by 7 GPUs"),
+        (["--preset", "L", "--gpus", "7"], "train.global_batch 1024 is not divisible by 7 ranks"),
         (["--gpus", "8"], "give one of --preset"),
         (["--preset", "L", "--config", "x.json"], "give one of --preset"),
         (["--preset", "L", "--gpus", "0"], "--gpus"),

@@ -56,8 +56,8 @@ def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "2", "--trace", trace) == 0
     printed = capsys.readouterr().out
-    for words in ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto"):
-        assert words in printed
+    says = ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto")
+    assert all(words in printed for words in says)
 
 
 def test_profile_explains_mistakes(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Predicts a run before it starts: memory, micro-batch, seconds a step, epochs, GPU-hours, share of communication.
 
-A step is compute, then communication, then the update: nothing overlaps, since one reduction stands behind the step's
-last backward. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
+A step is compute, then communication, then the update: nothing overlaps, since one reduction stands behind the last
+backward of a step. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
 tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the same step message by
 message.
 """
@@ -9,6 +9,7 @@ message.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
@@ -16,6 +17,7 @@ from unite_fast.analysis.devices import Gpu, Network
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
+from unite_fast.engine.batch import micro_batch_candidates, resolve_batch
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.errors import UserError
 
@@ -83,7 +85,8 @@ def plan(
     """One line of the plan.
 
     Args:
-        config: the run; its global batch is kept whatever the number of ranks.
+        config: the run. A global batch that it gives is kept whatever the number of ranks; of micro-batch `auto` the
+            largest that fits is taken.
         ranks: GPUs.
         stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
         efficiency: of compute and update, as a share of the counted floor.
@@ -93,22 +96,20 @@ def plan(
     """
     if stage == 3 and config.optimizer.kind == "muon":
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw"})})
-    total = config.train.global_batch
-    if total is None:
-        total = config.train.micro_batch * config.train.accumulation * ranks
-    if total % ranks:
-        raise UserError(f"train.global_batch {total} cannot be shared by {ranks} GPUs: change one of them")
-    per_rank = total // ranks
-    limit = gpu.memory * USABLE_MEMORY
-    sizes = [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
-    memories = ((size, predict(config, micro_batch=size, ranks=ranks, stage=stage)) for size in sizes)
-    micro, memory = next(((size, m) for size, m in memories if m.peak <= limit), (0, None))
-    fits = memory is not None
-    if not fits:
-        micro, memory = 1, predict(config, micro_batch=1, ranks=ranks, stage=stage)
-    accumulation = per_rank // micro
+    train = config.train
+    if train.micro_batch == "auto" or train.micro_batch is None:
+        batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
+    else:
+        batches = [resolve_batch(train, ranks)]
+    memories = ((b, predict(config, micro_batch=b.micro_batch, ranks=ranks, stage=stage)) for b in batches)
+    batch, memory = next(
+        ((b, m) for b, m in memories if m.peak <= gpu.memory * USABLE_MEMORY),
+        (batches[-1], predict(config, micro_batch=batches[-1].micro_batch, ranks=ranks, stage=stage)),
+    )
+    micro, accumulation, total = batch
     seconds = step_time(config, gpu.rates, network, ranks, stage, micro, accumulation, efficiency)
-    operations = image_operations(config.model, config.objective) * per_rank
+    operations = image_operations(config.model, config.objective) * micro * accumulation
+    fits = memory.peak <= gpu.memory * USABLE_MEMORY
     return Plan(
         stage, config.optimizer.kind, ranks, total, micro, accumulation, memory, fits, seconds,
         operations / seconds.total / gpu.matmul,
@@ -184,31 +185,35 @@ BROKEN = 0.8
 def scaling(
     config: Config, gpu: Gpu, network: Network, *, stage: int, efficiency: float = ASSUMED_EFFICIENCY
 ) -> list[Plan]:
-    """The same run, of the same global batch, on 8 to 1,024 GPUs, as far as the batch can be shared."""
-    total = config.train.global_batch
-    counts = [ranks for ranks in SCALE if total is None or total % ranks == 0]
-    return [plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency) for ranks in counts]
+    """The same run on 8 to 1,024 GPUs, as far as they can share its global batch."""
+    plans = []
+    for ranks in SCALE:
+        with suppress(UserError):
+            plans.append(plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency))
+    return plans
+
+
+LOSSES = {
+    "compute": "small micro-batches, which read all weights for few images",
+    "gradients": "reducing the gradients",
+    "exchange": "exchanging matrices for Muon",
+    "weights": "gathering the weights",
+    "update": "the update, whose largest matrix one rank orthogonalises alone",
+}
 
 
 def breaking_point(plans: list[Plan]) -> tuple[Plan, str] | None:
     """The first plan whose GPUs do less than BROKEN of the first plan's work each, and what took the time; or None."""
+
+    def an_image(p: Plan, name: str) -> float:
+        """GPU-seconds of an image."""
+        return getattr(p.seconds, name) * p.ranks / p.global_batch
+
     first = plans[0]
     for found in plans[1:]:
-        ideal = first.seconds.total * first.ranks / found.ranks
-        if ideal / found.seconds.total >= BROKEN:
+        if an_image(first, "total") / an_image(found, "total") >= BROKEN:
             continue
-        # What a part takes beyond its ideal share, first.part · first.ranks / ranks.
-        ratio = first.ranks / found.ranks
-        lost = {
-            "reducing the gradients": found.seconds.gradients - ratio * first.seconds.gradients,
-            "exchanging matrices for Muon": found.seconds.exchange - ratio * first.seconds.exchange,
-            "gathering the weights": found.seconds.weights - ratio * first.seconds.weights,
-            "the update, whose largest matrix one rank orthogonalises alone": found.seconds.update
-            - ratio * first.seconds.update,
-            "small micro-batches, which read all weights for few images": found.seconds.compute
-            - ratio * first.seconds.compute,
-        }
+        lost = {name: an_image(found, name) - an_image(first, name) for name in LOSSES}
         worst = max(lost, key=lost.get)
-        share = lost[worst] / (found.seconds.total - ideal)
-        return found, f"{share:.0%} of the lost time is {worst}"
+        return found, f"{lost[worst] / sum(lost.values()):.0%} of the lost time is {LOSSES[worst]}"
     return None

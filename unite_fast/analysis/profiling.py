@@ -8,32 +8,29 @@ itself carries no instrument.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import unite_kernels as uk
-from unite_fast.analysis.allocation import peak_allocated, quiet_profiler
+from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Part, Rates, image_operations, step_parts
 from unite_fast.analysis.memory import predict
+from unite_fast.analysis.planning import USABLE_MEMORY
+from unite_fast.analysis.profiled_step import ProfiledStep, now
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
-from unite_fast.data.loader import ImageStream
-from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
-from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective, two_pass_step
+from unite_fast.objective.two_pass import Objective
 
 # Wide enough that launching is a small share of it: 137 GFLOP on a GPU, 0.27 on a CPU core.
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
@@ -118,16 +115,10 @@ def times(run: Callable[[], Any], device: torch.device, repeats: int) -> list[fl
     """Seconds of each of `repeats` runs, after two that do not count."""
     found = []
     for index in range(WARM_UP + repeats):
-        began = _now(device)
+        began = now(device)
         run()
-        found.append(_now(device) - began)
+        found.append(now(device) - began)
     return found[WARM_UP:]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure(
@@ -165,7 +156,7 @@ def measure(
         say(f"measuring the parts on {batch.micro_batch} images")
         rows = _parts(config, model, objective, batch, rates, device)
         say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} images")
-        step = _Step(config, world, objective, model, batch)
+        step = ProfiledStep(config, world, objective, model, batch)
         try:
             whole, waits, updates, averages = [], [], [], []
             for index in range(WARM_UP + steps):
@@ -215,7 +206,7 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
         return resolve_batch(train, world.size)
     candidates = micro_batch_candidates(train, world.size)
     if world.device.type == "cuda":
-        room = 0.92 * torch.cuda.mem_get_info(world.device)[0]  # as `plan` assumes
+        room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0]
         fits = [c for c in candidates if predict(config, micro_batch=c, ranks=world.size).peak <= room]
         return resolve_batch(train, world.size, max(fits, default=candidates[0]))
     return resolve_batch(train, world.size, candidates[0])
@@ -238,13 +229,13 @@ def _parts(
         ahead, back = [], []
 
         def once(forward=forward, inputs=inputs, ahead=ahead, back=back) -> None:
-            began = _now(device)
+            began = now(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 out = forward(*inputs)
-            middle = _now(device)
+            middle = now(device)
             torch.autograd.backward(out, [torch.ones_like(value) for value in out])
             ahead.append(middle - began)
-            back.append(_now(device) - middle)
+            back.append(now(device) - middle)
             for tensor in (*inputs, *model.parameters()):
                 tensor.grad = None
 
@@ -297,128 +288,3 @@ def _isolated(
         picture = picture.to(autocast_dtype(config, device) or torch.float32).requires_grad_()
         found["lpips"] = (lambda image: (objective.lpips(images, image),), [picture])
     return {name: found[name] for name in ("tokenize", "decode", "lpips", "denoise") if name in found}
-
-
-class _Step:
-    """The real optimizer step on the real engine, with the run's data where it is there."""
-
-    def __init__(self, config: Config, world: World, objective: Objective, model: Unite, batch: Batch):
-        self.config, self.world, self.objective, self.batch = config, world, objective, batch
-        self.model = model
-        self.engine = Engine(model, config, world, steps_per_epoch=1000, global_batch=batch.global_batch)
-        self.real = Path(config.data.path).is_dir()
-        self._stream = self._open() if self.real else None
-
-    def _open(self) -> ImageStream:
-        config = self.config
-        return ImageStream(
-            config.data, image_size=config.model.image_size, num_classes=config.model.num_classes,
-            seed=config.train.seed, global_batch=self.batch.global_batch, micro_batch=self.batch.micro_batch,
-            accumulation=self.batch.accumulation, rank=self.world.rank, world_size=self.world.size,
-        )  # fmt: skip
-
-    def timed(self) -> tuple[float, float, float]:
-        """One step: seconds in all, waiting for data, and in the update."""
-        device = self.world.device
-        began, waited = _now(device), 0.0
-        for index in range(self.batch.accumulation):
-            asked = time.perf_counter()
-            with record_function("wait for data"):
-                images, labels = self._next()
-            waited += time.perf_counter() - asked
-            self._passes(images, labels, index)
-        passed = _now(device)
-        with record_function("optimizer"):
-            self.engine.step()
-        ended = _now(device)
-        return ended - began, waited, ended - passed
-
-    def _next(self) -> tuple[Tensor, Tensor]:
-        device, size = self.world.device, self.config.model.image_size
-        if self._stream is None:
-            count = self.batch.micro_batch
-            return (
-                torch.full((count, 3, size, size), 0.5, device=device),
-                torch.zeros(count, dtype=torch.int64, device=device),
-            )
-        loaded = next(self._stream)
-        return loaded.images.to(device).float().div_(255), loaded.labels.to(device)
-
-    def _passes(self, images: Tensor, labels: Tensor, index: int) -> None:
-        config, accumulation = self.config, self.batch.accumulation
-        draws = SeededDraws(
-            config.objective, seed=config.train.seed, step=self.engine.step_count,
-            stream=self.world.rank * accumulation + index, device=self.world.device,
-        )  # fmt: skip
-        shape = torch.Size((images.shape[0], config.model.registers, config.model.latent_dim))
-        two_pass_step(
-            self.engine, self.objective, images, labels, draws, shape=shape, weight=1 / accumulation,
-            last=index + 1 == accumulation,
-        )  # fmt: skip
-
-    def traced(self, path: Path | None) -> float:
-        """Seconds a step inside collectives, from a trace of two steps that is also written to `path`."""
-        if path is None and self.world.size == 1:
-            return 0.0
-        activities = [ProfilerActivity.CPU]
-        if self.world.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        quiet_profiler()
-        with self._named(), profile(activities=activities, acc_events=True) as recorded:
-            for _ in range(2):
-                with record_function("step"):
-                    self.timed()
-        if path is not None and self.world.is_main:
-            _write_trace(recorded, path)
-        return sum(_collective_seconds(event) for event in recorded.events()) / 2
-
-    @contextmanager
-    def _named(self):
-        """Ranges of the parts in the trace, from hooks that go away again."""
-        modules = {"encoder": self.model.encoder, "decoder": self.model.decoder, "lpips": self.objective.lpips}
-        open_ranges: list[record_function] = []
-
-        def enter(name: str) -> Callable[..., None]:
-            def hook(*_) -> None:
-                open_ranges.append(record_function(name))
-                open_ranges[-1].__enter__()
-
-            return hook
-
-        def leave(*_) -> None:
-            open_ranges.pop().__exit__(None, None, None)
-
-        hooks = []
-        for name, module in modules.items():
-            if module is not None:
-                hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-
-def _collective_seconds(event: Any) -> float:
-    """Of a profiler event that is a collective: NCCL's kernels on GPUs, gloo's ranges on CPUs."""
-    name = event.name
-    if name.startswith("nccl") and event.device_type == torch.autograd.DeviceType.CUDA:
-        return event.device_time / 1e6
-    return event.cpu_time / 1e6 if name.startswith("gloo:") else 0.0
-
-
-def _write_trace(recorded: profile, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # the profiler itself reports no error where it cannot write
-        recorded.export_chrome_trace(str(temporary))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write trace {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def plan(
         Path | None, typer.Option(help="A configuration, in place of a preset.", metavar="FILE")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override keys; may be given again.", metavar="KEY=VALUE")
+        list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE")
     ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help="Their kind; an unknown one lists them.", metavar="NAME")] = "h100-80",
@@ -38,7 +38,9 @@ def plan(
         float | None,
         typer.Option(help="Share of the counted floor that compute reaches; `profile` measures it.", min=0.01, max=1),
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images of an epoch. Default: ImageNet's 1,281,167.", min=1)] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images of an epoch. Default: ImageNet's 1,281,167.", min=1)
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option("--out", help="Also draw memory and scaling into this PNG.", metavar="FILE")
     ] = None,
@@ -159,8 +161,9 @@ def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> 
 def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> None:
     from rich.table import Table
 
-    table = Table(title=f"the same global batch on more GPUs, ZeRO {stage}", title_justify="left")
-    for name in ("GPUs", "batch", "step", "simulated", "images/s a GPU", "compute", "gradients", "Muon", "weights", "update"):
+    table = Table(title=f"the same run on more GPUs, ZeRO {stage}", title_justify="left")
+    shares = ("compute", "gradients", "Muon", "weights", "update")
+    for name in ("GPUs", "batch", "step", "simulated", "images/s a GPU", *shares):
         table.add_column(name, justify="right", no_wrap=True)
     for p, seconds in zip(plans, simulated, strict=True):
         parts = (p.seconds.compute, p.seconds.gradients, p.seconds.exchange, p.seconds.weights, p.seconds.update)
@@ -179,7 +182,8 @@ def _print_break(plans: list[Plan], broken: tuple[Plan, str] | None) -> None:
     from unite_fast.analysis.planning import BROKEN
 
     if broken is None:
-        text = f"Up to {plans[-1].ranks} GPUs each does at least {BROKEN:.0%} of the work it does among {plans[0].ranks}."
+        last, first = plans[-1].ranks, plans[0].ranks
+        text = f"Up to {last} GPUs each does at least {BROKEN:.0%} of the work it does among {first}."
     else:
         text = (
             f"Scaling breaks at {broken[0].ranks} GPUs: each does less than {BROKEN:.0%} of the work it does among "
@@ -205,7 +209,8 @@ def _print_assumptions(device, links, efficiency: float, assumed: bool) -> None:
         f"{links.link * 8 / 1e9:.0f} Gbit/s a GPU between nodes; assumed: {links.share:.0%} of that is reached, "
         f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
         "memory: bf16 compute with float32 weights and the fused operators, at most 92 % of the device (assumed)",
-        "ZeRO 3 trains with AdamW (Muon needs whole matrices) and is shown as if DeepSpeed kept no layer between passes",
+        "ZeRO 3 trains with AdamW (Muon needs whole matrices); its time is that without any layer kept between passes, "
+        "its memory that with all kept",
     )
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)

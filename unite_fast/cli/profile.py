@@ -20,7 +20,8 @@ def profile(
         list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE …")
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Images a backward. Default: the configuration's; of auto what is predicted to fit.", min=1)
+        int | None,
+        typer.Option(help="Images a backward. Default: the configuration's; of auto what is predicted to fit.", min=1),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps to time.", min=1)] = 10,
     trace: Annotated[
@@ -115,13 +116,15 @@ def _print(measured: Measured, name: str, device: str) -> None:
     lines = (
         f"{measured.images / measured.step:.4g} images/s on this rank, {measured.mfu:.1%} of the measured matrix rate "
         f"(MFU), {measured.efficiency:.1%} of the floor without waiting and communication (`plan --efficiency`)",
-        f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s copying",
+        f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s "
+        "copying",
         "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "
         "once; what stays in a cache beats it",
         "parts run alone on inputs of the step's size; other: draws, image conversion, launching, and what parts cost "
         "more or less together",
-        *(("waiting for data was not measured: there is no data folder, images are made up",) * (measured.waiting is None)),
     )
+    if measured.waiting is None:
+        lines += ("waiting for data was not measured: there is no data folder, images are made up",)
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)
 
