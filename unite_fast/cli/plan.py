@@ -134,28 +134,33 @@ def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> 
     from rich.table import Table
 
     table = Table(title=plain(title), title_justify="left")
-    for name in ("ZeRO", "memory", "batch", "step", "images/s", "MFU", "comm.", "epoch", f"{epochs:g} epochs"):
+    for name in ("ZeRO", "memory", "batch", "step", "images/s", "MFU", "comm.", "epoch", f"{_short(epochs)} epochs"):
         table.add_column(name, justify="right", no_wrap=True)
     for p in plans:
         hours = p.epoch_hours(images)
         table.add_row(
             f"{p.stage} {p.optimizer}",
-            f"{p.memory.peak / 2**30:.1f} GiB" if p.fits else f"> {p.memory.peak / 2**30:.1f} GiB",
+            f"{'' if p.fits else '> '}{_short(p.memory.peak / 2**30)} GiB",
             *(
                 (
                     f"{p.micro_batch} × {p.accumulation} × {p.ranks}",
-                    f"{p.seconds.total * 1e3:.0f} ms",
+                    f"{_short(p.seconds.total * 1e3)} ms",
                     f"{p.images_per_second:.0f}",
                     f"{p.mfu:.1%}",
                     f"{p.seconds.communication / p.seconds.total:.1%}",
-                    f"{hours:.2f} h",
-                    f"{hours * epochs * p.ranks:,.0f} GPU-h",
+                    f"{_short(hours)} h",
+                    f"{_short(hours * epochs * p.ranks)} GPU-h",
                 )
                 if p.fits
                 else ("does not fit",)
             ),
         )
     out().print(table)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of a larger number's."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> None:
@@ -170,8 +175,8 @@ def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> Non
         table.add_row(
             str(p.ranks),
             f"{p.micro_batch} × {p.accumulation}",
-            f"{p.seconds.total * 1e3:.0f} ms",
-            f"{seconds * 1e3:.0f} ms",
+            f"{_short(p.seconds.total * 1e3)} ms",
+            f"{_short(seconds * 1e3)} ms",
             f"{p.images_per_second / p.ranks:.1f}",
             *(f"{value / p.seconds.total:.1%}" for value in parts),
         )
