@@ -25,6 +25,8 @@ COMMANDS = {
     "report": ["--out", "--quick", "--held-out", "--seed"],
     "watch": ["--once", "--every"],
     "doctor": ["--json"],
+    "plan": ["--preset", "--config", "--gpus", "--gpu", "--network", "--efficiency", "--out", "--json"],
+    "profile": ["--config", "--set", "--micro-batch", "--steps", "--trace", "--json"],
 }
 START = [sys.executable, "-c", "import sys; from unite_fast.cli import main; sys.exit(main())"]
 

@@ -361,9 +361,13 @@ class Config(Section):
             raise UserError(f"configuration {path} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"configuration {path} must be a JSON object, found {type(data).__name__}")
-        for override in overrides:
-            _apply_override(data, override)
+        apply_overrides(data, overrides)
         return cls.parse(data, source=f"configuration {path}")
+
+    def require_images(self, what: str) -> None:
+        """Raise a UserError where the run is on another modality than images, which alone `what` serves."""
+        if self.modality != "images":
+            raise UserError(f"{what} serves runs on images; {self.name} is on {self.modality}")
 
     def to_json(self) -> str:
         """The resolved configuration, every key present."""
@@ -374,6 +378,16 @@ def imported(name: str) -> Any:
     """What `module:attribute` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """Put `key.path=value` overrides into a configuration's dictionary.
+
+    Raises:
+        UserError: an override of another form.
+    """
+    for override in overrides:
+        _apply_override(data, override)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from unite_fast.analysis.counts import image_operations
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
@@ -50,6 +51,9 @@ class Images:
         side = config.model.image_size
         images = torch.rand(size, 3, side, side, device=device)
         return Inputs(images, torch.zeros(size, dtype=torch.int64, device=device), self._latents(config, size), 1.0)
+
+    def operations(self, config: Config) -> int:
+        return image_operations(config.model, config.objective)
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
         return Report(config, folder, world, engine, stream.classes, stream.mode)

@@ -71,6 +71,9 @@ class Modality(Protocol):
     def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
         """The largest micro-batch of `size` samples that could come, to measure memory with."""
 
+    def operations(self, config: Any) -> int | None:
+        """Counted operations of one sample in a step; None where they vary from sample to sample."""
+
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
         """What the run leaves for people."""
 

@@ -15,6 +15,8 @@ from unite_fast.cli.data import app as data
 from unite_fast.cli.evaluate import evaluate
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
+from unite_fast.cli.plan import plan
+from unite_fast.cli.profile import profile
 from unite_fast.cli.report import report
 from unite_fast.cli.sample import sample
 from unite_fast.cli.watch import watch
@@ -128,6 +130,8 @@ app.command()(export)
 app.command()(evaluate)
 app.command()(reference)
 app.command()(compare)
+app.command(cls=TrainCommand)(plan)
+app.command(cls=TrainCommand)(profile)
 app.add_typer(data, name="data")
 
 

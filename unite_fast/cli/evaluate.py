@@ -182,7 +182,13 @@ class _Session:
     def _open(self, ema_decay: float | None) -> Trained:
         from unite_fast.importing import open_trained
 
-        return open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
+        trained = open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
+        if trained.config.modality != "images":
+            raise UserError(
+                f"unite-fast evaluate measures images; {self.run} is a model of {trained.config.modality}, which its run "
+                f"measures when it ends (summary.json)"
+            )
+        return trained
 
     def _complete(self, trained: Trained) -> Plan:
         """The plan, with the metrics that its files allow where none were named."""

@@ -76,6 +76,7 @@ def _continue(file: Path, config: Path, overrides: list[str]) -> None:
     from unite_fast.config import Config
 
     parsed = Config.load(config, overrides)
+    parsed.require_images("training on from a published checkpoint")
     from unite_fast.published_training import import_training
 
     made = import_training(file, parsed)

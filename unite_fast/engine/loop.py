@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
@@ -97,7 +98,14 @@ class Run:
             record_session(self.folder, config, self.world, self.batch, first_step=self.first_step)
             records = Records(self.folder, config, first_step=self.first_step)
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
-        meter = Meter(self.world, self.batch, self.stream.steps_per_epoch, unit=self.modality.unit)
+        meter = Meter(
+            self.world,
+            self.batch,
+            self.stream.steps_per_epoch,
+            unit=self.modality.unit,
+            operations=self.modality.operations(config),
+            peak=stated_peak(self.world.device, autocast_dtype(config, self.world.device)),
+        )
         watch = CollapseWatch()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

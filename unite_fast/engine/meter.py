@@ -1,4 +1,4 @@
-"""What a step is measured by: mean losses, latent statistics, images a second, waiting for data."""
+"""What a step is measured by: mean losses, latent statistics, images a second, MFU, waiting for data, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unite_fast.engine.batch import Batch
+from unite_fast.engine.batch import Batch, peak_resident_bytes
 from unite_fast.engine.world import World
 from unite_fast.objective.two_pass import StepLosses
 
@@ -38,11 +38,30 @@ def latent_statistics(z0: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class Meter:
-    """Sums of losses on the device, read once a log interval, and where the time went."""
+    """Sums of losses on the device, read once a log interval, and where the time went.
 
-    def __init__(self, world: World, batch: Batch, steps_per_epoch: float, *, unit: str = "images"):
+    Args:
+        world, batch, steps_per_epoch: of the run.
+        unit: what a batch counts, in the plural.
+        operations: counted, of one sample in a step; None where they vary, and then no MFU is recorded.
+        peak: operations a second that the device states for the compute dtype; None where it is not known, and then
+            no MFU is recorded. A CPU states none, and one measured beside busy neighbours would be another number
+            every time; `unite-fast profile` measures it.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        batch: Batch,
+        steps_per_epoch: float,
+        *,
+        unit: str = "images",
+        operations: int | None = None,
+        peak: float | None = None,
+    ):
         self.seconds = 0.0
         self._world, self._batch, self._steps_per_epoch, self._unit = world, batch, steps_per_epoch, unit
+        self._operations, self._peak = operations, peak
         self._reset()
 
     def begin(self) -> None:
@@ -92,6 +111,9 @@ class Meter:
         elapsed = time.monotonic() - self._began
         waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
         self.seconds += elapsed
+        rate = self._steps * self._batch.global_batch / elapsed
+        counted = None not in (self._operations, self._peak)
+        mfu = rate / self._world.size * self._operations / self._peak if counted else None
         record = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
@@ -103,12 +125,20 @@ class Meter:
             "lr": lr,
             "z0_std": z0_std,
             "z0_rank": z0_rank,
-            f"{self._unit}_per_second": self._steps * self._batch.global_batch / elapsed,
+            f"{self._unit}_per_second": rate,
+            **({} if mfu is None else {"mfu": mfu}),
             "data_wait": waited / elapsed,
+            "memory_gb": self._memory() / 1e9,
             "time": time.time(),
         }
         self._reset()
         return record
+
+    def _memory(self) -> int:
+        """Most bytes so far on this rank: allocated on the GPU, resident on a CPU. Neither waits for the device."""
+        if self._world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._world.device)
+        return peak_resident_bytes()
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None

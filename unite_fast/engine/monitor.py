@@ -142,18 +142,19 @@ def _wandb_run(folder: Path, config: Config) -> Any:
     return run
 
 
-# How the losses are written on the progress line.
-_LOSSES = {
+# What stands on the progress line behind the rate, and how it is written.
+_TOLD = {
+    "mfu": "MFU {:.1%}", "data_wait": "wait {:.0%}", "memory_gb": "{:.1f} GB",
     "loss_l1": "L1 {:.4f}", "loss_lpips": "LPIPS {:.3f}", "loss_element": "elements {:.4f}",
     "loss_position": "positions {:.4f}", "loss_flow": "flow {:.3f}",
 }  # fmt: skip
 
 
 def _told(record: dict[str, Any]) -> list[str]:
-    """The rate and the losses of a record, for people."""
+    """The rate, where time and memory go, and the losses of a record, for people."""
     rates = [(name, value) for name, value in record.items() if name.endswith("_per_second")]
     return [f"{value:.0f} {name.removesuffix('_per_second')}/s" for name, value in rates] + [
-        text.format(record[name]) for name, text in _LOSSES.items() if name in record
+        text.format(record[name]) for name, text in _TOLD.items() if name in record
     ]
 
 

@@ -67,6 +67,10 @@ class Molecular:
         shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
         return Inputs(molecules, torch.zeros(size, dtype=torch.int64, device=device), shape, 1.0)
 
+    def operations(self, config: MoleculeConfig) -> None:
+        """None: they grow with the atoms of each molecule."""
+        return None
+
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
     ) -> Report:

@@ -1,0 +1,232 @@
+"""`unite-fast plan`: its memory against a real step, its formulas against the simulation, its words to a user."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_toy import mistake, run
+from engine_toy import toy_config
+from PIL import Image
+
+import unite_kernels as uk
+from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.counts import step_parts
+from unite_fast.analysis.devices import GPUS, Network, find_gpu, recognise, stated_peak
+from unite_fast.analysis.memory import pass_activations, predict
+from unite_fast.analysis.planning import (
+    BROKEN,
+    SCALE,
+    breaking_point,
+    collective_time,
+    plan,
+    scaling,
+    step_time,
+)
+from unite_fast.analysis.simulation import jitter_of, simulate
+from unite_fast.analysis.update import Collective, newton_schulz_operations, trained_weights, update_part
+from unite_fast.config import Config, ModelConfig, ObjectiveConfig
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.world import World
+from unite_fast.model.unite import Unite
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.two_pass import Objective, two_pass_step
+
+CPU = torch.device("cpu")
+H100 = find_gpu("h100-80")
+NODES = Network(per_node=8, node_link=H100.link, link=50e9)
+
+
+def published(preset: str = "L", *, draws: int = 14, **train) -> Config:
+    return Config.parse(
+        {
+            "model": {"preset": preset, "decoder": {"preset": "B"}},
+            "objective": {"flow_draws": draws},
+            "train": {"epochs": 120, "global_batch": 1024, "micro_batch": "auto"} | train,
+            "data": {"path": "unused"},
+        }
+    )
+
+
+@pytest.fixture()
+def kernels():
+    uk.set_backend("triton")
+    yield
+    uk.set_backend("auto")
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("muon", 2), ("adamw", 16)], ids=["update", "activations"])
+def test_predicted_memory_is_what_a_real_step_allocates(kernels, kind, batch):
+    """The real engine on this CPU, within 10 %; once the update is the peak, once the activations are."""
+    values = toy_config(kind=kind).model_dump()
+    values["model"] = dict(
+        image_size=8, patch_size=4, registers=4, latent_dim=4, depth=2, width=128, heads=2, num_classes=3,
+        context_len=2, context_start=1, decoder=dict(depth=1, width=64, heads=2, inner=24),
+    )  # fmt: skip
+    values["objective"] = dict(flow_draws=1, lpips=dict(weight=0.0))
+    config = Config.parse(values)
+    before = torch.zeros(0)
+    engine = Engine(Unite(config.model), config, World(0, 1, 0, before.device), steps_per_epoch=10)
+    objective = Objective(config.objective, 3)
+    images, labels = torch.rand(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64)
+
+    def step() -> None:
+        draws = SeededDraws(config.objective, seed=0, step=0, stream=0, device=CPU)
+        two_pass_step(engine, objective, images, labels, draws, shape=torch.Size((batch, 4, 4)))
+        engine.step()
+
+    memory = predict(config, micro_batch=batch, dtype="fp32", device="cpu")
+    resting = memory.weights + memory.optimizer + memory.ema
+    assert (memory.update > memory.activations) is (kind == "muon")
+    assert resting + peak_allocated(step, CPU) == pytest.approx(memory.peak, rel=0.1)
+
+
+def test_newton_schulz_is_counted_as_it_runs():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in ((8, 24), (24, 8), (16, 16)):
+        with FlopCounterMode(display=False) as counter:
+            uk.optim._newton_schulz._init_fn(torch.randn(3, *shape), 5, 1e-6)
+        assert counter.get_total_flops() == 3 * newton_schulz_operations(*shape, 5)
+
+
+def test_published_sizes_of_the_optimizer():
+    weights = trained_weights(ModelConfig(preset="B"), "muon")
+    assert (weights.total, len(weights.matrices), weights.without_gradient) == (217_643_616, 115, 768)
+    optimizer = published("B").optimizer
+    alone, shared = (update_part(ModelConfig(preset="B"), optimizer, stage=s, ranks=n) for s, n in ((0, 1), (1, 64)))
+    assert shared.forward < alone.forward / 20  # each matrix on one rank only
+    # 115 matrices on 64 ranks: the largest alone is the least the busiest rank has to do.
+    assert shared.forward >= max(newton_schulz_operations(*shape, 5) for shape in weights.matrices)
+
+
+def test_checkpointing_keeps_block_inputs_alone():
+    sizes = dict(preset="B")
+    whole, recomputed = (
+        step_parts(ModelConfig(**sizes, checkpoint_activations=flag), ObjectiveConfig())["denoise"]
+        for flag in (False, True)
+    )
+    assert pass_activations(whole) == whole.saved
+    assert pass_activations(recomputed) < 0.3 * whole.saved  # two of about twenty tensors a block, and one block
+    assert recomputed.recomputed > 0.9 * recomputed.forward and whole.recomputed == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("preset", ["B", "XL"])
+def test_formulas_agree_with_the_simulation_up_to_1024_gpus(preset, stage):
+    """Within 10 %; the simulation's hops, queues and late ranks are not in the formulas."""
+    config = published(preset, draws=3)
+    plans = scaling(config, H100, NODES, stage=stage)
+    assert tuple(p.ranks for p in plans) == SCALE
+    for p in plans[::3] + plans[-1:]:
+        options = dict(ranks=p.ranks, stage=stage, micro_batch=p.micro_batch, accumulation=p.accumulation)
+        played = simulate(config, H100.rates, NODES, efficiency=0.75, **options)
+        assert played == pytest.approx(p.seconds.total, rel=0.1)
+        late = simulate(config, H100.rates, NODES, efficiency=0.75, jitter=jitter_of(1.05), **options)
+        assert late > played
+
+
+def test_scaling_breaks_where_communication_does_not_shrink():
+    plans = scaling(published("B", draws=3), H100, NODES, stage=1)
+    broken, why = breaking_point(plans)
+    each = {p.ranks: p.images_per_second / p.ranks for p in plans}
+    assert each[broken.ranks] < BROKEN * each[8] <= each[broken.ranks // 2]
+    assert "of the lost time is" in why
+    slow = breaking_point(scaling(published("B", draws=3), H100, NODES._replace(link=1.25e9), stage=1))
+    assert slow[0].ranks < broken.ranks and "reducing the gradients" in slow[1]
+    assert breaking_point(plans[:1]) is None
+
+
+def test_a_ring_and_a_tree_cost_what_they_must():
+    flat = Network(per_node=4, node_link=1e9, link=1e9, node_latency=1e-6, latency=1e-6, share=1.0)
+    whole = Collective("all_gather", "weights", 1_000_000, 1_000_000)
+    assert collective_time(whole, 4, flat) == pytest.approx(3 * (1e-6 + 1e6 / 1e9))
+    reduced = whole._replace(kind="all_reduce")
+    assert collective_time(reduced, 4, flat) == pytest.approx(2 * collective_time(whole, 4, flat))
+    tiny = Collective("all_reduce", "norm", 1, 1)
+    assert collective_time(tiny, 4, flat) == pytest.approx(2 * 2 * 1e-6, rel=0.1)  # a tree has fewer hops
+    assert collective_time(whole, 1, flat) == 0
+
+
+def test_more_hardware_is_never_slower():
+    config = published("L")
+    base = plan(config, H100, NODES, ranks=64, stage=1)
+    assert plan(config, find_gpu("b200"), NODES, ranks=64, stage=1).seconds.total < base.seconds.total
+    assert plan(config, H100, NODES, ranks=64, stage=1, efficiency=0.5).seconds.total > base.seconds.total
+    assert base.micro_batch * base.accumulation * 64 == 1024 and base.fits
+    assert base.memory.peak > plan(config, H100, NODES, ranks=64, stage=1).memory.state
+    small = plan(config, find_gpu("rtx4090"), NODES, ranks=8, stage=0)
+    assert small.accumulation > 1 and small.memory.peak < find_gpu("rtx4090").memory
+    huge = published("XL").model_copy(update={"model": ModelConfig(preset="XL", width=8192, heads=64)})
+    assert not plan(huge, find_gpu("rtx4090"), NODES, ranks=8, stage=0).fits
+    weak = published("L", global_batch=None, accumulation=2)
+    grown = plan(weak, H100, NODES, ranks=64, stage=1)
+    assert grown.global_batch == 128 * grown.micro_batch and grown.micro_batch in (32, 64)
+    fixed = plan(published("L", micro_batch=4), H100, NODES, ranks=64, stage=1)
+    assert (fixed.micro_batch, fixed.accumulation) == (4, 4)
+    seconds = step_time(config, H100.rates, NODES, 64, 0, 16, 1, 0.75)
+    assert seconds.exchange == seconds.weights == 0 < seconds.gradients
+
+
+def test_devices_are_recognised_by_their_names():
+    for name, expected in (
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ):
+        assert recognise(name).name == expected
+    assert recognise("NVIDIA GeForce RTX 4090 Laptop GPU") is None and recognise("Radeon") is None
+    assert [gpu.name for gpu in GPUS if gpu.measured] == ["h200"]
+    assert find_gpu("H200").rates == pytest.approx((790e12, 4.3e12))
+    assert stated_peak(CPU, torch.bfloat16) is None  # a CPU states none: no MFU in the records
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_the_command_prints_tables_and_draws(tmp_path, capsys):
+    picture = tmp_path / "plans" / "plan.png"
+    assert run("plan", "--preset", "B", "--gpus", "16", "--set", "objective.flow_draws=3", "--out", picture) == 0
+    printed = capsys.readouterr().out
+    for words in ("ZeRO", "GPU-h", "3 adamw", "simulated", "Scaling breaks at", "assumed", "240 epochs"):
+        assert words in printed
+    with Image.open(picture) as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_the_numbers_come_as_json(capsys):
+    arguments = ["--config", "configs/b_24gb.json", "--gpus", "1", "--gpu", "rtx4090", "--json"]
+    assert run("plan", *arguments, "--efficiency", "0.4", "--images", "1000") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    first = numbers["plans"][0]
+    assert first["micro_batch"] * first["accumulation"] == 384 and first["communication_share"] == 0
+    assert first["gpu_hours"] == pytest.approx(80 * 1000 / first["images_per_second"] / 3600)
+    assert [row["gpus"] for row in numbers["scaling"]] == [8, 16, 32, 64, 128]  # what 384 images can be shared by
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "L", "--gpu", "h100"], "unknown GPU 'h100': did you mean h100-80? known are b200, h200"),
+        (["--preset", "Q"], "unknown preset 'Q': choose one of B, M, L, XL"),
+        (["--preset", "L", "--gpus", "7"], "train.global_batch 1024 is not divisible by 7 ranks"),
+        (["--gpus", "8"], "give one of --preset"),
+        (["--preset", "L", "--config", "x.json"], "give one of --preset"),
+        (["--preset", "L", "--gpus", "0"], "--gpus"),
+        (["--preset", "L", "--efficiency", "2"], "--efficiency"),
+        (["--preset", "L", "--set", "model.dept=3"], "did you mean 'depth'?"),
+        (["--preset", "L", "--out", "/proc/plan.png"], "cannot write picture /proc/plan.png"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, says, capsys):
+    if says.startswith("did you mean 'depth'"):
+        assert run("plan", *arguments) == 2
+        assert says in capsys.readouterr().err
+    else:
+        assert says in mistake(capsys, "plan", *arguments)

@@ -1,0 +1,120 @@
+"""`unite-fast profile` on small runs, and the live numbers of a training run."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from cli_toy import mistake, run
+from runs import config, config_file, image_tree
+
+from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.counts import Op, Part, Rates, image_operations
+from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.meter import Meter
+from unite_fast.engine.monitor import ProgressLine
+from unite_fast.engine.world import World
+from unite_fast.objective.two_pass import StepLosses
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
+    image_tree(tmp_path / "train")
+    path = config_file(tmp_path, train={"global_batch": 4, "accumulation": 2})
+    trace = tmp_path / "traces" / "trace.json"
+    assert run("profile", "--config", path, "--steps", "2", "--trace", trace, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in numbers["parts"]}
+    assert list(rows) == ["tokenize", "decode", "denoise", "optimizer", "EMA"]
+    # Two micro-batches of two draws each, a pass a draw.
+    assert [rows[name]["calls"] for name in rows] == [2, 2, 4, 1, 1]
+    parts = sum(row["forward"] + row["backward"] for row in rows.values())
+    rest = numbers["other_seconds"] + numbers["waiting_seconds"] + numbers["communication_seconds"]
+    assert parts + rest == pytest.approx(numbers["step_seconds"])
+    made = config(tmp_path)
+    passes = sum(rows[name]["operations"] for name in ("tokenize", "decode", "denoise"))
+    assert passes == 4 * image_operations(made.model, made.objective)
+    assert numbers["mfu"] * numbers["step_seconds"] * numbers["matmul_operations_per_second"] == pytest.approx(passes)
+    assert all(row["floor"] > 0 for row in rows.values()) and rows["decode"]["memory"] > 0
+    assert not (tmp_path / "runs").exists()
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"step", "encoder", "decoder", "optimizer", "wait for data"} <= {event.get("name") for event in events}
+    assert list(trace.parent.iterdir()) == [trace]
+
+
+def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys):
+    path = config_file(tmp_path)
+    trace = tmp_path / "trace.json"
+    assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "2", "--trace", trace) == 0
+    printed = capsys.readouterr().out
+    says = ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto")
+    assert all(words in printed for words in says)
+
+
+def test_profile_explains_mistakes(tmp_path, capsys):
+    path = config_file(tmp_path)
+    options = ["--steps", "1", "--micro-batch", "1"]
+    says = mistake(capsys, "profile", "--config", path, *options, "--trace", "/proc/trace.json")
+    assert says.startswith("cannot write trace /proc/trace.json")
+    says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1")
+    assert "objective.lpips.vgg is not set" in says
+    assert "No such file" in mistake(capsys, "profile", "--config", tmp_path / "absent.json")
+
+
+def test_what_is_measured():
+    rates = measure_rates(CPU, torch.float32)
+    assert rates.matmul > 1e8 and rates.copy > 1e7
+    assert min(times(lambda: time.sleep(0.01), CPU, 3)) >= 0.01
+    held = []
+
+    def run_twice() -> None:
+        held.append(torch.empty(1000, 1000))
+        temporary = torch.empty(500, 1000)
+        del temporary
+        held.append(torch.empty(100, 1000))
+
+    assert peak_allocated(run_twice, CPU) == pytest.approx(6e6, rel=0.01)
+
+
+def test_what_no_part_explains_is_other():
+    row = Row("decode", 2, 0.2, 0.4, 0.3, 10, 0)
+    made = Measured(Rates(1, 1), [row], step=2.0, waiting=0.5, communication=0.25, images=1, mfu=0.1)
+    assert made.other == pytest.approx(0.65) and made.efficiency == pytest.approx(0.3 / 1.25)
+    part = Part("update", (Op("EMA", forward_bytes=8),), False, 4)
+    assert part.floor(1, Rates(1, 2)) == (4, 0)
+
+
+def losses() -> StepLosses:
+    one = torch.tensor(1.0)
+    return StepLosses(one, {"l1": one}, one, torch.randn(4, 2, 3), None)
+
+
+def read(*, peak: float | None) -> dict:
+    meter = Meter(World(0, 1, 0, CPU), Batch(4, 1, 4), 10.0, operations=1000, peak=peak)
+    meter.begin()
+    meter.add(losses(), torch.tensor(1.0))
+    time.sleep(0.01)
+    return meter.read(1, 0.1)
+
+
+def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
+    record = read(peak=1e9)
+    assert record["mfu"] == pytest.approx(record["images_per_second"] * 1000 / 1e9)
+    assert 0.01 < record["memory_gb"] < 1000  # this very process
+    line = ProgressLine(1, 0, enabled=True, seconds=0.0)
+    line.advance(1, record | {"mfu": 0.437, "data_wait": 0.02, "memory_gb": 61.24})
+    printed = capsys.readouterr().err
+    assert "MFU 43.7%" in printed and "wait 2%" in printed and "61.2 GB" in printed
+    unknown = read(peak=None)
+    assert "mfu" not in unknown
+    line.advance(1, unknown)
+    assert "MFU" not in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""Memory of one rank in a training step, predicted from the configuration.
+
+Activations are what autograd keeps of the larger of the two passes (tests hold this to what it really keeps, within
+1 %); the rest follows from what the engine allocates under each ZeRO stage. All numbers are bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from unite_fast.analysis.counts import DTYPE_BYTES, VGG_WEIGHTS, Dtype, Part, step_parts
+from unite_fast.analysis.update import FP32, Weights, slice_elements, trained_weights
+from unite_fast.config import Config
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
+from unite_fast.engine.optim import BATCH_ELEMENTS
+
+# Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
+LIVE_ELEMENTS = 10**9
+# Working tensors of the largest operators beside what autograd keeps, as a share of it.
+WORKING_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        weights: float32 parameters, the float32 slice of them that ZeRO's optimizer steps, and what ZeRO 3 gathers.
+        gradients: float32, whole under every stage until the step's last backward reduces them.
+        optimizer: momentum and moments.
+        ema: averaged weights.
+        frozen: LPIPS's network.
+        buffers: ZeRO's bucket and its slice of the averaged gradients, alive while gradients are reduced.
+        casts: weights in the compute dtype, alive during a pass.
+        activations: of one micro-batch.
+        update: working tensors of the optimizer.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    frozen: int
+    buffers: int
+    casts: int
+    activations: int
+    update: int
+
+    @property
+    def state(self) -> int:
+        """What is there whatever the micro-batch, gradients included."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.frozen
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at one moment: in a pass, while reducing, or in the update."""
+        return self.state + max(self.casts + self.activations, self.buffers, self.update)
+
+
+def predict(
+    config: Config,
+    *,
+    micro_batch: int,
+    ranks: int = 1,
+    stage: int | None = None,
+    dtype: Dtype = "bf16",
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> Memory:
+    """Memory of one rank with the fused operators (train.kernels = triton).
+
+    Args:
+        config: the run; its batch keys are not read.
+        micro_batch: images a rank and backward.
+        ranks: that share sharded state.
+        stage: ZeRO stage; the configuration's if None.
+        dtype: what matrix products compute in.
+        device: see `step_parts`.
+    """
+    stage = config.train.zero_stage if stage is None else stage
+    weights = trained_weights(config.model, config.optimizer.kind)
+    parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
+    total, muon = weights.total, weights.muon
+    sharded = stage > 0
+    if sharded:
+        muon = slice_elements(muon, ranks)
+    held = muon + (slice_elements(weights.adamw, ranks) if sharded else weights.adamw)
+    moments = muon + 2 * (held - muon)
+    casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
+    chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
+    flow = pass_activations(parts["denoise"]) * micro_batch * chunk
+    reconstruction = sum(pass_activations(part) for name, part in parts.items() if name != "denoise") * micro_batch
+    reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
+    if config.objective.stop_gradient:
+        activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
+    else:  # the first pass's graph waits for the gradient that the second sends into it
+        activations, cast = reconstruction + flow, reconstruction_casts + casts["denoise"]
+    # ZeRO 1 and 2: whole weights and a slice to step; ZeRO 3: its piece, the same to step, and what it has gathered.
+    slices = {0: 0, 1: held, 2: held, 3: 2 * held}[stage]
+    whole = total if stage < 3 else min(total, LIVE_ELEMENTS)
+    return Memory(
+        weights=FP32 * (whole + slices),
+        gradients=FP32 * total,
+        optimizer=FP32 * moments,
+        ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
+        frozen=FP32 * VGG_WEIGHTS if config.objective.lpips.weight else 0,
+        buffers=FP32 * (min(BUCKET_ELEMENTS, total) + held) if sharded else 0,
+        casts=cast,
+        activations=round(activations * (1 + WORKING_SHARE)),
+        update=_update_bytes(weights, muon, dtype),
+    )
+
+
+def pass_activations(part: Part) -> int:
+    """Bytes that one image (draw) keeps for the backward of a part, under activation checkpointing if it is on.
+
+    Then a block keeps its two inputs alone, and the largest block's activations come back one at a time.
+    """
+    if not part.recomputes:
+        return part.saved
+    outside = sum(op.saved for op in part.ops if op.block is None)
+    blocks: dict[int, int] = {}
+    inputs = 0
+    for op in part.ops:
+        if op.block is not None:
+            blocks[op.block] = blocks.get(op.block, 0) + op.saved
+            # The row of qkv keeps h, [N, C]; the residual stream beside it has the same size.
+            inputs += 2 * op.saved if op.name == "qkv" else 0
+    return outside + inputs + max(blocks.values())
+
+
+def _casts(part: Part) -> int:
+    """Weights in bfloat16, kept for the pass; the time embedding's stay float32."""
+    return part.width * sum(op.weights for op in part.ops if not op.name.startswith("time"))
+
+
+def _update_bytes(weights: Weights, muon: int, dtype: Dtype) -> int:
+    """Nesterov means and updates of a rank's matrices, and inside Newton-Schulz about four tensors of a batch.
+
+    A batch is all matrices of one shape, BATCH_ELEMENTS at most.
+    """
+    if not weights.matrices:
+        return 0
+    together = max(min(rows * columns * count, max(BATCH_ELEMENTS, rows * columns))
+                   for (rows, columns), count in Counter(weights.matrices).items())  # fmt: skip
+    return FP32 * 2 * muon + 4 * min(muon, together) * DTYPE_BYTES[dtype]

@@ -1,0 +1,156 @@
+"""The whole optimizer step of a profile: the real engine on the run's data, timed, and traced for Perfetto."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from unite_fast.analysis.allocation import quiet_profiler
+from unite_fast.config import Config
+from unite_fast.data.stream import Stream, open_stream
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+from unite_fast.model.unite import Unite
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.two_pass import Objective, two_pass_step
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class ProfiledStep:
+    """The real optimizer step on the real engine, with the run's data where it is there."""
+
+    def __init__(self, config: Config, world: World, objective: Objective, model: Unite, batch: Batch):
+        self.config, self.world, self.objective, self.batch = config, world, objective, batch
+        self.model = model
+        self.engine = Engine(model, config, world, steps_per_epoch=1000, global_batch=batch.global_batch)
+        self.real = Path(config.data.path).is_dir()
+        self._stream = self._open() if self.real else None
+
+    def _open(self) -> Stream:
+        config = self.config
+        return open_stream(
+            config.data, device=self.world.device, image_size=config.model.image_size, num_classes=config.model.num_classes,
+            seed=config.train.seed, global_batch=self.batch.global_batch, micro_batch=self.batch.micro_batch,
+            accumulation=self.batch.accumulation, rank=self.world.rank, world_size=self.world.size,
+        )  # fmt: skip
+
+    def timed(self) -> tuple[float, float, float]:
+        """One step: seconds in all, waiting for data, and in the update."""
+        device = self.world.device
+        began, waited = now(device), 0.0
+        for index in range(self.batch.accumulation):
+            asked = time.perf_counter()
+            with record_function("wait for data"):
+                images, labels = self._next()
+            waited += time.perf_counter() - asked
+            self._passes(images, labels, index)
+        passed = now(device)
+        with record_function("optimizer"):
+            self.engine.step()
+        ended = now(device)
+        return ended - began, waited, ended - passed
+
+    def _next(self) -> tuple[Tensor, Tensor]:
+        device, size = self.world.device, self.config.model.image_size
+        if self._stream is None:
+            count = self.batch.micro_batch
+            return (
+                torch.full((count, 3, size, size), 0.5, device=device),
+                torch.zeros(count, dtype=torch.int64, device=device),
+            )
+        loaded = next(self._stream)
+        return loaded.images.to(device).float().div_(255), loaded.labels.to(device)
+
+    def _passes(self, images: Tensor, labels: Tensor, index: int) -> None:
+        config, accumulation = self.config, self.batch.accumulation
+        draws = SeededDraws(
+            config.objective, seed=config.train.seed, step=self.engine.step_count,
+            stream=self.world.rank * accumulation + index, device=self.world.device,
+        )  # fmt: skip
+        shape = torch.Size((images.shape[0], config.model.registers, config.model.latent_dim))
+        two_pass_step(
+            self.engine, self.objective, images, labels, draws, shape=shape, weight=1 / accumulation,
+            last=index + 1 == accumulation,
+        )  # fmt: skip
+
+    def traced(self, path: Path | None) -> float:
+        """Seconds a step inside collectives, from a trace of two steps that is also written to `path`."""
+        if path is None and self.world.size == 1:
+            return 0.0
+        activities = [ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        quiet_profiler()
+        with self._named(), profile(activities=activities, acc_events=True) as recorded:
+            for _ in range(2):
+                with record_function("step"):
+                    self.timed()
+        if path is not None and self.world.is_main:
+            _write_trace(recorded, path)
+        return sum(_collective_seconds(event) for event in recorded.events()) / 2
+
+    @contextmanager
+    def _named(self):
+        """Ranges of the parts in the trace, from hooks that go away again."""
+        modules = {"encoder": self.model.encoder, "decoder": self.model.decoder, "lpips": self.objective.lpips}
+        open_ranges: list[record_function] = []
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(*_) -> None:
+                open_ranges.append(record_function(name))
+                open_ranges[-1].__enter__()
+
+            return hook
+
+        def leave(*_) -> None:
+            open_ranges.pop().__exit__(None, None, None)
+
+        hooks = []
+        for name, module in modules.items():
+            if module is not None:
+                hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _collective_seconds(event: Any) -> float:
+    """Of a profiler event that is a collective: NCCL's kernels on GPUs, gloo's ranges on CPUs."""
+    name = event.name
+    if name.startswith("nccl") and event.device_type == torch.autograd.DeviceType.CUDA:
+        return event.device_time / 1e6
+    return event.cpu_time / 1e6 if name.startswith("gloo:") else 0.0
+
+
+def _write_trace(recorded: profile, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # the profiler itself reports no error where it cannot write
+        recorded.export_chrome_trace(str(temporary))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write trace {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
