@@ -1,0 +1,161 @@
+"""Counted operations against PyTorch's own counter on the real model, and counted activations against what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import unite_kernels as uk
+from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
+from unite_fast.model.unite import Unite
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.perceptual import Lpips
+from unite_fast.objective.two_pass import Objective, two_pass_step
+
+BATCH = 2
+SMALL = dict(
+    image_size=32, patch_size=8, registers=16, latent_dim=6, depth=3, width=48, heads=2, num_classes=3,
+    context_len=4, context_start=1, decoder=dict(depth=2, width=32, heads=2, inner=24),
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class Plain:
+    """The engine's part in a step."""
+
+    def __init__(self, model, dtype=None):
+        self.model, self.dtype = model, dtype
+
+    def __call__(self, phase, **inputs):
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+            return self.model(phase, **inputs)
+
+    def backward(self, loss, *, last):
+        loss.backward()
+
+
+def objective(model: Unite, *, lpips: bool = False, dtype: torch.dtype | None = None, **options) -> Objective:
+    """LPIPS without files: the network with random weights."""
+    made = Objective(ObjectiveConfig(lpips=dict(weight=0.0), **options), model.null_label, CPU, dtype)
+    if lpips:
+        torch.manual_seed(1)
+        made.lpips = Lpips().to(memory_format=torch.channels_last)
+        made.config = ObjectiveConfig(lpips=dict(weight=1.0), **options)
+    return made
+
+
+def step(model: Unite, goal: Objective, *, batch: int = BATCH, dtype: torch.dtype | None = None) -> None:
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, config.image_size, config.image_size, generator=generator)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    draws = SeededDraws(goal.config, seed=0, step=0, stream=0, device=CPU)
+    shape = torch.Size((batch, config.registers, config.latent_dim))
+    two_pass_step(Plain(model, dtype), goal, images, labels, draws, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("preset", "forward", "per_image"),
+    [("B", (101, 47, 120, 50), {3: 1.02, 14: 2.67}), ("L", (355, 47, 120, 179), {3: 2.93, 14: 8.84})],
+)
+def test_published_sizes_have_the_known_floors(preset, forward, per_image):
+    """Operations in units of 1e9 forward (LPIPS: two forwards and one backward), and 1e12 an image."""
+    model = ModelConfig(preset=preset, decoder=DecoderConfig(preset="B"))
+    parts = step_parts(model, ObjectiveConfig(), whole_last_block=True)
+    counted = [p.operations if name == "lpips" else p.forward for name, p in parts.items()]
+    assert [round(count / 1e9 + (0.01 if preset == "B" else 0)) for count in counted] == pytest.approx(forward, abs=1)
+    for draws, expected in per_image.items():
+        total = image_operations(model, ObjectiveConfig(flow_draws=draws), whole_last_block=True) / 1e12
+        assert total == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        (dict(), dict(flow_draws=3, lpips=True)),
+        (dict(), dict(flow_draws=2, draws_per_chunk=2, stop_gradient=False)),
+        (dict(context_start=0, registers=5), dict(flow_draws=1)),
+        (dict(context_len=0, shared=False), dict(flow_draws=1)),
+        (dict(context_start=2, checkpoint_activations=True), dict(flow_draws=2)),
+    ],
+    ids=["lpips", "through z0", "queries", "separate", "recomputed"],
+)
+def test_operations_equal_pytorchs_counter(sizes, options):
+    model = Unite(ModelConfig(**(SMALL | sizes)))
+    goal = objective(model, **options)
+    # The fused CPU attention is not in the counter's list; the plain form is the same products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(model, goal)
+    expected = BATCH * image_operations(model.config, goal.config, recomputed=True)
+    assert counter.get_total_flops() == expected
+
+
+def peak_saved(model: Unite, goal: Objective, **run) -> int:
+    """Bytes of the storages that autograd held at most at one moment, parameters and images aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    if goal.lpips:
+        own |= {tensor.untyped_storage().data_ptr() for tensor in goal.lpips.parameters()}
+    alive: dict[int, int] = {}
+    total = peak = 0
+
+    class Held:
+        def __init__(self, tensor):
+            nonlocal total, peak
+            self.tensor, self.key = tensor, tensor.untyped_storage().data_ptr()
+            if self.key in own:
+                return
+            alive[self.key] = alive.get(self.key, 0) + 1
+            if alive[self.key] == 1:
+                total += tensor.untyped_storage().nbytes()
+                peak = max(peak, total)
+
+        def __del__(self):
+            nonlocal total
+            if self.key in own:
+                return
+            alive[self.key] -= 1
+            if not alive[self.key]:
+                total -= self.tensor.untyped_storage().nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        step(model, goal, **run)
+    return peak
+
+
+def growth(model: Unite, goal: Objective, **run) -> int:
+    """Saved bytes of two more images: what a pass holds whatever its batch drops out."""
+    return peak_saved(model, goal, batch=4, **run) - peak_saved(model, goal, batch=2, **run)
+
+
+@pytest.fixture()
+def kernels():
+    uk.set_backend("triton")
+    yield
+    uk.set_backend("auto")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lpips", [False, True], ids=["plain", "lpips"])
+def test_saved_activations_are_what_autograd_keeps(kernels, dtype, lpips):
+    """Within 1 %: labels, times and masks are not counted."""
+    model = Unite(ModelConfig(**SMALL))
+    goal = objective(model, lpips=lpips, flow_draws=1, dtype=dtype)
+    parts = step_parts(model.config, goal.config, dtype="fp32" if dtype is None else "bf16", device="cpu")
+    passes = (sum(parts[n].saved for n in parts if n != "denoise"), parts["denoise"].saved)
+    assert growth(model, goal, dtype=dtype) == pytest.approx(2 * max(passes), rel=0.01)
+
+
+def test_a_floor_is_the_slower_of_two_limits():
+    model = ModelConfig(**SMALL)
+    part = step_parts(model, ObjectiveConfig())["denoise"]
+    fast, slow = Rates(1e30, 1e9), Rates(1e9, 1e30)
+    forward, backward = part.floor(4, fast)
+    assert forward == pytest.approx(part.forward_bytes(4) / 1e9)
+    assert backward == pytest.approx(part.backward_bytes(4) / 1e9)
+    assert part.floor(4, slow) == pytest.approx((4 * part.forward / 1e9, 4 * part.backward / 1e9))
+    both = sum(part.floor(4, Rates(1e9, 1e9)))
+    assert max(sum(part.floor(4, fast)), 4 * part.operations / 1e9) < both < sum(part.floor(4, fast)) + 4 * part.operations / 1e9
+    assert repeats("denoise", ObjectiveConfig(flow_draws=5)) == 5 and repeats("decode", ObjectiveConfig()) == 1

@@ -1,0 +1,209 @@
+"""What an optimizer step costs beside the passes: Muon, AdamW and EMA, and what the ranks tell each other.
+
+Counted for the engine as it is (unite_fast/engine): float32 weights, gradients, states and averages; ZeRO 1 and 2
+update a slice a rank and orthogonalise each matrix on one rank; gradients are reduced once an optimizer step.
+Sizes are elements unless a name says bytes; Ψ is the number of trained elements, n the number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Op, Part
+from unite_fast.config import Config, ModelConfig, OptimizerConfig
+from unite_fast.engine.optim import matrix_shape, parameter_groups
+from unite_fast.engine.sharding import MatrixExchange
+from unite_fast.model.unite import Unite
+
+FP32 = 4  # bytes
+# DeepSpeed pads a flat group of ZeRO 1 and 2 to whole slices of an even number of elements.
+SLICE_ALIGNMENT = 2
+
+
+class Weights(NamedTuple):
+    """The trained parameters of a model.
+
+    Attributes:
+        matrices: [rows, columns] of what Muon updates, in the engine's flat order; empty under AdamW alone.
+        adamw: elements of the rest.
+        without_gradient: elements among them that no pass reads (published checkpoints carry them).
+        reconstruct, flow: elements of each parameter that a pass of this name reads.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    adamw: int
+    without_gradient: int
+    reconstruct: tuple[int, ...]
+    flow: tuple[int, ...]
+
+    @property
+    def muon(self) -> int:
+        """Elements that Muon updates."""
+        return sum(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def total(self) -> int:
+        """Ψ."""
+        return self.muon + self.adamw
+
+
+@functools.cache
+def trained_weights(model: ModelConfig, kind: str) -> Weights:
+    """Sizes of a model's parameters under the optimizer `kind`, "muon" or "adamw"; allocates none."""
+    with torch.device("meta"):
+        built = Unite(model)
+    groups = parameter_groups(built, kind)
+    sizes = {name: p.numel() for name, p in built.named_parameters()}
+    denoiser = ("encoder.", "latent_norm.") if model.shared else ("denoiser.", "denoiser_norm.")
+    return Weights(
+        tuple(matrix_shape(p.shape) for p in groups.get("muon", {}).values()),
+        sum(p.numel() for p in groups.get("adamw", {}).values()),
+        sum(size for name, size in sizes.items() if name.endswith("time.special")),
+        tuple(size for name, size in sizes.items() if not name.startswith("denoiser")),
+        tuple(size for name, size in sizes.items() if name.startswith(denoiser)),
+    )
+
+
+def newton_schulz_operations(rows: int, columns: int, steps: int) -> int:
+    """Operations of the orthogonalisation of one matrix: three products a step, the Gram matrix on the short side."""
+    short, long = sorted((rows, columns))
+    return steps * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
+
+
+def slice_elements(elements: int, ranks: int) -> int:
+    """Elements of one rank's slice of a flat group under ZeRO 1 and 2."""
+    return math.ceil(elements / (ranks * SLICE_ALIGNMENT)) * SLICE_ALIGNMENT
+
+
+def update_part(
+    model: ModelConfig, optimizer: OptimizerConfig, *, stage: int = 0, ranks: int = 1, dtype: Dtype = "bf16"
+) -> Part:
+    """Clipping, Muon, AdamW and EMA of one optimizer step on the busiest rank, as a part with a forward only."""
+    weights, width = trained_weights(model, optimizer.kind), DTYPE_BYTES[dtype]
+    share = 1 if stage == 0 else ranks
+    mine, held = list(weights.matrices), weights.muon
+    if share > 1 and weights.matrices:
+        held = slice_elements(weights.muon, ranks)
+        mine = _busiest(weights.matrices, held, ranks)
+    adamw = math.ceil(weights.adamw / share)
+    ops = [Op("clip", forward_bytes=3 * FP32 * (held + adamw))]
+    if weights.matrices:
+        ops.append(Op("momentum, Nesterov", forward_bytes=4 * FP32 * held))
+        for rows, columns in mine:
+            short, long = sorted((rows, columns))
+            operations = newton_schulz_operations(rows, columns, optimizer.newton_schulz_steps)
+            # A step reads X twice and writes it, writes the Gram matrix and its polynomial and reads each once.
+            moved = optimizer.newton_schulz_steps * width * (3 * short * long + 4 * short * short)
+            ops.append(Op("Newton-Schulz", forward=operations, forward_bytes=moved))
+        ops.append(Op("Muon's step", forward_bytes=3 * FP32 * held))
+    ops.append(Op("AdamW", forward_bytes=7 * FP32 * adamw))
+    ops.append(Op("EMA", forward_bytes=3 * FP32 * (held + adamw)))
+    return Part("update", tuple(ops), False, width)
+
+
+def _busiest(matrices: tuple[tuple[int, int], ...], partition: int, ranks: int) -> list[tuple[int, int]]:
+    owned: dict[int, list[tuple[int, int]]] = {}
+    for owner, shape in zip(MatrixExchange(list(matrices), partition, 0, ranks).owners, matrices, strict=True):
+        owned.setdefault(owner, []).append(shape)
+    return max(owned.values(), key=lambda shapes: sum(newton_schulz_operations(*shape, 1) for shape in shapes))
+
+
+class Collective(NamedTuple):
+    """One kind of communication of an optimizer step.
+
+    Attributes:
+        kind: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
+        what: it carries.
+        elements: of the whole tensor (summed over calls); of "all_to_all" what all ranks together send.
+        busiest: elements that the busiest rank sends or receives; of "all_to_all" alone not given by `elements`.
+        messages: sends a rank makes or takes part in, beyond those of the collective's own algorithm.
+    """
+
+    kind: str
+    what: str
+    elements: int
+    busiest: int
+    messages: int = 1
+
+    def sent(self, ranks: int) -> float:
+        """Elements that the busiest rank sends, by the ring algorithms (Thakur et al. 2005)."""
+        if self.kind == "all_to_all":
+            return self.busiest
+        return (2 if self.kind == "all_reduce" else 1) * self.elements * (ranks - 1) / ranks
+
+
+def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int | None = None) -> list[Collective]:
+    """Everything that crosses between ranks in one optimizer step, float32 elements.
+
+    Under ZeRO 3 every pass gathers the parameters that it reads, before its forward and again before its backward;
+    DeepSpeed keeps some of them for the next pass where memory allows, so this is the most that it sends.
+
+    Args:
+        config: model, draws, optimizer.
+        ranks: n.
+        accumulation: micro-batches an optimizer step.
+        stage: ZeRO stage; the configuration's if None.
+    """
+    stage = config.train.zero_stage if stage is None else stage
+    weights = trained_weights(config.model, config.optimizer.kind)
+    if ranks == 1 and stage == 0:
+        return []
+    with_gradient = weights.total - weights.without_gradient
+    if stage == 0:
+        return [_whole("all_reduce", "gradients", weights.total)]
+    norm = _whole("all_reduce", "gradient norm", 1)
+    if stage == 3:
+        passes = [weights.reconstruct] + [weights.flow] * flow_passes(config)
+        gathered = 2 * accumulation * sum(math.ceil(size / ranks) * ranks for sizes in passes for size in sizes)
+        calls = 2 * accumulation * sum(len(sizes) for sizes in passes)
+        return [
+            _whole("all_gather", "parameters of each pass", gathered, calls),
+            _whole("reduce_scatter", "gradients", with_gradient),
+            norm,
+        ]
+    found = [_whole("all_reduce", "gradients", with_gradient), norm]
+    if weights.matrices:
+        total, busiest, messages = exchange_elements(weights.matrices, ranks)
+        if total:
+            found += [
+                Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages)
+                for way in ("to their owner", "back")
+            ]
+    groups = [size for size in (weights.muon, weights.adamw) if size]
+    found.append(_whole("all_gather", "updated weights", sum(slice_elements(g, ranks) * ranks for g in groups)))
+    return found
+
+
+def flow_passes(config: Config) -> int:
+    """Forward passes of the denoiser in one micro-batch."""
+    return math.ceil(config.objective.flow_draws / config.objective.draws_per_chunk)
+
+
+def _whole(kind: str, what: str, elements: int, messages: int = 1) -> Collective:
+    return Collective(kind, what, elements, elements, messages)
+
+
+@functools.cache
+def exchange_elements(matrices: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, int, int]:
+    """(all, busiest rank's, its messages): elements of matrices that leave their holder for the one rank that
+    orthogonalises them. The way back is the same, with senders and receivers exchanged.
+    """
+    partition = slice_elements(sum(rows * columns for rows, columns in matrices), ranks)
+    owners = MatrixExchange(list(matrices), partition, 0, ranks).owners
+    sent, received, messages = [0] * ranks, [0] * ranks, [0] * ranks
+    begin = 0
+    for owner, (rows, columns) in zip(owners, matrices, strict=True):
+        end = begin + rows * columns
+        for holder in range(begin // partition, (end - 1) // partition + 1):
+            if holder != owner:
+                piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
+                sent[holder] += piece
+                received[owner] += piece
+                messages[holder] += 1
+                messages[owner] += 1
+        begin = end
+    return sum(sent), max(*sent, *received), max(messages)
