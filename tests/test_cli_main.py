@@ -20,6 +20,8 @@ COMMANDS = {
     "import": ["--out", "--heads", "--decoder-heads", "--weights"],
     "export": ["--out", "--weights", "--published"],
     "doctor": ["--json"],
+    "plan": ["--preset", "--config", "--gpus", "--gpu", "--network", "--efficiency", "--out", "--json"],
+    "profile": ["--config", "--set", "--micro-batch", "--steps", "--trace", "--json"],
 }
 START = [sys.executable, "-c", "import sys; from unite_fast.cli import main; sys.exit(main())"]
 

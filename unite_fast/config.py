@@ -288,13 +288,22 @@ class Config(Section):
             raise UserError(f"configuration {path} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"configuration {path} must be a JSON object, found {type(data).__name__}")
-        for override in overrides:
-            _apply_override(data, override)
+        apply_overrides(data, overrides)
         return cls.parse(data, source=f"configuration {path}")
 
     def to_json(self) -> str:
         """The resolved configuration, every key present."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """Put `key.path=value` overrides into a configuration's dictionary.
+
+    Raises:
+        UserError: an override of another form.
+    """
+    for override in overrides:
+        _apply_override(data, override)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -178,6 +178,15 @@ def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
         _draw(axes, title, scale, curves)
         if index + columns >= len(panels):
             axes.set_xlabel("optimizer step", color="#555555", fontsize=9)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: str | Path) -> None:
+    """Write a Matplotlib figure as PNG.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
     _write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 

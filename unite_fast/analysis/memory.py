@@ -6,15 +6,18 @@ Activations are what autograd keeps of the larger of the two passes (tests hold 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from unite_fast.analysis.counts import VGG_WEIGHTS, Dtype, Part, step_parts
-from unite_fast.analysis.update import FP32, slice_elements, trained_weights
+from unite_fast.analysis.counts import DTYPE_BYTES, VGG_WEIGHTS, Dtype, Part, step_parts
+from unite_fast.analysis.update import FP32, Weights, slice_elements, trained_weights
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import BATCH_ELEMENTS
 
+# Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
+LIVE_ELEMENTS = 10**9
 # Working tensors of the largest operators beside what autograd keeps, as a share of it.
 WORKING_SHARE = 0.03
 
@@ -24,15 +27,15 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        weights: float32 parameters, and the float32 slice of them that ZeRO's optimizer steps.
+        weights: float32 parameters, the float32 slice of them that ZeRO's optimizer steps, and what ZeRO 3 gathers.
         gradients: float32, whole under every stage until the step's last backward reduces them.
         optimizer: momentum and moments.
         ema: averaged weights.
         frozen: LPIPS's network.
-        buffers: what reduces gradients under ZeRO.
+        buffers: ZeRO's bucket and its slice of the averaged gradients, alive while gradients are reduced.
         casts: weights in the compute dtype, alive during a pass.
         activations: of one micro-batch.
-        update: working tensors of the optimizer, alive while no activation is.
+        update: working tensors of the optimizer.
     """
 
     weights: int
@@ -47,13 +50,13 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What stays from step to step, gradients included."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.frozen + self.buffers
+        """What is there whatever the micro-batch, gradients included."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.frozen
 
     @property
     def peak(self) -> int:
-        """The most that is allocated at one moment of a step."""
-        return self.state + max(self.casts + self.activations, self.update)
+        """The most that is allocated at one moment: in a pass, while reducing, or in the update."""
+        return self.state + max(self.casts + self.activations, self.buffers, self.update)
 
 
 def predict(
@@ -93,16 +96,19 @@ def predict(
         activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
     else:  # the first pass's graph waits for the gradient that the second sends into it
         activations, cast = reconstruction + flow, reconstruction_casts + casts["denoise"]
+    # ZeRO 1 and 2: whole weights and a slice to step; ZeRO 3: its piece, the same to step, and what it has gathered.
+    slices = {0: 0, 1: held, 2: held, 3: 2 * held}[stage]
+    whole = total if stage < 3 else min(total, LIVE_ELEMENTS)
     return Memory(
-        weights=FP32 * (total + (held if sharded else 0)) if stage < 3 else FP32 * 2 * held,
+        weights=FP32 * (whole + slices),
         gradients=FP32 * total,
         optimizer=FP32 * moments,
         ema=FP32 * held,
         frozen=FP32 * VGG_WEIGHTS if config.objective.lpips.weight else 0,
-        buffers=FP32 * min(BUCKET_ELEMENTS, total) if sharded else 0,
+        buffers=FP32 * (min(BUCKET_ELEMENTS, total) + held) if sharded else 0,
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
-        update=_update_bytes(weights, muon, held, dtype),
+        update=_update_bytes(weights, muon, dtype),
     )
 
 
@@ -129,10 +135,13 @@ def _casts(part: Part) -> int:
     return part.width * sum(op.weights for op in part.ops if not op.name.startswith("time"))
 
 
-def _update_bytes(weights, muon: int, held: int, dtype: Dtype) -> int:
-    """Muon's update of a rank's matrices, and about four tensors of a batch inside Newton-Schulz."""
+def _update_bytes(weights: Weights, muon: int, dtype: Dtype) -> int:
+    """Nesterov means and updates of a rank's matrices, and inside Newton-Schulz about four tensors of a batch.
+
+    A batch is all matrices of one shape, BATCH_ELEMENTS at most.
+    """
     if not weights.matrices:
         return 0
-    largest = max(rows * columns for rows, columns in weights.matrices)
-    batch = min(muon, max(BATCH_ELEMENTS, largest))
-    return FP32 * 2 * muon + 4 * batch * (2 if dtype == "bf16" else FP32)
+    together = max(min(rows * columns * count, max(BATCH_ELEMENTS, rows * columns))
+                   for (rows, columns), count in Counter(weights.matrices).items())  # fmt: skip
+    return FP32 * 2 * muon + 4 * min(muon, together) * DTYPE_BYTES[dtype]

@@ -32,6 +32,7 @@ class Weights(NamedTuple):
         adamw: elements of the rest.
         without_gradient: elements among them that no pass reads (published checkpoints carry them).
         reconstruct, flow: elements of each parameter that a pass of this name reads.
+        reconstruct_layers, flow_layers: modules that hold them, which ZeRO 3 gathers one by one.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -39,6 +40,8 @@ class Weights(NamedTuple):
     without_gradient: int
     reconstruct: tuple[int, ...]
     flow: tuple[int, ...]
+    reconstruct_layers: int
+    flow_layers: int
 
     @property
     def muon(self) -> int:
@@ -59,12 +62,17 @@ def trained_weights(model: ModelConfig, kind: str) -> Weights:
     groups = parameter_groups(built, kind)
     sizes = {name: p.numel() for name, p in built.named_parameters()}
     denoiser = ("encoder.", "latent_norm.") if model.shared else ("denoiser.", "denoiser_norm.")
+    reads = {
+        "reconstruct": [name for name in sizes if not name.startswith("denoiser")],
+        "flow": [name for name in sizes if name.startswith(denoiser)],
+    }
+    layers = {phase: len({name.rpartition(".")[0] for name in names}) for phase, names in reads.items()}
     return Weights(
         tuple(matrix_shape(p.shape) for p in groups.get("muon", {}).values()),
         sum(p.numel() for p in groups.get("adamw", {}).values()),
         sum(size for name, size in sizes.items() if name.endswith("time.special")),
-        tuple(size for name, size in sizes.items() if not name.startswith("denoiser")),
-        tuple(size for name, size in sizes.items() if name.startswith(denoiser)),
+        *(tuple(sizes[name] for name in names) for names in reads.values()),
+        *layers.values(),
     )
 
 
@@ -159,7 +167,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
     if stage == 3:
         passes = [weights.reconstruct] + [weights.flow] * flow_passes(config)
         gathered = 2 * accumulation * sum(math.ceil(size / ranks) * ranks for sizes in passes for size in sizes)
-        calls = 2 * accumulation * sum(len(sizes) for sizes in passes)
+        calls = 2 * accumulation * (weights.reconstruct_layers + flow_passes(config) * weights.flow_layers)
         return [
             _whole("all_gather", "parameters of each pass", gathered, calls),
             _whole("reduce_scatter", "gradients", with_gradient),

@@ -12,6 +12,8 @@ from typer.core import TyperCommand
 from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.images import reconstruct, tokenize
 from unite_fast.cli.models import export, import_
+from unite_fast.cli.plan import plan
+from unite_fast.cli.profile import profile
 from unite_fast.cli.sample import sample
 from unite_fast.errors import UserError
 
@@ -118,6 +120,8 @@ app.command()(reconstruct)
 app.command()(tokenize)
 app.command("import")(import_)
 app.command()(export)
+app.command(cls=TrainCommand)(plan)
+app.command(cls=TrainCommand)(profile)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -147,7 +147,7 @@ def bounded_on_cpu(
         available, peak: bytes free on the machine and bytes this process has needed at most; measured if None.
     """
     available = available or _available_bytes
-    peak = peak or _peak_bytes
+    peak = peak or peak_resident_bytes
     measured: dict[int, int] = {}
     baseline = peak()
 
@@ -172,6 +172,7 @@ def _available_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _peak_bytes() -> int:
+def peak_resident_bytes() -> int:
+    """Most memory this process has needed so far, code and libraries included."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.analysis.counts import image_operations
+from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.data.loader import ImageStream
 from unite_fast.engine import checkpoint
@@ -94,7 +96,12 @@ class Run:
         records = Records(self.folder, first_step=self.first_step) if self.world.is_main else None
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
         meter = Meter(
-            self.world, self.batch, self.stream.steps_per_epoch, has_lpips=self.objective.lpips is not None
+            self.world,
+            self.batch,
+            self.stream.steps_per_epoch,
+            has_lpips=self.objective.lpips is not None,
+            operations=image_operations(config.model, config.objective),
+            peak=stated_peak(self.world.device, autocast_dtype(config, self.world.device)),
         )
         watch = CollapseWatch()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

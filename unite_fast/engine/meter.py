@@ -1,4 +1,4 @@
-"""What a step is measured by: mean losses, latent statistics, images a second, waiting for data."""
+"""What a step is measured by: mean losses, latent statistics, images a second, MFU, waiting for data, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unite_fast.engine.batch import Batch
+from unite_fast.engine.batch import Batch, peak_resident_bytes
 from unite_fast.engine.world import World
 from unite_fast.objective.two_pass import StepLosses
 
@@ -30,12 +30,30 @@ def latent_statistics(z0: Tensor) -> Tensor:
 
 
 class Meter:
-    """Sums of losses on the device, read once a log interval, and where the time went."""
+    """Sums of losses on the device, read once a log interval, and where the time went.
 
-    def __init__(self, world: World, batch: Batch, steps_per_epoch: float, *, has_lpips: bool):
+    Args:
+        world, batch, steps_per_epoch: of the run.
+        has_lpips: whether the perceptual loss is trained and recorded.
+        operations: counted, of one image in a step.
+        peak: operations a second that the device states for the compute dtype; None where it is not known, and then
+            no MFU is recorded. A CPU states none, and one measured beside busy neighbours would be another number
+            every time; `unite-fast profile` measures it.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        batch: Batch,
+        steps_per_epoch: float,
+        *,
+        has_lpips: bool,
+        operations: int,
+        peak: float | None,
+    ):
         self.seconds = 0.0
         self._world, self._batch, self._steps_per_epoch = world, batch, steps_per_epoch
-        self._has_lpips = has_lpips
+        self._has_lpips, self._operations, self._peak = has_lpips, operations, peak
         self._reset()
 
     def begin(self) -> None:
@@ -73,6 +91,8 @@ class Meter:
         total, l1, lpips, flow, grad_norm, z0_std, z0_rank = values.tolist()
         elapsed = time.monotonic() - self._began
         self.seconds += elapsed
+        rate = self._steps * self._batch.global_batch / elapsed
+        mfu = None if self._peak is None else rate / self._world.size * self._operations / self._peak
         record = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
@@ -85,12 +105,20 @@ class Meter:
             "lr": lr,
             "z0_std": z0_std,
             "z0_rank": z0_rank,
-            "images_per_second": self._steps * self._batch.global_batch / elapsed,
+            "images_per_second": rate,
+            **({} if mfu is None else {"mfu": mfu}),
             "data_wait": self._waited / elapsed,
+            "memory_gb": self._memory() / 1e9,
             "time": time.time(),
         }
         self._reset()
         return record
+
+    def _memory(self) -> int:
+        """Most bytes so far on this rank: allocated on the GPU, resident on a CPU. Neither waits for the device."""
+        if self._world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._world.device)
+        return peak_resident_bytes()
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None

@@ -106,7 +106,9 @@ class ProgressLine:
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
         """`step` optimizer steps are done; `record` is the newest log record or None."""
         text = "" if record is None else (
-            f"{record['images_per_second']:.0f} images/s  L1 {record['loss_l1']:.4f}  "
+            f"{record['images_per_second']:.0f} images/s  "
+            + (f"MFU {record['mfu']:.1%}  " if "mfu" in record else "")
+            + f"wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  L1 {record['loss_l1']:.4f}  "
             + (f"LPIPS {record['loss_lpips']:.3f}  " if "loss_lpips" in record else "")
             + f"flow {record['loss_flow']:.3f}"
         )  # fmt: skip

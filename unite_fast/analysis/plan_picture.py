@@ -1,0 +1,109 @@
+"""The picture of a plan: memory by ZeRO stage, and how the run scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unite_fast.analysis.planning import BROKEN
+from unite_fast.pictures import COLOURS, write_figure
+
+if TYPE_CHECKING:
+    from unite_fast.analysis.planning import Plan
+
+MEMORY = ("weights", "gradients", "optimizer", "ema", "frozen", "casts", "activations")
+PALETTE = ("#1f2937", "#2563eb", "#7c3aed", "#db2777", "#9ca3af", "#84cc16", "#bfdbfe")
+TIMES = (("compute", "compute"), ("gradients", "reduce gradients"), ("exchange", "exchange for Muon"),
+         ("weights", "gather weights"), ("update", "update"))  # fmt: skip
+
+
+def plan_picture(
+    plans: list[Plan],
+    scaled: list[Plan],
+    simulated: list[float],
+    broken: tuple[Plan, str] | None,
+    capacity: int,
+    title: str,
+    path: str | Path,
+) -> None:
+    """Draw memory of a GPU by ZeRO stage, where a step's time goes by number of GPUs, and images/s against them.
+
+    Args:
+        plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty.
+        simulated: seconds of a step of each of `scaled`.
+        broken: where scaling breaks, if it does.
+        capacity: bytes of a GPU.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    panels = 3 if scaled else 1
+    figure = Figure(figsize=(5 * panels, 3.9), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color="#222222")
+    _memory(figure.add_subplot(1, panels, 1), plans, capacity)
+    if scaled:
+        _time(figure.add_subplot(1, panels, 2), scaled)
+        _throughput(figure.add_subplot(1, panels, 3), scaled, simulated, broken)
+    write_figure(figure, path)
+
+
+def _memory(axes: Any, plans: list[Plan], capacity: int) -> None:
+    names = [f"ZeRO {p.stage}\n{p.micro_batch} images" for p in plans]
+    bottom = [0.0] * len(plans)
+    for key, colour in zip(MEMORY, PALETTE, strict=True):
+        heights = [getattr(p.memory, key) / 2**30 for p in plans]
+        if max(heights) > 0:
+            axes.bar(names, heights, bottom=bottom, color=colour, label=key if key != "ema" else "EMA", width=0.6)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.axhline(capacity / 2**30, color="#dc2626", linewidth=1, linestyle="--")
+    axes.text(-0.4, capacity / 2**30, " the GPU's memory", va="bottom", fontsize=8, color="#dc2626")
+    axes.set_ylim(top=max(capacity / 2**30, *bottom) * 1.5)
+    _style(axes, "Memory of a GPU, GiB, and its micro-batch")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+
+
+def _time(axes: Any, plans: list[Plan]) -> None:
+    names = [str(p.ranks) for p in plans]
+    bottom = [0.0] * len(plans)
+    for (key, label), colour in zip(TIMES, ("#bfdbfe", "#2563eb", "#db2777", "#f59e0b", "#1f2937"), strict=True):
+        heights = [100 * getattr(p.seconds, key) / p.seconds.total for p in plans]
+        axes.bar(names, heights, bottom=bottom, color=colour, label=label, width=0.7)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_ylim(0, 140)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel("GPUs", fontsize=9, color="#555555")
+    _style(axes, "Where a step's time goes, %")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+
+
+def _throughput(axes: Any, plans: list[Plan], simulated: list[float], broken: tuple[Plan, str] | None) -> None:
+    ranks = [p.ranks for p in plans]
+    first = plans[0]
+    axes.plot(ranks, [first.images_per_second * n / first.ranks for n in ranks], color="#9ca3af", linestyle=":",
+              label="linear")  # fmt: skip
+    axes.plot(ranks, [p.images_per_second for p in plans], color=COLOURS[1], label="predicted", linewidth=1.6)
+    played = [p.global_batch / seconds for p, seconds in zip(plans, simulated, strict=True)]
+    axes.plot(ranks, played, color=COLOURS[3], marker="o", linestyle="none", markersize=4, label="simulated")
+    if broken:
+        axes.axvline(broken[0].ranks, color="#dc2626", linewidth=1, linestyle="--")
+        axes.text(broken[0].ranks, 0.02, f"below {BROKEN:.0%} a GPU", fontsize=8, color="#dc2626", rotation=90,
+                  va="bottom", ha="right", transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ranks, [str(n) for n in ranks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("GPUs", fontsize=9, color="#555555")
+    _style(axes, "Images a second")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color="#222222")
+    axes.grid(True, axis="y", color="#e5e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors="#555555", length=0, which="both")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

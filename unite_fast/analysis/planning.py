@@ -1,0 +1,214 @@
+"""Predicts a run before it starts: memory, micro-batch, seconds a step, epochs, GPU-hours, share of communication.
+
+A step is compute, then communication, then the update: nothing overlaps, since one reduction stands behind the step's
+last backward. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
+tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the same step message by
+message.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.analysis.devices import Gpu, Network
+from unite_fast.analysis.memory import Memory, predict
+from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
+from unite_fast.config import Config
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
+from unite_fast.errors import UserError
+
+# No training step has been timed on a GPU yet. The project's goals on one H200 (430 images/s for B and 150 for L at
+# S = 3, 165 and 49 at S = 14) are 0.71 to 0.77 of the counted floor, and this is what they ask for.
+ASSUMED_EFFICIENCY = 0.75
+# Left for the CUDA context, NCCL's buffers and the allocator's fragmentation: an assumption.
+USABLE_MEMORY = 0.92
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    gradients: float
+    exchange: float
+    weights: float
+    update: float
+
+    @property
+    def communication(self) -> float:
+        return self.gradients + self.exchange + self.weights
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.communication + self.update
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as predicted.
+
+    Attributes:
+        stage: ZeRO stage. optimizer: "muon", or "adamw" under stage 3.
+        ranks: GPUs. global_batch, micro_batch, accumulation: images, images, micro-batches.
+        memory: of a rank. fits: whether the smallest micro-batch does.
+        seconds: of a step.
+        mfu: counted operations a second over the device's stated peak.
+    """
+
+    stage: int
+    optimizer: str
+    ranks: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    fits: bool
+    seconds: StepTime
+    mfu: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.global_batch / self.seconds.total
+
+    def epoch_hours(self, images: int) -> float:
+        return images / self.images_per_second / 3600
+
+
+def plan(
+    config: Config, gpu: Gpu, network: Network, *, ranks: int, stage: int, efficiency: float = ASSUMED_EFFICIENCY
+) -> Plan:
+    """One line of the plan.
+
+    Args:
+        config: the run; its global batch is kept whatever the number of ranks.
+        ranks: GPUs.
+        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
+        efficiency: of compute and update, as a share of the counted floor.
+
+    Raises:
+        UserError: the ranks cannot share the global batch.
+    """
+    if stage == 3 and config.optimizer.kind == "muon":
+        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw"})})
+    total = config.train.global_batch
+    if total is None:
+        total = config.train.micro_batch * config.train.accumulation * ranks
+    if total % ranks:
+        raise UserError(f"train.global_batch {total} cannot be shared by {ranks} GPUs: change one of them")
+    per_rank = total // ranks
+    limit = gpu.memory * USABLE_MEMORY
+    sizes = [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
+    memories = ((size, predict(config, micro_batch=size, ranks=ranks, stage=stage)) for size in sizes)
+    micro, memory = next(((size, m) for size, m in memories if m.peak <= limit), (0, None))
+    fits = memory is not None
+    if not fits:
+        micro, memory = 1, predict(config, micro_batch=1, ranks=ranks, stage=stage)
+    accumulation = per_rank // micro
+    seconds = step_time(config, gpu.rates, network, ranks, stage, micro, accumulation, efficiency)
+    operations = image_operations(config.model, config.objective) * per_rank
+    return Plan(
+        stage, config.optimizer.kind, ranks, total, micro, accumulation, memory, fits, seconds,
+        operations / seconds.total / gpu.matmul,
+    )  # fmt: skip
+
+
+def step_time(
+    config: Config,
+    rates: Rates,
+    network: Network,
+    ranks: int,
+    stage: int,
+    micro_batch: int,
+    accumulation: int,
+    efficiency: float,
+) -> StepTime:
+    """Seconds of one optimizer step, by what it does."""
+    gradients = exchange = weights = 0.0
+    for collective in collectives(config, ranks=ranks, accumulation=accumulation, stage=stage):
+        seconds = collective_time(collective, ranks, network)
+        if collective.kind == "all_to_all":
+            exchange += seconds
+        elif collective.kind == "all_gather":
+            weights += seconds
+        else:
+            gradients += seconds
+    update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks).floor(1, rates)[0]
+    compute = accumulation * compute_time(config, rates, micro_batch)
+    return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency)
+
+
+def compute_time(config: Config, rates: Rates, micro_batch: int) -> float:
+    """Floor of both passes of one micro-batch, seconds."""
+    objective = config.objective
+    passes = flow_passes(config)
+    seconds = 0.0
+    for name, part in step_parts(config.model, objective).items():
+        if name == "denoise":
+            draws = repeats(name, objective) / passes  # the last chunk may be smaller; the mean costs the same
+            seconds += passes * sum(part.floor(round(micro_batch * draws), rates))
+        else:
+            seconds += sum(part.floor(micro_batch, rates))
+    return seconds
+
+
+def collective_time(collective: Collective, ranks: int, network: Network) -> float:
+    """Seconds of a collective of float32 elements over all ranks."""
+    if ranks == 1:
+        return 0.0
+    hop, bandwidth = network.hop(ranks), network.bandwidth(ranks)
+    size = FP32 * collective.elements
+    if collective.kind == "all_to_all":
+        # Single messages from one GPU to one other: each has its own adapter to itself.
+        link = network.node_link if ranks <= network.per_node else min(network.node_link, network.link)
+        return collective.messages * hop + FP32 * collective.busiest / (link * network.share)
+    calls = max(collective.messages, math.ceil(collective.elements / BUCKET_ELEMENTS))
+    ring = (ranks - 1) * (hop + size / calls / ranks / bandwidth)
+    if collective.kind != "all_reduce":
+        return calls * ring
+    return calls * min(2 * ring, tree_time(size / calls, ranks, hop, bandwidth))
+
+
+def tree_time(size: float, ranks: int, hop: float, bandwidth: float) -> float:
+    """A pipelined tree up and down (NCCL's choice for many ranks): bytes pass once each way, hops are log₂ n."""
+    return 2 * (math.ceil(math.log2(ranks)) * hop + size / bandwidth)
+
+
+SCALE = (8, 16, 32, 64, 128, 256, 512, 1024)
+# Scaling is called broken where a GPU does less than this share of the work it does in the smallest run.
+BROKEN = 0.8
+
+
+def scaling(
+    config: Config, gpu: Gpu, network: Network, *, stage: int, efficiency: float = ASSUMED_EFFICIENCY
+) -> list[Plan]:
+    """The same run, of the same global batch, on 8 to 1,024 GPUs, as far as the batch can be shared."""
+    total = config.train.global_batch
+    counts = [ranks for ranks in SCALE if total is None or total % ranks == 0]
+    return [plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency) for ranks in counts]
+
+
+def breaking_point(plans: list[Plan]) -> tuple[Plan, str] | None:
+    """The first plan whose GPUs do less than BROKEN of the first plan's work each, and what took the time; or None."""
+    first = plans[0]
+    for found in plans[1:]:
+        ideal = first.seconds.total * first.ranks / found.ranks
+        if ideal / found.seconds.total >= BROKEN:
+            continue
+        # What a part takes beyond its ideal share, first.part · first.ranks / ranks.
+        ratio = first.ranks / found.ranks
+        lost = {
+            "reducing the gradients": found.seconds.gradients - ratio * first.seconds.gradients,
+            "exchanging matrices for Muon": found.seconds.exchange - ratio * first.seconds.exchange,
+            "gathering the weights": found.seconds.weights - ratio * first.seconds.weights,
+            "the update, whose largest matrix one rank orthogonalises alone": found.seconds.update
+            - ratio * first.seconds.update,
+            "small micro-batches, which read all weights for few images": found.seconds.compute
+            - ratio * first.seconds.compute,
+        }
+        worst = max(lost, key=lost.get)
+        share = lost[worst] / (found.seconds.total - ideal)
+        return found, f"{share:.0%} of the lost time is {worst}"
+    return None

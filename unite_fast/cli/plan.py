@@ -1,0 +1,211 @@
+"""`unite-fast plan`: what a run will need and take, before it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unite_fast.cli.console import out, plain
+from unite_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from unite_fast.analysis.planning import Plan
+    from unite_fast.config import Config
+
+# Lengths of the published runs (UNITE, reported results), in epochs.
+PUBLISHED_EPOCHS = {"B": 240, "M": 240, "L": 120, "XL": 120}
+STAGES = (0, 1, 2, 3)
+
+
+def plan(
+    preset: Annotated[str | None, typer.Option(help="B, M, L or XL with the published recipe.", metavar="NAME")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A configuration, in place of a preset.", metavar="FILE")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override keys; may be given again.", metavar="KEY=VALUE")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="Their kind; an unknown one lists them.", metavar="NAME")] = "h100-80",
+    per_node: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 8,
+    network: Annotated[
+        float, typer.Option(help="Network adapter of each GPU, Gbit/s; 400 is InfiniBand NDR.", min=1)
+    ] = 400.0,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the counted floor that compute reaches; `profile` measures it.", min=0.01, max=1),
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Images of an epoch. Default: ImageNet's 1,281,167.", min=1)] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--out", help="Also draw memory and scaling into this PNG.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Predict memory, micro-batch, step and epoch time, GPU-hours and communication, for each ZeRO stage.
+
+    From counted operations and bytes, a device's rates and stated link speeds; what is an assumption is named below
+    the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and why.
+
+    Example: `unite-fast plan --preset L --gpus 64 --gpu h100-80 --out plan.png`
+    """
+    run = _config(preset, config, overrides or [])
+    from unite_fast.analysis import planning
+    from unite_fast.analysis.devices import Network, find_gpu
+
+    device = find_gpu(gpu)
+    links = Network(per_node, device.link, network * 1e9 / 8)
+    share = planning.ASSUMED_EFFICIENCY if efficiency is None else efficiency
+    images = images or planning.IMAGENET_IMAGES
+    plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, efficiency=share) for stage in STAGES]
+    stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
+    scaled = planning.scaling(run, device, links, stage=stage, efficiency=share)
+    simulated = [_simulated(run, device, links, p, share) for p in scaled]
+    broken = planning.breaking_point(scaled) if scaled else None
+    epochs = run.train.epochs or run.train.steps * plans[0].global_batch / images
+    if as_json:
+        rows = [_row(p, images, epochs) for p in plans]
+        line = [_row(p, images, epochs) | {"simulated_step_seconds": s} for p, s in zip(scaled, simulated, strict=True)]
+        why = {"gpus": broken[0].ranks, "why": broken[1]} if broken else None
+        typer.echo(json.dumps({"gpu": device._asdict(), "plans": rows, "scaling": line, "breaks": why}, indent=2))
+    else:
+        title = preset or run.name
+        _print_stages(plans, f"{title}, S = {run.objective.flow_draws}, on {gpus} × {device.name}", images, epochs)
+        if scaled:
+            _print_scaling(scaled, simulated, stage)
+            _print_break(scaled, broken)
+        _print_assumptions(device, links, share, efficiency is None)
+    if picture is not None:
+        from unite_fast.analysis.plan_picture import plan_picture
+
+        label = f"{preset or run.name}, S = {run.objective.flow_draws}, {device.name}"
+        plan_picture(plans, scaled, simulated, broken, device.memory, label, picture)
+        if not as_json:
+            out().print(f"picture in {picture}", markup=False, soft_wrap=True)
+
+
+def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Config:
+    from unite_fast.config import ENCODER_PRESETS, Config, apply_overrides
+
+    if (preset is None) == (path is None):
+        raise UserError("give one of --preset (B, M, L, XL with the published recipe) and --config FILE")
+    if path is not None:
+        return Config.load(path, overrides)
+    if preset not in ENCODER_PRESETS:
+        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(ENCODER_PRESETS)}")
+    values = {
+        "name": preset,
+        "model": {"preset": preset, "decoder": {"preset": "B"}},
+        "objective": {"flow_draws": 14},
+        "train": {"epochs": PUBLISHED_EPOCHS[preset], "global_batch": 1024, "micro_batch": "auto", "zero_stage": 1},
+        "data": {"path": "data/imagenet/train"},
+    }
+    apply_overrides(values, overrides)
+    return Config.parse(values, source=f"preset {preset} with --set")
+
+
+def _simulated(run: Config, device, links, planned: Plan, efficiency: float) -> float:
+    from unite_fast.analysis.simulation import simulate
+
+    return simulate(
+        run, device.rates, links, ranks=planned.ranks, stage=planned.stage, micro_batch=planned.micro_batch,
+        accumulation=planned.accumulation, efficiency=efficiency,
+    )  # fmt: skip
+
+
+def _row(p: Plan, images: int, epochs: float) -> dict:
+    hours = p.epoch_hours(images)
+    return {
+        "zero_stage": p.stage, "optimizer": p.optimizer, "gpus": p.ranks, "fits": p.fits,
+        "micro_batch": p.micro_batch, "accumulation": p.accumulation, "global_batch": p.global_batch,
+        "memory_bytes": vars(p.memory) | {"peak": p.memory.peak},
+        "step_seconds": vars(p.seconds) | {"total": p.seconds.total},
+        "communication_share": p.seconds.communication / p.seconds.total,
+        "images_per_second": p.images_per_second, "mfu": p.mfu,
+        "epoch_hours": hours, "gpu_hours": hours * epochs * p.ranks,
+    }  # fmt: skip
+
+
+def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> None:
+    from rich.table import Table
+
+    table = Table(title=plain(title), title_justify="left")
+    for name in ("ZeRO", "memory", "batch", "step", "images/s", "MFU", "comm.", "epoch", f"{epochs:g} epochs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for p in plans:
+        hours = p.epoch_hours(images)
+        table.add_row(
+            f"{p.stage} {p.optimizer}",
+            f"{p.memory.peak / 2**30:.1f} GiB" if p.fits else f"> {p.memory.peak / 2**30:.1f} GiB",
+            *(
+                (
+                    f"{p.micro_batch} × {p.accumulation} × {p.ranks}",
+                    f"{p.seconds.total * 1e3:.0f} ms",
+                    f"{p.images_per_second:.0f}",
+                    f"{p.mfu:.1%}",
+                    f"{p.seconds.communication / p.seconds.total:.1%}",
+                    f"{hours:.2f} h",
+                    f"{hours * epochs * p.ranks:,.0f} GPU-h",
+                )
+                if p.fits
+                else ("does not fit",)
+            ),
+        )
+    out().print(table)
+
+
+def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"the same global batch on more GPUs, ZeRO {stage}", title_justify="left")
+    for name in ("GPUs", "batch", "step", "simulated", "images/s a GPU", "compute", "gradients", "Muon", "weights", "update"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for p, seconds in zip(plans, simulated, strict=True):
+        parts = (p.seconds.compute, p.seconds.gradients, p.seconds.exchange, p.seconds.weights, p.seconds.update)
+        table.add_row(
+            str(p.ranks),
+            f"{p.micro_batch} × {p.accumulation}",
+            f"{p.seconds.total * 1e3:.0f} ms",
+            f"{seconds * 1e3:.0f} ms",
+            f"{p.images_per_second / p.ranks:.1f}",
+            *(f"{value / p.seconds.total:.1%}" for value in parts),
+        )
+    out().print(table)
+
+
+def _print_break(plans: list[Plan], broken: tuple[Plan, str] | None) -> None:
+    from unite_fast.analysis.planning import BROKEN
+
+    if broken is None:
+        text = f"Up to {plans[-1].ranks} GPUs each does at least {BROKEN:.0%} of the work it does among {plans[0].ranks}."
+    else:
+        text = (
+            f"Scaling breaks at {broken[0].ranks} GPUs: each does less than {BROKEN:.0%} of the work it does among "
+            f"{plans[0].ranks}; {broken[1]}."
+        )
+    out().print(text, markup=False, soft_wrap=True)
+
+
+def _print_assumptions(device, links, efficiency: float, assumed: bool) -> None:
+    matmul, copy = device.rates
+    source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
+    lines = (
+        f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
+        f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
+        f"efficiency: {efficiency:g} of the floor that these rates set"
+        + (
+            " (assumed, what the project's goals on an H200 ask for: no step has been timed on a GPU yet; "
+            "`unite-fast profile` measures yours)"
+            if assumed
+            else " (given)"
+        ),
+        f"links, as stated: {links.node_link / 1e9:.0f} GB/s a GPU inside a node of {links.per_node}, "
+        f"{links.link * 8 / 1e9:.0f} Gbit/s a GPU between nodes; assumed: {links.share:.0%} of that is reached, "
+        f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
+        "memory: bf16 compute with float32 weights and the fused operators, at most 92 % of the device (assumed)",
+        "ZeRO 3 trains with AdamW (Muon needs whole matrices) and is shown as if DeepSpeed kept no layer between passes",
+    )
+    for line in lines:
+        out().print(f"· {line}", markup=False, soft_wrap=True)

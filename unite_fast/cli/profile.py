@@ -1,0 +1,128 @@
+"""`unite-fast profile`: where a step's time and memory go on this device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unite_fast.cli.console import out, progress
+
+if TYPE_CHECKING:
+    from unite_fast.analysis.profiling import Measured
+
+
+def profile(
+    config: Annotated[Path, typer.Option(help="JSON configuration, see the folder configs/.", metavar="FILE")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE …")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Images a backward. Default: the configuration's; of auto what is predicted to fit.", min=1)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to time.", min=1)] = 10,
+    trace: Annotated[
+        Path, typer.Option(help="Chrome trace of two steps, for ui.perfetto.dev.", metavar="FILE")
+    ] = Path("profile_trace.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Measure where a training step's time and memory go, and how far each part is from its floor.
+
+    First the device's rates (large matrix product, large copy), then each part alone forward and backward, then
+    whole steps with the run's data (or made-up images where its folder is absent), then a trace. Nothing is written
+    into the run's folder. For several ranks: `torchrun --nproc-per-node 2 --no-python unite-fast profile …`
+
+    Example: `unite-fast profile --config configs/quickstart.json`
+    """
+    from unite_fast.config import Config
+    from unite_fast.train import share_cores
+
+    parsed = Config.load(config, overrides or ())
+    share_cores()
+    import torch.distributed as dist
+
+    from unite_fast.analysis.profiling import measure
+    from unite_fast.engine.world import init_world
+
+    world = init_world(parsed)
+    try:
+        with progress("starting", 3) as bar:
+
+            def say(message: str) -> None:
+                bar.update(bar.task_ids[0], description=message, advance=1)
+
+            measured = measure(parsed, world, steps=steps, micro_batch=micro_batch, trace=trace, say=say)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not world.is_main:
+        return
+    if as_json:
+        typer.echo(json.dumps(_numbers(measured), indent=2))
+        return
+    _print(measured, parsed.name, world.device.type)
+    out().print(f"trace in {trace}: open it at ui.perfetto.dev", markup=False, soft_wrap=True)
+
+
+def _numbers(measured: Measured) -> dict:
+    return {
+        "matmul_operations_per_second": measured.rates.matmul,
+        "copy_bytes_per_second": measured.rates.copy,
+        "step_seconds": measured.step,
+        "images": measured.images,
+        "images_per_second": measured.images / measured.step,
+        "mfu": measured.mfu,
+        "efficiency": measured.efficiency,
+        "waiting_seconds": measured.waiting,
+        "communication_seconds": measured.communication,
+        "other_seconds": measured.other,
+        "parts": [vars(row) for row in measured.rows],
+    }
+
+
+def _print(measured: Measured, name: str, device: str) -> None:
+    from rich.table import Table
+
+    matmul, copy = measured.rates
+    table = Table(
+        title=f"{name}: a step of {measured.images} images takes {measured.step * 1e3:.4g} ms on this {device}",
+        title_justify="left",
+    )
+    for column in ("", "calls", "forward", "backward", "share", "floor", "of floor", "GFLOP", "memory"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in measured.rows:
+        table.add_row(
+            row.name,
+            str(row.calls),
+            _ms(row.forward),
+            _ms(row.backward) if row.backward else "",
+            f"{row.seconds / measured.step:.1%}",
+            _ms(row.floor) if row.floor is not None else "",
+            f"{row.floor / row.seconds:.0%}" if row.floor and row.seconds else "",
+            f"{row.operations / 1e9:.3g}" if row.operations else "",
+            f"{row.memory / 2**20:.1f} MiB" if row.memory else "",
+        )
+    for label, seconds in (
+        ("communication", measured.communication),
+        ("waiting for data", measured.waiting),
+        ("other", measured.other),
+    ):
+        shown = ("not measured: no data folder", "") if seconds is None else (_ms(seconds), f"{seconds / measured.step:.1%}")
+        table.add_row(label, "", shown[0], "", shown[1])
+    out().print(table)
+    lines = (
+        f"{measured.images / measured.step:.4g} images/s on this rank, {measured.mfu:.1%} of the measured matrix rate "
+        f"(MFU), {measured.efficiency:.1%} of the floor without waiting and communication (`plan --efficiency`)",
+        f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s copying",
+        "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written once",
+        "parts run alone on inputs of the step's size; other: draws, image conversion, launching, and what parts cost "
+        "more or less together",
+    )
+    for line in lines:
+        out().print(f"· {line}", markup=False, soft_wrap=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"
