@@ -1,16 +1,15 @@
 """The rival of the training step: UNITE in plain PyTorch, every draw in one graph, written from the paper.
 
 What a careful engineer writes first: the library's own layers, attention from F.scaled_dot_product_attention, one
-backward over the sum of all losses, Muon a matrix at a time, EMA a tensor at a time. No fused operator, no autograd
-of its own, no batching of small matrices. `tests/test_bench_plain.py` shows that its loss, gradients and update are
-those of unite_fast on the same weights and draws, so both do the same work.
+backward over the sum of all losses; no fused operator and no autograd of its own. `plain_training.py` beside it is its
+optimizer step. `tests/test_bench_plain.py` shows that loss, gradients and update are those of unite_fast on the same
+weights and draws, so both do the same work.
 Shapes: B batch, K registers, D latent channels, P patches, C width, H heads, d head width, S flow draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_fast.config import Config, ModelConfig, ObjectiveConfig
+from unite_fast.config import ModelConfig, ObjectiveConfig
 from unite_fast.model.conditioning import rotary_tables, sincos_1d, sincos_2d
 from unite_fast.objective.perceptual import SCALE, SHIFT, STAGES, Lpips
-
-NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 
 class PlainDraws(NamedTuple):
@@ -249,149 +246,31 @@ class PlainUnite(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, draws: PlainDraws) -> Tensor:
         """Reconstruction loss + flow loss, summed over all S draws; images [B, 3, H, H] in [0, 1], labels [B]."""
-        objective, null = self.objective, torch.full_like(labels, self.config.num_classes)
-        patches = self.patches(images).flatten(2).transpose(1, 2)
-        z0 = self.encoder(draws.noise, draws.t_tokenize, null, patches)
+        z0 = self.tokenize(images, draws)
+        return self.reconstruct(z0, images, draws) + self.flow(z0.detach(), labels, draws)
 
+    def tokenize(self, images: Tensor, draws: PlainDraws) -> Tensor:
+        """z0 [B, K, D]."""
+        null = torch.full((images.shape[0],), self.config.num_classes, device=images.device)
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        return self.encoder(draws.noise, draws.t_tokenize, null, patches)
+
+    def reconstruct(self, z0: Tensor, images: Tensor, draws: PlainDraws) -> Tensor:
+        """Weighted L1 and LPIPS of the decoded, noised latents."""
         t = draws.mix_t[:, None, None]
         mixed = torch.where(draws.mix_mask[:, None, None], t * z0 + (1 - t) * draws.mix_noise, z0)
         reconstruction = self.decoder(mixed).float()
-        loss = objective.l1_weight * (reconstruction - images).abs().mean()
+        loss = self.objective.l1_weight * (reconstruction - images).abs().mean()
         if self.lpips is not None:
-            loss = loss + objective.lpips.weight * self.lpips(images, reconstruction)
+            loss = loss + self.objective.lpips.weight * self.lpips(images, reconstruction)
+        return loss
 
+    def flow(self, z1: Tensor, labels: Tensor, draws: PlainDraws) -> Tensor:
+        """Weighted flow loss of all draws on clean latents z1 [B, K, D]."""
         # All draws as one batch, which is the faster of the two plain forms (the other: a call a draw).
-        z1, t = z0.detach(), draws.t[..., None, None]
+        t = draws.t[..., None, None]
         z_t = t * z1 + (1 - t) * draws.flow_noise
-        conditions = torch.where(draws.drop, null, labels)
+        conditions = torch.where(draws.drop, self.config.num_classes, labels)
         predicted = self.encoder(z_t.flatten(0, 1), draws.t.flatten(), conditions.flatten()).view_as(z_t)
-        error = (z1 - predicted) / (1 - t).clamp(min=objective.t_floor)
-        return loss + objective.flow_weight * error.square().mean(dim=(1, 2, 3)).sum()
-
-
-def plain_name(name: str, depth: int) -> str | None:
-    """PlainUnite's name of a parameter or buffer of `unite_fast.model.unite.Unite`; None for the unused vector."""
-    if name.endswith("time.special"):
-        return None
-    name = name.replace("latent_norm", "encoder.latent_norm").replace("encoder.time.frequencies", "encoder.frequencies")
-    name = name.replace("time.lift", "time.0").replace("time.project", "time.2")
-    if not name.startswith("encoder."):
-        return name
-    if name == "encoder.opening_norm":
-        return "encoder.blocks.0.norm1.weight"
-    if name.endswith(".next_norm"):
-        following = int(name.split(".")[2]) + 1
-        return "encoder.final_norm.weight" if following == depth else f"encoder.blocks.{following}.norm1.weight"
-    if name.startswith("encoder.modulation."):
-        _, _, index, leaf = name.split(".")
-        return f"encoder.blocks.{index}.modulation.{leaf}"
-    return name + ".weight" if name.endswith(("norm2", "norm3", "q_norm", "k_norm")) else name
-
-
-class FloatMuon(torch.optim.Optimizer):
-    """torch.optim.Muon's arithmetic a matrix at a time, in float32.
-
-    torch's own iterates in bfloat16, which a CPU without matrix instructions for it multiplies a hundred times slower
-    than float32: against that any float32 step would look fast.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], *, lr: float, momentum: float, eps: float, ns_steps: int):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, eps=eps, ns_steps=ns_steps))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                x = parameter.grad.lerp(buffer, group["momentum"])
-                tall = x.shape[0] > x.shape[1]
-                x = x.T if tall else x
-                x = x / x.norm().clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=NS_B, alpha=NS_C), x, beta=NS_A)
-                scale = 0.2 * math.sqrt(max(parameter.shape))
-                parameter.add_(x.T if tall else x, alpha=-group["lr"] * scale)
-
-
-class PlainTrainer:
-    """Model, optimizers and EMA: what an optimizer step of the rival is.
-
-    Args:
-        config: sizes, losses, betas, clip; its published forms only.
-        source: weights to start from.
-        lr: learning rate of both optimizers.
-        lpips: the perceptual term of ours, whose weights are copied.
-        autocast: dtype of the passes; None for float32.
-        compile: forward and backward through torch.compile.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        source: nn.Module,
-        *,
-        lr: float,
-        lpips: Lpips | None = None,
-        autocast: torch.dtype | None = None,
-        compile: bool = False,
-    ):
-        self.config, self.autocast = config, autocast
-        perceptual = None if lpips is None else PlainLpips(lpips)
-        self.model = PlainUnite(config.model, config.objective, perceptual)
-        depth = config.model.depth
-        weights = {plain_name(name, depth): tensor for name, tensor in source.state_dict().items()}
-        weights.pop(None)
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        if unexpected or any(not name.startswith("lpips.") for name in missing):
-            raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-        device = self.device = next(source.parameters()).device
-        self.model.to(device)
-        self.ema = [parameter.detach().clone() for parameter in self.parameters]
-        matrices = {plain_name(name, depth) for name in source.matrix_parameters()}
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        settings = config.optimizer
-        muon = dict(lr=lr, momentum=settings.momentum, eps=1e-6, ns_steps=settings.newton_schulz_steps)
-        matrix_parameters = [p for name, p in named if name in matrices]
-        self.optimizers = [
-            torch.optim.Muon(matrix_parameters, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **muon)
-            if device.type == "cuda"
-            else FloatMuon(matrix_parameters, **muon),
-            torch.optim.AdamW(
-                [p for name, p in named if name not in matrices],
-                lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=0.0,
-            ),
-        ]  # fmt: skip
-        self.forward = torch.compile(self.model) if compile else self.model
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def loss(self, images: Tensor, labels: Tensor, draws: PlainDraws) -> Tensor:
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.forward(images, labels, draws)
-
-    def step(self, images: Tensor, labels: Tensor, draws: PlainDraws | None = None) -> Tensor:
-        """One optimizer step on images [B, 3, H, H]; the detached loss."""
-        model = self.config.model
-        if draws is None:
-            shape = (images.shape[0], model.registers, model.latent_dim)
-            draws = PlainDraws.make(self.config.objective, shape, self.device)
-        loss = self.loss(images, labels, draws)
-        loss.backward()
-        self.update()
-        return loss.detach()
-
-    def update(self) -> None:
-        """Clip, both optimizers, EMA."""
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            for average, parameter in zip(self.ema, self.parameters, strict=True):
-                average.lerp_(parameter, 1 - self.config.optimizer.ema_decay)
+        error = (z1 - predicted) / (1 - t).clamp(min=self.objective.t_floor)
+        return self.objective.flow_weight * error.square().mean(dim=(1, 2, 3)).sum()

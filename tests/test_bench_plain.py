@@ -16,7 +16,8 @@ from unite_fast.objective.perceptual import Lpips
 from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from plain_unite import PlainDraws, PlainLpips, PlainTrainer, plain_name
+from plain_training import PlainTrainer, plain_name
+from plain_unite import PlainDraws, PlainLpips
 
 CPU = torch.device("cpu")
 BATCH = 3
@@ -57,7 +58,7 @@ def test_loss_and_gradients_are_ours(tmp_path, sizes):
     drawn, recorded = both_draws(settled.objective, shape)
     objective = Objective(settled.objective, model.null_label)
     ours = one_graph_loss(model, objective, images, labels, recorded, shape=shape)
-    theirs = plain.loss(images, labels, drawn)
+    theirs = plain.model(images, labels, drawn)
     assert error(theirs, ours) < CLOSE
     ours.backward()
     theirs.backward()
