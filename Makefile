@@ -1,11 +1,12 @@
 # make quickstart   set up, train on handwritten digits, evaluate, show where the pictures are
 # make test         set up, run the tests
+# make bench        set up, measure against the rivals, record, draw the history, fail on a regression
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := data/digits
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test bench clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-train $(DIGITS)
@@ -13,6 +14,9 @@ quickstart: $(VENV)/.installed-train $(DIGITS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks/ --record --gate --benchmark-columns=median,iqr,rounds
 
 $(DIGITS): | $(VENV)/.installed-train
 	$(BIN)/python -m unite_fast.data.digits $(DIGITS)

@@ -140,7 +140,8 @@ def environment() -> dict:
     """The machine and the software a number belongs to."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True)
+    elsewhere = ["--", ":/", ":(exclude)records"]  # records of the runs before are no change of what is measured
+    changes = subprocess.run(["git", "status", "--porcelain", *elsewhere], cwd=here, capture_output=True, text=True)
     described = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
