@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -109,7 +110,11 @@ class PlainTrainer:
                 lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=0.0,
             ),
         ]  # fmt: skip
-        self.compiled = torch.compile(self.model, dynamic=False)
+
+    @functools.cached_property
+    def compiled(self) -> nn.Module:
+        """The model under torch.compile, for static shapes."""
+        return torch.compile(self.model, dynamic=False)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

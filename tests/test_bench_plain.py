@@ -1,4 +1,7 @@
-"""The rival of the benchmarks does the work of ours: same loss, same gradients, same update, on the same draws."""
+"""The rival of the benchmarks does the work of ours: same loss, same gradients, same update, on the same draws.
+
+And what the update is counted to cost is what its products take.
+"""
 
 import sys
 from pathlib import Path
@@ -7,7 +10,9 @@ import pytest
 import torch
 from runs import config
 from test_model import tiny
+from torch.utils.flop_counter import FlopCounterMode
 
+from unite_fast.analysis.update import newton_schulz_operations
 from unite_fast.config import ObjectiveConfig
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
@@ -18,6 +23,8 @@ from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_st
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from plain_training import PlainTrainer, plain_name
 from plain_unite import PlainDraws, PlainLpips
+
+from unite_kernels.optim import _newton_schulz
 
 CPU = torch.device("cpu")
 BATCH = 3
@@ -110,3 +117,11 @@ def test_two_steps_move_the_weights_and_the_average_as_ours(tmp_path):
         # Of the way moved. AdamW divides a gradient by its own size, which magnifies the rounding of tiny ones.
         assert error(theirs[other].detach() - start[name], moved) < 1e-2, name
         assert error(averages[other] - start[name], engine.ema.of(parameter) - start[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (96, 16), (16, 33)])
+def test_counted_operations_of_newton_schulz_are_those_of_its_products(shape, steps):
+    with FlopCounterMode(display=False) as counter:
+        _newton_schulz._init_fn(torch.randn(1, *shape), steps, 1e-6)
+    assert newton_schulz_operations(*shape, steps, "fp32") == counter.get_total_flops()
