@@ -99,7 +99,7 @@ def own_seconds(run: Callable[[], object]) -> float:
 
 
 def wall_and_process_seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of one call from an idle device to an idle device, launches included, and this process's share of them."""
+    """Seconds of one call from idle device to idle device, launches included, and this process's share of them."""
     _wait()
     process, wall = time.process_time(), time.perf_counter()
     run()

@@ -51,7 +51,9 @@ class FloatMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
-                buffer = state.setdefault("momentum", torch.zeros_like(parameter))
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                buffer = state["momentum"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 x = parameter.grad.lerp(buffer, group["momentum"])
                 tall = x.shape[0] > x.shape[1]

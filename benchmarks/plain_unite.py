@@ -107,7 +107,8 @@ class PlainEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.width
-        self.registers, self.context_len, self.context_start = config.registers, config.context_len, config.context_start
+        self.registers = config.registers
+        self.context_len, self.context_start = config.context_len, config.context_start
         self.register_in = nn.Linear(config.latent_dim, width)
         self.register_position = nn.Parameter(torch.zeros(1, config.registers, width))
         self.register_buffer("frequencies", torch.zeros(256))

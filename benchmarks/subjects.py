@@ -57,7 +57,7 @@ SUBJECTS = (
 
 
 def random_perceptual_weights(folder: Path) -> dict[str, Path]:
-    """Weight files for LPIPS with random numbers, by the configuration key that takes them: speed does not read them."""
+    """Weight files for LPIPS with random numbers, by the configuration key that takes them; speed is the same."""
     generator = torch.Generator().manual_seed(0)
     vgg, inputs = {}, 3
     for indices, channels in zip(STAGES, CHANNELS, strict=True):
