@@ -32,10 +32,14 @@ class DecoderBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
+        """x [B, N, Cd] -> [B, N', Cd]; `keep` drops what nothing reads behind this block once attention has used it."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        x = x + self.attention_out(attend(qkv))
+        attended = attend(qkv)
+        if keep is not None:
+            x, attended = x[:, keep], attended[:, keep]
+        x = x + self.attention_out(attended)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
 
 
@@ -71,6 +75,8 @@ class Decoder(nn.Module):
         if hasattr(self, "query"):
             pieces.append(self.query.to(x.dtype).expand(x.shape[0], self.patches, -1))
         x = torch.cat(pieces, dim=1) + self.position.to(x.dtype)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
+        # With K = P all but one token are read, and dropping that would cost the copy that it saves.
+        x = self.blocks[-1](x, slice(-self.patches, None) if hasattr(self, "query") else None)
         return self.pixels(self.norm(x[:, -self.patches :]))
