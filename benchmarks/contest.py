@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 OURS = "ours"
 NORMAL_MAD = 1.4826  # standard deviation of a normal law over its median absolute deviation
+FEWEST_ROUNDS = 5  # whose scatter says something
 MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, √(π/2)
 
 
@@ -38,8 +39,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, Ratio]:
 def paired(rival: list[float], ours: list[float]) -> Ratio:
     """The ratio of one rival from its times and ours, round by round."""
     logs = [math.log(theirs / own) for theirs, own in zip(rival, ours, strict=True)]
-    centre = statistics.median(logs)
-    return Ratio(math.exp(centre), MEDIAN_ERROR * deviation(logs) / math.sqrt(len(logs)))
+    # Few rounds agree by chance (one always does): an error of an e-fold, which no gate judges.
+    error = MEDIAN_ERROR * deviation(logs) / math.sqrt(len(logs)) if len(logs) >= FEWEST_ROUNDS else 1.0
+    return Ratio(math.exp(statistics.median(logs)), error)
 
 
 def deviation(values: list[float]) -> float:

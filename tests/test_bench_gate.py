@@ -117,8 +117,9 @@ def test_rounds_alternate_and_ratios_are_paired():
     assert order == ["ours", "plain", "plain", "ours", "ours", "plain"]
     assert found == {"ours": [2.0] * 3, "plain": [3.0] * 3}
     # Both grow tenfold in mid-run: the ratio of every round is 1.5 all the same, and certain.
-    ratio = contest.paired([3.0, 30.0, 3.0], [2.0, 20.0, 2.0])
+    ratio = contest.paired([3.0, 3.0, 3.0, 30.0, 30.0], [2.0, 2.0, 2.0, 20.0, 20.0])
     assert ratio.value == pytest.approx(1.5) and ratio.error == pytest.approx(0.0, abs=1e-12)
+    assert contest.paired([3.0], [2.0]).error > gate.BAND_MOST  # one round never disagrees with itself
 
 
 def record(results: list[dict], day: int, device_class: str = "cpu-test") -> dict:
