@@ -1,12 +1,13 @@
 # make quickstart   set up, train on handwritten digits, evaluate, show where the pictures are
 # make molecules    set up, make molecules with RDKit, train on them, evaluate, show where the pictures are
 # make test         set up, run the tests
+# make bench        set up, measure against the rivals, record, draw the history, fail on a regression
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIGITS := data/digits
 
-.PHONY: quickstart molecules test clean
+.PHONY: quickstart molecules test bench clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-train $(DIGITS)
@@ -17,6 +18,9 @@ molecules: $(VENV)/.installed-molecules
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks/ --record --gate --benchmark-columns=median,iqr,rounds
 
 $(DIGITS): | $(VENV)/.installed-train
 	$(BIN)/python -m unite_fast.data.digits $(DIGITS)

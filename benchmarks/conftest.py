@@ -1,22 +1,37 @@
-"""`pytest benchmarks/`: the measured floor, the table at the end, and the record."""
+"""`pytest benchmarks/`: the measured limits, the tables at the end, the record, and the gate."""
 
 from __future__ import annotations
 
+import gate
+import history
 import measure
 import pytest
+import torch
+from subjects import random_perceptual_weights
 
 RESULTS = pytest.StashKey[list]()
 INPUTS = pytest.StashKey[list]()
 BANDWIDTH = pytest.StashKey[float]()
+BASELINE = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write the results to benchmarks/records/")
+    parser.addoption("--gate", action="store_true", help="compare ratios with the baseline of this class of device")
+    parser.addoption("--compile", action="store_true", help="torch.compile as a rival of the step on a CPU, too")
 
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
     config.stash[INPUTS] = []
+    if measure.DEVICE == "cpu":
+        # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
+        torch.set_num_threads(1)
+    if config.getoption("gate"):
+        try:
+            config.stash[BASELINE] = gate.read_baseline(measure.device_class())
+        except FileNotFoundError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +39,18 @@ def bandwidth(request):
     """Copy bandwidth of the device, bytes a second."""
     request.config.stash[BANDWIDTH] = measured = measure.copy_bandwidth()
     return measured
+
+
+@pytest.fixture(scope="session")
+def matmul_rate():
+    """Operations a second of a large matrix product."""
+    return measure.matmul_rate()
+
+
+@pytest.fixture(scope="session")
+def perceptual_weights(tmp_path_factory):
+    """Paths of random weights for LPIPS, by configuration key."""
+    return random_perceptual_weights(tmp_path_factory.mktemp("lpips"))
 
 
 @pytest.fixture
@@ -50,8 +77,14 @@ def pytest_terminal_summary(terminalreporter, config):
         _write_operators(write, found, bandwidth)
     if inputs:
         _write_inputs(write, inputs)
-    if (found or inputs) and config.getoption("--record"):
+    if (found or inputs) and config.getoption("record"):
         write(f"recorded in {measure.write_record(bandwidth, found, inputs)}")
+        write(f"history drawn in {history.draw()}")
+    if found and config.getoption("gate"):
+        verdicts = gate.judge(gate.measured(found), config.stash[BASELINE])
+        write("")
+        for line in [*gate.table(verdicts), gate.conclusion(verdicts)]:
+            write(line)
 
 
 def _write_inputs(write, inputs):
@@ -81,16 +114,17 @@ def _write_operators(write, found, bandwidth):
     copies = "" if bandwidth is None else f": copies {bandwidth / 1e9:.0f} GB/s"
     write(f"{where['device']}, torch {where['torch']}{copies}")
     operators = [result for result in found if "operator" in result]
+    rivals = list(dict.fromkeys(rival for result in operators for rival in result["times_faster_than"]))
     if operators:
-        write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} {'eager':>7} {'compile':>7}")
+        write(f"{'':62} {'µs':>9} {'±':>8} {'GB/s':>7} {'floor':>6} " + " ".join(f"{rival:>8}" for rival in rivals))
     for result in operators:
         ours = result["seconds"]["ours"]
         label = f"{result['operator']} {result['direction']} {result['shape']} {result['dtype']}"
+        ratios = (result["times_faster_than"].get(rival) for rival in rivals)
         write(
             f"{label:62} {ours['median'] * 1e6:9.1f} {(ours['high'] - ours['low']) / 2e-6:8.1f} "
-            f"{_optional(result['gb_per_second'], '7.0f'):>7} {_optional(result['share_of_floor'], '6.0%'):>6} "
-            f"{result['times_faster_than']['eager']:6.2f}x "
-            f"{_optional(result['times_faster_than'].get('compile'), '6.2f'):>6}{'x' if where['cuda'] else ' '}"
+            f"{_optional(result.get('gb_per_second'), '7.0f'):>7} {_optional(result.get('share_of_floor'), '6.0%'):>6} "
+            + " ".join(f"{_optional(ratio, '7.2f')}x" if ratio else f"{'-':>8}" for ratio in ratios)
         )
     work = [result for result in found if "work" in result]
     if work:
@@ -102,3 +136,18 @@ def _write_operators(write, found, bandwidth):
             f"{result['work']:62} {ours['median']:9.3f} {(ours['high'] - ours['low']) / 2:8.3f} "
             f"{result['images_per_second']:10.1f}  {rivals}"
         )
+    for result in operators:
+        if "mfu" in result:
+            write(
+                f"{result['operator']}: {result['images_per_second']['ours']:.1f} images/s, "
+                f"MFU {result['mfu']:.1%} of {result['mfu_peak']}, p95/median {result['p95_over_median']['ours']:.2f}"
+            )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    config = session.config
+    if config.getoption("gate") and config.stash[RESULTS]:
+        verdicts = gate.judge(gate.measured(config.stash[RESULTS]), config.stash[BASELINE])
+        if not gate.passes(verdicts) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -41,7 +41,10 @@ class Clock:
 
     def advance(self, run: Callable[[], object]) -> float:
         """Time a call, let the clock run for that long, and return it."""
-        seconds = self.seconds(run)
+        return self.count(self.seconds(run))
+
+    def count(self, seconds: float) -> float:
+        """Let the clock run for as long as a call took that was timed otherwise, and return that."""
         self.now += seconds
         return seconds
 
@@ -70,9 +73,60 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large copy, each byte counted twice (read and written): the median of ROUNDS."""
     source = torch.ones(COPY_BYTES[DEVICE], dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    CLOCK.seconds(lambda: target.copy_(source))  # the first write of fresh pages costs page faults
-    times = [CLOCK.seconds(lambda: target.copy_(source)) for _ in range(ROUNDS[DEVICE])]
+    own_seconds(lambda: target.copy_(source))  # the first write of fresh pages costs page faults
+    times = [own_seconds(lambda: target.copy_(source)) for _ in range(ROUNDS[DEVICE])]
     return 2 * source.nbytes / spread(times)["median"]
+
+
+def matmul_rate() -> float:
+    """Operations a second of a large matrix product in the dtype of training: what MFU is a share of."""
+    side, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    times = [own_seconds(lambda: a @ b) for _ in range(ROUNDS[DEVICE])]
+    return 2 * side**3 / spread(times)["median"]
+
+
+MATMUL_PEAK = f"measured: {'8192³ in bfloat16' if DEVICE == 'cuda' else '1024³ in float32'}"
+
+
+def own_seconds(run: Callable[[], object]) -> float:
+    """Seconds that the device works on one call: between two events on a GPU, processor time of this process on a CPU,
+    where the wall clock also counts waiting for a core that others hold.
+    """
+    return CLOCK.seconds(run) if DEVICE == "cuda" else wall_and_process_seconds(run)[1]
+
+
+def wall_and_process_seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call from idle device to idle device, launches included, and this process's share of them."""
+    _wait()
+    process, wall = time.process_time(), time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - wall, time.process_time() - process
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def tail(times: list[float]) -> float:
+    """95th percentile over median."""
+    ends = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return ends[1] / ends[0]
+
+
+def device_class() -> str:
+    """What a baseline is of: the name of a GPU, the vector instructions of a CPU."""
+    if DEVICE == "cuda":
+        return _slug(torch.cuda.get_device_properties(0).name).lower()
+    return f"cpu-{_slug(torch.backends.cpu.get_cpu_capability()).lower()}"
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text).strip("-")
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -86,7 +140,8 @@ def environment() -> dict:
     """The machine and the software a number belongs to."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True)
+    elsewhere = ["--", ":/", ":(exclude)records"]  # records of the runs before are no change of what is measured
+    changes = subprocess.run(["git", "status", "--porcelain", *elsewhere], cwd=here, capture_output=True, text=True)
     described = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
@@ -95,6 +150,7 @@ def environment() -> dict:
         "torch": torch.__version__,
         "triton": triton.__version__ if AVAILABLE else None,
         "cuda": torch.version.cuda,
+        "device_class": device_class(),
     }
     if DEVICE == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -115,7 +171,7 @@ def _processor() -> str:
 def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict]) -> Path:
     """Write one run's results under records/ and return the file."""
     where = environment()
-    name = "_".join("".join(c if c.isalnum() else "-" for c in where[key]).strip("-") for key in ("device", "date"))
+    name = "_".join(_slug(where[key]) for key in ("device", "date"))
     path = RECORDS / f"{name}.json"
     RECORDS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -9,11 +9,11 @@ The bytes beside an operator are its floor: every input that the mathematics nee
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import contest
 import measure
 import pytest
 import torch
@@ -374,19 +374,18 @@ def test_operator(operator, sizes, direction, benchmark, bandwidth, results):
             ready()()
     times = {name: [] for name in contenders}
 
-    # Who goes first alternates, and each timed call follows one of its own kind that is not: what it finds in the
-    # allocator and the caches is then its own doing.
-    orders = itertools.cycle((list(contenders), list(reversed(contenders))))
-
-    def one_round():
-        for name in next(orders):
+    # Each timed call follows one of its own kind that is not: what it finds in the allocator and the caches is then its
+    # own doing.
+    def turn(name: str) -> Callable[[], float]:
+        def timed() -> float:
             prepare[name]()()
-            run = prepare[name]()
-            time = measure.CLOCK.advance if name == "ours" else measure.CLOCK.seconds
-            times[name].append(time(run))
-            del run
+            return (measure.CLOCK.advance if name == contest.OURS else measure.CLOCK.seconds)(prepare[name]())
 
-    benchmark.pedantic(one_round, rounds=measure.ROUNDS[measure.DEVICE])
+        return timed
+
+    turns = {name: turn(name) for name in contenders}
+    benchmark.pedantic(contest.play, args=(turns, times), rounds=measure.ROUNDS[measure.DEVICE])
+    ratios = contest.ratios(times)
     seconds = {name: measure.spread(samples) for name, samples in times.items()}
     median = seconds["ours"]["median"]
     floor = case.floor[direction]
@@ -400,7 +399,8 @@ def test_operator(operator, sizes, direction, benchmark, bandwidth, results):
         "bytes": floor,
         "gb_per_second": None if floor is None else floor / median / 1e9,
         "share_of_floor": None if floor is None else floor / median / bandwidth,
-        "times_faster_than": {name: seconds[name]["median"] / median for name in contenders if name != "ours"},
+        "times_faster_than": {name: ratio.value for name, ratio in ratios.items()},
+        "ratio_error": {name: ratio.error for name, ratio in ratios.items()},
     }
     benchmark.extra_info.update(result)
     results.append(result)

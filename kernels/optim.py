@@ -46,6 +46,24 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
         _ema_update_(ema, params, decay)
 
 
+# Columns a row from which the polynomial is cheaper in X Xᵀ than in X: five steps on r × c cost 20 r²c + 10 r³
+# operations on X, and 4 r²c + 34 r³ on its Gram matrix, less from c = 1.5 r. On one CPU core 4 matrices of 128 × 341,
+# 512 and 768 took 0.71, 0.62 and 0.49 of the time; square ones 1.3.
+GRAM_FROM = 2
+
+
+def _in_gram(x: Tensor, steps: int) -> Tensor:
+    """The iteration for x [n, r, c], c > r, on r × r matrices alone: X_k = Q_k X_0, and all Q commute with X X_0ᵀ."""
+    gram, product = torch.bmm(x, x.mT), None
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=1, dim2=2).add_(A)
+        product = factor if product is None else torch.bmm(factor, product)
+        if step + 1 < steps:
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return torch.bmm(product, x)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
 def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
     # bfloat16 has the accuracy the iteration needs (it ends in a band of singular values, not in a point) and the
@@ -56,9 +74,13 @@ def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
         x = x.mT  # the Gram matrix is then the smaller of the two
     with torch.autocast(g.device.type, enabled=False):
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # ‖·‖_F bounds the spectral norm
-        for _ in range(steps):
-            gram = torch.bmm(x, x.mT)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+        # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
+        if steps and x.dtype == torch.float32 and x.shape[2] >= GRAM_FROM * x.shape[1]:
+            x = _in_gram(x, steps)
+        else:
+            for _ in range(steps):
+                gram = torch.bmm(x, x.mT)
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
     return (x.mT if tall else x).to(g.dtype).contiguous()
 
 

@@ -38,7 +38,7 @@ def test_ema_at_its_ends():
     uk.ema_update_([], [], 0.5)
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24), (1, 16, 16), (2, 1, 5)])
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24), (1, 16, 16), (2, 1, 5), (2, 24, 96), (1, 80, 40)])
 def test_newton_schulz_is_its_equation(shape):
     g = normal(*shape)
     expected = []
@@ -57,6 +57,19 @@ def test_newton_schulz_brings_singular_values_near_one():
     values = torch.linalg.svdvals(uk.newton_schulz(g).float())
     # The published coefficients oscillate in 0.68 … 1.13 (Jordan et al. 2024); 0.003 of the norm is still lifted there.
     assert values.min() > 0.3 and values.max() < 1.2 + 2 * ROUNDING
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (128, 48)])
+def test_newton_schulz_lifts_small_singular_values_of_long_matrices(shape):
+    left, right = (torch.linalg.qr(normal(side, 48, seed=side).double())[0] for side in shape)
+    values = torch.logspace(-4, 0, 48, dtype=torch.float64, device=DEVICE)
+    expected = values / values.norm()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    expected = (left * expected) @ right.mT
+    # Float32 rounds the Gram matrix by more than its smallest eigenvalue. That costs 1e-4, bfloat16 everywhere 1e-2.
+    found = uk.newton_schulz(((left * values) @ right.mT).float()[None])[0].double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-3, 100 * ROUNDING))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])

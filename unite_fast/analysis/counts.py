@@ -331,24 +331,29 @@ def _decoder(sizes: _Sizes) -> list[Op]:
         _linear("embed", model.registers, decoder.inner, channels, width),
         _moves("token, positions", size, width, forward=4, backward=2),
     ]
-    for _ in range(decoder.depth):
+    for index in range(decoder.depth):
+        # With queries the last block goes on with the patches alone once attention has read the registers.
+        last = index + 1 == decoder.depth
+        kept = queries if queries and last else tokens
+        kept_size = kept * channels
         ops += [
             norm(tokens, tokens),
             _linear("qkv", tokens, channels, 3 * channels, width),
             _attention(tokens, channels, decoder.heads, width),
-            _linear("attention out", tokens, channels, channels, width, saves=False),
-            _moves("add", size, width, forward=3, backward=2),
-            norm(tokens, tokens),
-            _linear("mlp in", tokens, channels, 4 * channels, width),
-            _moves("GELU", 4 * size, width, forward=2, backward=3, saved=1),
-            _linear("mlp out", tokens, 4 * channels, channels, width),
-            _moves("add", size, width, forward=3, backward=2),
+            # A part of what attention has kept is a tensor of its own.
+            _linear("attention out", kept, channels, channels, width, saves=kept != tokens),
+            _moves("add", kept_size, width, forward=3, backward=2),
+            norm(kept, kept),
+            _linear("mlp in", kept, channels, 4 * channels, width),
+            _moves("GELU", 4 * kept_size, width, forward=2, backward=3, saved=1),
+            _linear("mlp out", kept, 4 * channels, channels, width),
+            _moves("add", kept_size, width, forward=3, backward=2),
         ]
     pixels = model.patch_size**2 * 3
     image = model.image_size**2 * 3
     return ops + [
         # A float32 norm reads a copy of the patches' rows; others keep the whole sequence that the rows are a view of.
-        norm(model.patches, model.patches if sizes.norm_width != width else tokens),
+        norm(model.patches, model.patches if sizes.norm_width != width or queries else tokens),
         _linear("pixels", model.patches, channels, pixels, width),
         Op(
             "unpatchify, L1", forward_bytes=(2 * width + 4) * image, backward_bytes=(3 * width + 4) * image,

@@ -18,6 +18,7 @@ from unite_fast.config import Config, ModelConfig, OptimizerConfig
 from unite_fast.engine.optim import matrix_shape, parameter_groups
 from unite_fast.engine.sharding import MatrixExchange
 from unite_fast.model.unite import Unite
+from unite_kernels.optim import GRAM_FROM
 
 FP32 = 4  # bytes
 # DeepSpeed pads a flat group of ZeRO 1 and 2 to whole slices of an even number of elements.
@@ -76,9 +77,15 @@ def trained_weights(model: ModelConfig, kind: str) -> Weights:
     )
 
 
-def newton_schulz_operations(rows: int, columns: int, steps: int) -> int:
-    """Operations of the orthogonalisation of one matrix: three products a step, the Gram matrix on the short side."""
+def newton_schulz_operations(rows: int, columns: int, steps: int, dtype: Dtype = "bf16") -> int:
+    """Operations of the orthogonalisation of one matrix: three products a step, the Gram matrix on the short side.
+
+    In float32 long matrices take four products a step of the Gram matrix alone, as `unite_kernels.newton_schulz` does.
+    """
     short, long = sorted((rows, columns))
+    if dtype == "fp32" and steps and long >= GRAM_FROM * short:
+        # The first step has no product to continue, the last no Gram matrix to prepare.
+        return 4 * short * short * long + (8 * steps - 6) * short**3
     return steps * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
 
 
@@ -103,7 +110,7 @@ def update_part(
         ops.append(Op("momentum, Nesterov", forward_bytes=4 * FP32 * held))
         for rows, columns in mine:
             short, long = sorted((rows, columns))
-            operations = newton_schulz_operations(rows, columns, optimizer.newton_schulz_steps)
+            operations = newton_schulz_operations(rows, columns, optimizer.newton_schulz_steps, dtype)
             # A step reads X twice and writes it, writes the Gram matrix and its polynomial and reads each once.
             moved = optimizer.newton_schulz_steps * width * (3 * short * long + 4 * short * short)
             ops.append(Op("Newton-Schulz", forward=operations, forward_bytes=moved))

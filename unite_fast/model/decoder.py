@@ -33,11 +33,17 @@ class DecoderBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, spans: Spans | None = None) -> Tensor:
-        """x [B, N, C], or [1, T, C] under `spans` -> the same shape."""
+    def forward(self, x: Tensor, spans: Spans | None = None, keep: slice | None = None) -> Tensor:
+        """x [B, N, Cd], or [1, T, Cd] under `spans` -> the same shape.
+
+        `keep` drops the tokens that nothing reads behind this block once attention has used them: [B, N', Cd].
+        """
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        x = x + self.attention_out(attend(qkv, spans))
+        attended = attend(qkv, spans)
+        if keep is not None:
+            x, attended = x[:, keep], attended[:, keep]
+        x = x + self.attention_out(attended)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
 
 
@@ -73,6 +79,8 @@ class Decoder(nn.Module):
         if hasattr(self, "query"):
             pieces.append(self.query.to(x.dtype).expand(x.shape[0], self.patches, -1))
         x = torch.cat(pieces, dim=1) + self.position.to(x.dtype)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
+        # With K = P all but one token are read, and dropping that would cost the copy that it saves.
+        x = self.blocks[-1](x, keep=slice(-self.patches, None) if hasattr(self, "query") else None)
         return self.pixels(self.norm(x[:, -self.patches :]))

@@ -1,0 +1,240 @@
+"""The regression gate: ratios of a run against a committed baseline of the same class of device.
+
+    pytest benchmarks/ --gate                                      # measures and judges
+    python benchmarks/gate.py compare OLD.json NEW.json            # judges two records; exit code 1 on a regression
+    python benchmarks/gate.py baseline benchmarks/records/*.json   # writes the baseline of their class
+
+Absolute times never count, only how many times faster ours is than its rival of the same run. All distances are of
+logarithms, so that a fifth slower and a fifth faster are equally far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from contest import Ratio
+
+BASELINES = Path(__file__).with_name("baselines")
+# The noise band of an entry is the largest of: BAND_SIGMAS times the error that a run of the baseline typically has,
+# known from the scatter of its rounds; the largest distance of those runs from their centre and half as much again,
+# which also sees what differs from process to process; and BAND_LEAST.
+BAND_SIGMAS, BAND_LARGEST, BAND_LEAST = 4.0, 1.5, 0.04
+# A fifth more time is ln 1.2 = 0.18 away. An entry whose runs scatter more than this cannot tell that from noise.
+BAND_MOST = 0.12
+# A run's own error, from the scatter of its rounds, that is still judged.
+ERROR_SIGMAS = 3.0
+BASELINE_RUNS = 5  # fewer say nothing about scatter
+
+SLOWER, WITHIN, FASTER, NOISY, NEW = "SLOWER", "within", "faster", "too noisy", "not in it"
+
+
+class Entry(NamedTuple):
+    """What a baseline knows of one ratio.
+
+    Attributes:
+        ratio: how many times faster ours is than the rival.
+        band: distance of logarithms that is noise.
+    """
+
+    ratio: float
+    band: float
+
+
+class Verdict(NamedTuple):
+    """One ratio of a run, judged."""
+
+    key: str
+    ratio: float
+    expected: float | None
+    band: float | None
+    word: str
+
+
+def key(result: dict, rival: str) -> str:
+    """What identifies a ratio from run to run."""
+    return " ".join((result["operator"], result["direction"], result["shape"], result["dtype"], "vs", rival))
+
+
+def measured(results: list[dict]) -> dict[str, Ratio]:
+    """The ratios of the step, its parts and the operators in a run's results; an error that is not stated counts as 0."""
+    return {
+        key(result, rival): Ratio(value, result.get("ratio_error", {}).get(rival, 0.0))
+        for result in results
+        if "operator" in result
+        for rival, value in result.get("times_faster_than", {}).items()
+    }
+
+
+def entry_of(runs: list[Ratio]) -> Entry:
+    """One entry from its ratios in repeated runs of unchanged code."""
+    logs = [math.log(run.value) for run in runs]
+    centre, error = statistics.median(logs), statistics.median(run.error for run in runs)
+    largest = max(abs(x - centre) for x in logs)
+    return Entry(math.exp(centre), max(BAND_SIGMAS * error, BAND_LARGEST * largest, BAND_LEAST))
+
+
+def baseline_of(runs: list[dict[str, Ratio]]) -> dict[str, Entry]:
+    """The baseline of repeated runs: entries that all of them measured."""
+    shared = set.intersection(*(set(run) for run in runs))
+    return {name: entry_of([run[name] for run in runs]) for name in runs[0] if name in shared}
+
+
+def judge(run: dict[str, Ratio], baseline: dict[str, Entry]) -> list[Verdict]:
+    """Every ratio of a run against the baseline."""
+    verdicts = []
+    for name, found in run.items():
+        entry = baseline.get(name)
+        if entry is None:
+            verdicts.append(Verdict(name, found.value, None, None, NEW))
+            continue
+        distance = math.log(found.value / entry.ratio)
+        allowed = max(entry.band, ERROR_SIGMAS * found.error)
+        if allowed > BAND_MOST:
+            word = NOISY
+        else:
+            word = SLOWER if distance < -allowed else FASTER if distance > allowed else WITHIN
+        verdicts.append(Verdict(name, found.value, entry.ratio, allowed, word))
+    return verdicts
+
+
+def passes(verdicts: list[Verdict]) -> bool:
+    """Whether nothing became slower, and something could be judged at all."""
+    words = {verdict.word for verdict in verdicts}
+    return SLOWER not in words and bool(words & {WITHIN, FASTER})
+
+
+def table(verdicts: list[Verdict]) -> list[str]:
+    """The verdicts as lines of text."""
+    width = max((len(verdict.key) for verdict in verdicts), default=0)
+    lines = [f"{'times faster than the rival':{width}} {'now':>8} {'before':>8} {'change':>8} {'noise':>7}"]
+    for name, ratio, expected, band, word in verdicts:
+        if expected is None:
+            lines.append(f"{name:{width}} {ratio:8.3f} {'-':>8} {'-':>8} {'-':>7}  {word}")
+            continue
+        noise = math.expm1(band)
+        lines.append(f"{name:{width}} {ratio:8.3f} {expected:8.3f} {ratio / expected - 1:8.1%} {noise:7.1%}  {word}")
+    return lines
+
+
+def conclusion(verdicts: list[Verdict]) -> str:
+    """One line: what the gate says, and of how many entries."""
+    count = {word: sum(v.word == word for v in verdicts) for word in (SLOWER, WITHIN, FASTER, NOISY, NEW)}
+    judged = count[SLOWER] + count[WITHIN] + count[FASTER]
+    rest = f"{judged} judged, {count[NOISY]} too noisy to tell a fifth, {count[NEW]} not in the baseline"
+    if count[SLOWER]:
+        return f"gate: FAILED, {count[SLOWER]} slower than before ({rest})"
+    return f"gate: {'passed' if judged else 'FAILED, nothing could be judged'} ({rest})"
+
+
+def baseline_path(device_class: str) -> Path:
+    return BASELINES / f"{device_class}.json"
+
+
+def read_baseline(device_class: str) -> dict[str, Entry]:
+    """The committed baseline of a class.
+
+    Raises:
+        FileNotFoundError: there is none; the message says how to make one.
+    """
+    path = baseline_path(device_class)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in BASELINES.glob("*.json"))) or "none"
+        raise FileNotFoundError(
+            f"no baseline for devices of class {device_class} (there are: {known}); record {BASELINE_RUNS} runs or "
+            f"more with pytest benchmarks/ --record, then python benchmarks/gate.py baseline benchmarks/records/*.json"
+        )
+    return {name: Entry(**entry) for name, entry in json.loads(path.read_text())["entries"].items()}
+
+
+def write_baseline(records: list[dict]) -> Path:
+    """The baseline of records of one class, written; the file.
+
+    Raises:
+        ValueError: too few records, or of several classes.
+    """
+    classes = {record["device_class"] for record in records}
+    if len(classes) != 1 or len(records) < BASELINE_RUNS:
+        raise ValueError(
+            f"a baseline takes {BASELINE_RUNS} records or more of one class; these are {len(records)} of "
+            + ", ".join(sorted(classes))
+        )
+    entries = baseline_of([measured(record["results"]) for record in records])
+    newest = max(records, key=lambda record: record["date"])
+    kept = {name: newest[name] for name in ("device", "device_class", "date", "commit", "torch") if name in newest}
+    content = kept | {
+        "runs": len(records),
+        "entries": {name: {k: round(v, 4) for k, v in entry._asdict().items()} for name, entry in entries.items()},
+    }
+    path = baseline_path(classes.pop())
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def compare(old: dict, new: dict) -> list[Verdict]:
+    """Two records: the noise is that of the old one's class where a baseline is committed, else of their own rounds.
+
+    Raises:
+        ValueError: records of different classes.
+    """
+    if old["device_class"] != new["device_class"]:
+        raise ValueError(f"the records are of different classes: {old['device_class']} and {new['device_class']}")
+    before = measured(old["results"])
+    try:
+        bands = {name: entry.band for name, entry in read_baseline(old["device_class"]).items()}
+    except FileNotFoundError:
+        bands = {}
+    least = {name: max(bands.get(name, BAND_LEAST), ERROR_SIGMAS * ratio.error) for name, ratio in before.items()}
+    return judge(measured(new["results"]), {name: Entry(before[name].value, least[name]) for name in before})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    comparing = commands.add_parser("compare", help="judge a record against an older one")
+    comparing.add_argument("old", type=Path)
+    comparing.add_argument("new", type=Path)
+    writing = commands.add_parser("baseline", help="write the baseline of repeated runs of unchanged code")
+    writing.add_argument("records", type=Path, nargs="+")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "baseline":
+            path = write_baseline([read_record(path) for path in options.records])
+            entries = json.loads(path.read_text())["entries"].values()
+            gated = sum(entry["band"] <= BAND_MOST for entry in entries)
+            print(f"{path}: {len(entries)} entries, {gated} steady enough to judge a fifth")
+            return 0
+        verdicts = compare(read_record(options.old), read_record(options.new))
+    except (OSError, ValueError) as error:
+        print(f"gate.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*table(verdicts), conclusion(verdicts)]))
+    return 0 if passes(verdicts) else 1
+
+
+def read_record(path: Path) -> dict:
+    """A record that `pytest benchmarks/ --record` wrote.
+
+    Raises:
+        ValueError: not JSON, or something else than a record.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(record, dict) or not {"device_class", "results"} <= record.keys():
+        raise ValueError(f"{path} is not a record of pytest benchmarks/ --record")
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The rival's optimizer step: backward of one graph, Muon a matrix at a time, AdamW, EMA a tensor at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from plain_unite import PlainDraws, PlainLpips, PlainUnite
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.objective.perceptual import Lpips
+
+NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
+
+
+def plain_name(name: str, depth: int) -> str | None:
+    """PlainUnite's name of a parameter or buffer of `unite_fast.model.unite.Unite`; None for the unused vector."""
+    if name.endswith("time.special"):
+        return None
+    name = name.replace("latent_norm", "encoder.latent_norm").replace("encoder.time.frequencies", "encoder.frequencies")
+    name = name.replace("time.lift", "time.0").replace("time.project", "time.2")
+    if not name.startswith("encoder."):
+        return name
+    if name == "encoder.opening_norm":
+        return "encoder.blocks.0.norm1.weight"
+    if name.endswith(".next_norm"):
+        following = int(name.split(".")[2]) + 1
+        return "encoder.final_norm.weight" if following == depth else f"encoder.blocks.{following}.norm1.weight"
+    if name.startswith("encoder.modulation."):
+        _, _, index, leaf = name.split(".")
+        return f"encoder.blocks.{index}.modulation.{leaf}"
+    return name + ".weight" if name.endswith(("norm2", "norm3", "q_norm", "k_norm")) else name
+
+
+class FloatMuon(torch.optim.Optimizer):
+    """torch.optim.Muon's arithmetic a matrix at a time, in float32.
+
+    torch's own iterates in bfloat16, which a CPU without matrix instructions for it multiplies a hundred times slower
+    than float32: against that any float32 step would look fast.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], *, lr: float, momentum: float, eps: float, ns_steps: int):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, eps=eps, ns_steps=ns_steps))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                buffer = state["momentum"]
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                x = parameter.grad.lerp(buffer, group["momentum"])
+                tall = x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / x.norm().clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=NS_B, alpha=NS_C), x, beta=NS_A)
+                scale = 0.2 * math.sqrt(max(parameter.shape))
+                parameter.add_(x.T if tall else x, alpha=-group["lr"] * scale)
+
+
+class PlainTrainer:
+    """Model, optimizers and EMA: what an optimizer step of the rival is.
+
+    Args:
+        config: sizes, losses, betas, clip; its published forms only.
+        source: weights to start from.
+        lr: learning rate of both optimizers.
+        lpips: the perceptual term of ours, whose weights are copied.
+        autocast: dtype of the passes; None for float32.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: nn.Module,
+        *,
+        lr: float,
+        lpips: Lpips | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        self.config, self.autocast = config, autocast
+        perceptual = None if lpips is None else PlainLpips(lpips)
+        self.model = PlainUnite(config.model, config.objective, perceptual)
+        depth = config.model.depth
+        weights = {plain_name(name, depth): tensor for name, tensor in source.state_dict().items()}
+        weights.pop(None)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        if unexpected or any(not name.startswith("lpips.") for name in missing):
+            raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+        device = self.device = next(source.parameters()).device
+        self.model.to(device)
+        self.ema = [parameter.detach().clone() for parameter in self.parameters]
+        matrices = {plain_name(name, depth) for name in source.matrix_parameters()}
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        settings = config.optimizer
+        muon = dict(lr=lr, momentum=settings.momentum, eps=1e-6, ns_steps=settings.newton_schulz_steps)
+        matrix_parameters = [p for name, p in named if name in matrices]
+        self.optimizers = [
+            torch.optim.Muon(matrix_parameters, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **muon)
+            if device.type == "cuda"
+            else FloatMuon(matrix_parameters, **muon),
+            torch.optim.AdamW(
+                [p for name, p in named if name not in matrices],
+                lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=0.0,
+            ),
+        ]  # fmt: skip
+
+    @functools.cached_property
+    def compiled(self) -> nn.Module:
+        """The model under torch.compile, for static shapes."""
+        return torch.compile(self.model, dynamic=False)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def cast(self) -> torch.autocast:
+        """The precision of the passes."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def step(
+        self, images: Tensor, labels: Tensor, draws: PlainDraws | None = None, *, compiled: bool = False
+    ) -> Tensor:
+        """One optimizer step on images [B, 3, H, H], by torch.compile where asked; the detached loss."""
+        model = self.config.model
+        if draws is None:
+            shape = (images.shape[0], model.registers, model.latent_dim)
+            draws = PlainDraws.make(self.config.objective, shape, self.device)
+        with self.cast():
+            loss = (self.compiled if compiled else self.model)(images, labels, draws)
+        loss.backward()
+        self.update()
+        self.average()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip, then both optimizers."""
+        if self.config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def average(self) -> None:
+        """EMA, a tensor at a time."""
+        with torch.no_grad():
+            for average, parameter in zip(self.ema, self.parameters, strict=True):
+                average.lerp_(parameter, 1 - self.config.optimizer.ema_decay)

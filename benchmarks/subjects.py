@@ -1,0 +1,127 @@
+"""What the benchmarks of the training step measure: configurations, and a step of ours and of the plain rival."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import measure
+import torch
+from plain_training import PlainTrainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unite_fast.config import Config
+from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.world import World
+from unite_fast.model.unite import Unite
+from unite_fast.objective.draws import SeededDraws
+from unite_fast.objective.perceptual import CHANNELS, STAGES
+from unite_fast.objective.two_pass import Objective, two_pass_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# B's blocks at a quarter of its width and depth, 64 × 64 pixels: everything a full step has, in a second.
+SMALL = [
+    'model={"image_size": 64, "registers": 16, "depth": 3, "width": 192, "heads": 3, "context_len": 8, '
+    '"context_start": 1, "decoder": {"depth": 3, "width": 192, "heads": 3, "inner": 192}}',
+    "objective.flow_draws=3",
+    "train.zero_stage=0",
+]
+
+
+class Subject(NamedTuple):
+    """A configuration to measure.
+
+    Attributes:
+        file: under configs/.
+        overrides: of its keys.
+        batch: images of a step; None for the most that fits, each contender its own.
+    """
+
+    file: str
+    overrides: list[str]
+    batch: int | None
+
+
+def _preset(preset: str, draws: int) -> Subject:
+    file = {"B": "b_h100.json", "L": "l_h100.json"}[preset]
+    return Subject(file, [f"objective.flow_draws={draws}", "train.zero_stage=0"], None)
+
+
+SUBJECTS = (
+    {f"{preset} S={draws}": _preset(preset, draws) for preset in ("B", "L") for draws in (3, 14)}
+    if measure.DEVICE == "cuda"
+    else {"quickstart S=4": Subject("quickstart.json", [], 32), "small B S=3": Subject("b_h100.json", SMALL, 2)}
+)
+
+
+def random_perceptual_weights(folder: Path) -> dict[str, Path]:
+    """Weight files for LPIPS with random numbers, by the configuration key that takes them; speed is the same."""
+    generator = torch.Generator().manual_seed(0)
+    vgg, inputs = {}, 3
+    for indices, channels in zip(STAGES, CHANNELS, strict=True):
+        for index in indices:
+            # Variance 2 / fan-in keeps the maps at the size of the images (He et al. 2015).
+            scale = (2 / (9 * inputs)) ** 0.5
+            vgg[f"features.{index}.weight"] = scale * torch.randn(channels, inputs, 3, 3, generator=generator)
+            vgg[f"features.{index}.bias"] = torch.zeros(channels)
+            inputs = channels
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=generator) for i, c in enumerate(CHANNELS)}
+    paths = {"vgg": folder / "vgg.safetensors", "linear": folder / "linear.safetensors"}
+    for name, tensors in (("vgg", vgg), ("linear", linear)):
+        save_file(tensors, paths[name])
+    return paths
+
+
+def load(subject: Subject, weights: dict[str, Path]) -> Config:
+    """The subject's configuration, with paths of LPIPS weights where it has the term."""
+    config = Config.load(CONFIGS / subject.file, subject.overrides)
+    if not config.objective.lpips.weight:
+        return config
+    paths = [f"objective.lpips.{name}={path}" for name, path in weights.items()]
+    return Config.load(CONFIGS / subject.file, [*subject.overrides, *paths])
+
+
+class Trainers:
+    """Ours and the rival from the same weights, on the device.
+
+    Attributes:
+        engine, objective: ours, as `unite_fast.engine.loop` builds them.
+        plain: the rival.
+    """
+
+    def __init__(self, config: Config):
+        torch.manual_seed(0)
+        self.config, self.device = config, torch.device(measure.DEVICE)
+        model = Unite(config.model).to(self.device)
+        autocast = autocast_dtype(config, self.device)
+        self.objective = Objective(config.objective, model.null_label, self.device, autocast)
+        self.plain = PlainTrainer(
+            config, model, lr=config.optimizer.lr, lpips=self.objective.lpips, autocast=autocast
+        )
+        world = World(0, 1, 0, self.device)
+        # So long an epoch that the learning rate stays in its warm-up: speed does not depend on it, losses stay finite.
+        self.engine = Engine(model, config, world, steps_per_epoch=1e6, global_batch=1)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Random images [B, 3, H, H] and labels [B] on the device."""
+        model = self.config.model
+        images = torch.rand(size, 3, model.image_size, model.image_size, device=self.device)
+        return images, torch.randint(model.num_classes, (size,), device=self.device)
+
+    def shape(self, size: int) -> torch.Size:
+        """[B, K, D]."""
+        return torch.Size((size, self.config.model.registers, self.config.model.latent_dim))
+
+    def draws(self) -> SeededDraws:
+        """Those of our next step."""
+        return SeededDraws(
+            self.config.objective, seed=0, step=self.engine.step_count, stream=0, device=self.device
+        )
+
+    def our_step(self, images: Tensor, labels: Tensor) -> None:
+        """Tokenize, reconstruct, denoise, backward, optimizer, EMA: what the loop does between two batches."""
+        shape = self.shape(images.shape[0])
+        two_pass_step(self.engine, self.objective, images, labels, self.draws(), shape=shape)
+        self.engine.step()

@@ -1,0 +1,127 @@
+"""The complete training step: tokenize, reconstruct, denoise, backward, optimizer, EMA.
+
+Rivals of the same run, in turn: the same model in plain PyTorch as one graph (plain_unite.py), and that under
+torch.compile. On a GPU ours and the rival each take the largest batch that fits (the compiled one that of the eager
+one, as every size tried would be compiled anew), and the ratio is of images a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+
+import contest
+import measure
+import pytest
+import torch
+from subjects import SUBJECTS, Trainers, load
+
+from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.analysis.update import update_part
+from unite_fast.engine.batch import find_micro_batch
+
+ROUNDS = {"cuda": 30, "cpu": 11}
+BATCHES = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+
+
+def contenders(trainers: Trainers, with_compile: bool) -> dict:
+    """Name -> one optimizer step on (images, labels)."""
+    steps = {contest.OURS: trainers.our_step, "plain": trainers.plain.step}
+    if with_compile:
+        steps["compile"] = lambda images, labels: trainers.plain.step(images, labels, compiled=True)
+    return steps
+
+
+def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str, int]:
+    """Images of a step of each contender: given, or the most that fit beside everything that is there."""
+    if given is not None:
+        return dict.fromkeys(steps, given)
+    sizes = {}
+    for who in (contest.OURS, "plain"):
+        sizes[who] = find_micro_batch(lambda size: steps[who](*trainers.batch(size)), BATCHES)
+    return {who: sizes.get(who, sizes["plain"]) for who in steps}
+
+
+def turn(who: str, step, batch):
+    """A function that makes one step ready and times it: (seconds on the wall, seconds of this process) an image."""
+
+    def timed() -> tuple[float, float]:
+        if measure.DEVICE == "cuda":
+            torch.cuda.empty_cache()  # of the contender before
+            step(*batch)
+        wall, process = measure.wall_and_process_seconds(lambda: step(*batch))
+        if who == contest.OURS:
+            measure.CLOCK.count(wall)
+        return wall / len(batch[0]), process / len(batch[0])
+
+    return timed
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.benchmark(timer=measure.CLOCK)
+def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weights, request):
+    gc.collect()  # the models of the test before, which cycles may still hold
+    subject = SUBJECTS[name]
+    config = load(subject, perceptual_weights)
+    trainers = Trainers(config)
+    on_gpu = measure.DEVICE == "cuda"
+    steps = contenders(trainers, on_gpu or request.config.getoption("compile"))
+    sizes = batch_sizes(trainers, steps, subject.batch)
+    batches = {who: trainers.batch(size) for who, size in sizes.items()}
+    for who, step in steps.items():
+        for _ in range(2):
+            step(*batches[who])
+    peak = {who: peak_allocated(lambda: step(*batches[who]), trainers.device) for who, step in steps.items()}
+
+    turns = {who: turn(who, step, batches[who]) for who, step in steps.items()}
+    found = {who: [] for who in steps}
+    benchmark.pedantic(contest.play, args=(turns, found), rounds=ROUNDS[measure.DEVICE])
+    wall, process = ({who: [pair[i] for pair in pairs] for who, pairs in found.items()} for i in (0, 1))
+    # On a CPU ratios, MFU and floors take processor time: waiting for a core that others hold is not the step's doing.
+    ratios = contest.ratios(wall if on_gpu else process)
+    own = statistics.median((wall if on_gpu else process)[contest.OURS])
+    dtype = "bf16" if on_gpu else "fp32"
+    operations = image_operations(config.model, config.objective)
+    result = {
+        "operator": f"step {name}",
+        "direction": "step",
+        "shape": f"{subject.batch or 'largest'} images",
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "rounds": ROUNDS[measure.DEVICE],
+        "batch": sizes,
+        "seconds": {who: measure.spread([s * sizes[who] for s in times]) for who, times in wall.items()},
+        "times_faster_than": {rival: ratio.value for rival, ratio in ratios.items()},
+        "ratio_error": {rival: ratio.error for rival, ratio in ratios.items()},
+        "ratio_of": "wall clock" if on_gpu else "processor time",
+        "wall_times_faster_than": {rival: ratio.value for rival, ratio in contest.ratios(wall).items()},
+        "images_per_second": {who: 1 / statistics.median(times) for who, times in wall.items()},
+        "p95_over_median": {who: measure.tail(times) for who, times in wall.items()},
+        "operations_per_image": operations,
+        "mfu": operations / own / matmul_rate,
+        "mfu_peak": f"{matmul_rate:.4g} operations/s, {measure.MATMUL_PEAK}",
+        "peak_bytes": peak,
+        **floor(config, sizes[contest.OURS], dtype, Rates(matmul_rate, bandwidth), own * sizes[contest.OURS]),
+    }
+    benchmark.extra_info.update(result)
+    results.append(result)
+
+
+def floor(config, batch: int, dtype: str, rates: Rates, seconds: float) -> dict:
+    """Bytes a step must move, the rate of them, and the share of the least time that it reaches."""
+    parts = step_parts(config.model, config.objective, dtype=dtype, device=measure.DEVICE)
+    update = update_part(config.model, config.optimizer, dtype=dtype)
+    least = sum(update.floor(1, rates))
+    moved = update.forward_bytes(1)
+    chunk = config.objective.draws_per_chunk
+    for name, part in parts.items():
+        passes = repeats(name, config.objective) / (chunk if name == "denoise" else 1)
+        images = batch * (chunk if name == "denoise" else 1)
+        least += passes * sum(part.floor(images, rates))
+        moved += passes * (part.forward_bytes(images) + part.backward_bytes(images))
+    return {
+        "bytes": round(moved),
+        "gb_per_second": moved / seconds / 1e9,
+        "floor_seconds": least,
+        "share_of_floor": least / seconds,
+    }
