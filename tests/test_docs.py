@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from unite_fast.config_reference import reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +24,16 @@ def test_every_key_of_the_shipped_configurations_is_documented():
         assert all(f"| `{key}` |" in page for key in set(keys) - sections), path
 
 
-def test_readme_links_and_configurations_exist():
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_configurations_of_the_readme_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
-        assert (ROOT / target).exists(), target
     for name in re.findall(r"`(\w+)`(?:, `\w+`)? \| (?:B|L|XL|2 M)", readme):
         assert (ROOT / "configs" / f"{name}.json").exists(), name
