@@ -12,6 +12,8 @@ from unite_fast.cli.console import out, plain
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from unite_fast.analysis.planning import Plan
     from unite_fast.config import Config
 
@@ -132,29 +134,39 @@ def _row(p: Plan, images: int, epochs: float) -> dict:
     }  # fmt: skip
 
 
-def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> None:
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    """Numbers in 80 columns: headers wrap, cells have no space to wrap at."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=plain(title), title_justify="left")
-    for name in ("ZeRO", "memory", "batch", "step", "images/s", "MFU", "comm.", "epoch", f"{_short(epochs)} epochs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="right", vertical="bottom")
+    return table
+
+
+def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> None:
+    total = f"GPU-h, {_short(epochs)} epochs"
+    table = _table(
+        title, ("ZeRO", "memory GiB", "batch", "step ms", "images /s", "MFU", "comm.", "epoch h", total)
+    )
     for p in plans:
         hours = p.epoch_hours(images)
         table.add_row(
-            f"{p.stage} {p.optimizer}",
-            f"{'' if p.fits else '> '}{_short(p.memory.peak / 2**30)} GiB",
+            f"{p.stage}\u00a0{p.optimizer}",
+            f"{'' if p.fits else '>'}{_short(p.memory.peak / 2**30)}",
             *(
                 (
-                    f"{p.micro_batch} × {p.accumulation} × {p.ranks}",
-                    f"{_short(p.seconds.total * 1e3)} ms",
+                    f"{p.micro_batch}×{p.accumulation}×{p.ranks}",
+                    _short(p.seconds.total * 1e3),
                     f"{p.images_per_second:.0f}",
                     f"{p.mfu:.1%}",
                     f"{p.seconds.communication / p.seconds.total:.1%}",
-                    f"{_short(hours)} h",
-                    f"{_short(hours * epochs * p.ranks)} GPU-h",
+                    _short(hours),
+                    _short(hours * epochs * p.ranks),
                 )
                 if p.fits
-                else ("does not fit",)
+                else ("too large",)
             ),
         )
     out().print(table)
@@ -166,19 +178,18 @@ def _short(value: float) -> str:
 
 
 def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"the same run on more GPUs, ZeRO {stage}", title_justify="left")
-    shares = ("compute", "gradients", "Muon", "weights", "update")
-    for name in ("GPUs", "batch", "step", "simulated", "images/s a GPU", *shares):
-        table.add_column(name, justify="right", no_wrap=True)
+    shares = ("com- pute", "gradi- ents", "Muon", "weights", "update")
+    table = _table(
+        f"the same run on more GPUs, ZeRO {stage}",
+        ("GPUs", "batch", "step ms", "simul. ms", "images /s a GPU", *shares),
+    )
     for p, seconds in zip(plans, simulated, strict=True):
         parts = (p.seconds.compute, p.seconds.gradients, p.seconds.exchange, p.seconds.weights, p.seconds.update)
         table.add_row(
             str(p.ranks),
-            f"{p.micro_batch} × {p.accumulation}",
-            f"{_short(p.seconds.total * 1e3)} ms",
-            f"{_short(seconds * 1e3)} ms",
+            f"{p.micro_batch}×{p.accumulation}",
+            _short(p.seconds.total * 1e3),
+            _short(seconds * 1e3),
             f"{p.images_per_second / p.ranks:.1f}",
             *(f"{value / p.seconds.total:.1%}" for value in parts),
         )

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.data.folder import ImageFolder
 from unite_fast.data.reader import FileReader
+from unite_fast.data.source import open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
 
@@ -84,7 +84,7 @@ def find_neighbours(
         UserError: the training images cannot be read.
     """
     size = config.model.image_size
-    folder = ImageFolder(config.data.path, len(names))
+    folder = open_source(config.data.path, len(names), image_size=size)
     if list(folder.classes) != names and not all(name.isdigit() for name in names):
         raise UserError(f"the class folders of {folder.root} are not those of the run")
     reader = FileReader(folder, size, config.data.crop)
