@@ -181,6 +181,13 @@ def test_data_that_cannot_be_used(tmp_path):
         train(config(tmp_path, data={"path": str(tmp_path / "two.npz")}))
 
 
+def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):
+    assert "serves runs on images; " in mistake(capsys, "evaluate", finished)
+    assert "measures images; " in mistake(capsys, "evaluate", finished / "export")
+    for command in ("plan", "profile"):
+        assert "serves runs on images; " in mistake(capsys, command, "--config", finished / "config.json")
+
+
 def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("sample", "--run", finished, "--count", 5, "--atoms", 4, "--property", 5.5, "--guidance", 1.5,

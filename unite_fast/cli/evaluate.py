@@ -270,7 +270,11 @@ def run_config(path: Path) -> Config | None:
     from unite_fast.config import Config
 
     file = run_folder(path) / "config.json"
-    return Config.load(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    config = Config.load(file)
+    config.require_images("unite-fast evaluate")
+    return config
 
 
 def _plan(config: Config | None, world: World, **given: Any) -> Plan:

@@ -50,6 +50,7 @@ class Report:
     sheets = (
         ("samples.png", "generated images, class by class"),
         ("reconstructions.png", "held-out originals above their reconstructions"),
+        (FOLDER, "every metric with its protocol"),
     )
 
     def __init__(
@@ -185,7 +186,6 @@ class Report:
             *self.sheets,
             ("curves.png", "losses and latent statistics"),
             ("summary.json", "every metric"),
-            (FOLDER, "the same with its protocol"),
             ("export", "EMA weights for unite_fast.load"),
         ):
             table.add_row(str(self.folder / name), what)
