@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from unite_fast.config import Config
     from unite_fast.engine.world import World
     from unite_fast.evaluation.evaluator import Evaluator, Plan
-    from unite_fast.evaluation.work import Work
     from unite_fast.importing import Trained
 
 PATHS = ("data", "train_data", "reference", "inception")  # strings in a plan, as in a configuration

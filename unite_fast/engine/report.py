@@ -70,10 +70,10 @@ class Report:
         """Load what sheets and metrics need."""
         config = self.config
         try:
-            check_files(plan := plan_of(config, self.world.device), config.model)
+            files = check_files(plan := plan_of(config, self.world.device), config.model)
         except UserError as error:
             raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
-        self._evaluator = Evaluator(plan, config.model, self.world, self.classes)
+        self._evaluator = Evaluator(plan, config.model, self.world, self.classes, files=files)
         if self.world.is_main:
             self._held_out = load_images(
                 config.data.val_path or config.data.path, config.data, image_size=config.model.image_size,

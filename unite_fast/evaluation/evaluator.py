@@ -41,6 +41,9 @@ PIECES = 1
 INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
 
 
+Files = tuple[Inception | None, Reference | None, Lpips | None]  # what a plan's metrics need beside the model
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is measured, on what, by which files.
@@ -116,16 +119,25 @@ class Evaluator:
         sizes: of the models.
         world: the ranks that share the work; rank 0 computes the metrics.
         classes: names that class folders must have, where they are known.
+        files: what `check_files` read for this plan, where it was called before; None reads them.
 
     Raises:
         UserError: an unknown metric, one whose files are not given, missing or wrong, classes that cannot be balanced.
     """
 
-    def __init__(self, plan: Plan, sizes: ModelConfig, world: World, classes: Iterable[str] | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        sizes: ModelConfig,
+        world: World,
+        classes: Iterable[str] | None = None,
+        *,
+        files: Files | None = None,
+    ):
         self.plan, self.sizes, self.world = plan, sizes, world
         wanted = frozenset(plan.metrics)
         check_metrics(plan.metrics)
-        self.inception, self.reference, self.lpips = check_files(plan, sizes)
+        self.inception, self.reference, self.lpips = files or check_files(plan, sizes)
         self._of_generated = wanted & INCEPTION_OF_GENERATED
         self._of_pairs = wanted & {"rfid", "psnr", "ssim", "lpips", "l1"}
         self._of_real = wanted & {"kid", "precision", "recall", "rfid"}
@@ -330,7 +342,7 @@ def _names(folder: str) -> str:
     return names_hash([source.name(index) for index in range(len(source))])
 
 
-def check_files(plan: Plan, sizes: ModelConfig) -> tuple[Inception | None, Reference | None, Lpips | None]:
+def check_files(plan: Plan, sizes: ModelConfig) -> Files:
     """Read the weights and statistics that the plan's metrics need.
 
     Raises:
