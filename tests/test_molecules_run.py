@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from cli_toy import mistake, run
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fast[molecules]'")
 
 from molecule_runs import config, settings, small_set
 
 from unite_fast import Config, UserError, load
-from unite_fast.data.molecules.molecule_set import write_npz
+from unite_fast.data.molecules.molecule_set import Molecule, assemble, write_npz
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.writing import write_sdf, write_xyz
 from unite_fast.engine.batch import Batch
@@ -224,6 +226,37 @@ def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
     # Molecules of both files that are the same but for their names' repetition are told apart or taken once.
     assert latents.shape == (len(names), 29, 8) and len(names) >= 3
     assert not latents[0, counts[0] :].any() and latents[0, : counts[0]].abs().min() > 0
+
+
+def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
+    """The model reads what it was trained on; what is written is in the order and pose of the file."""
+    trained = train(config(tmp_path, data={"order": "canonical", "orientation": "aligned"}))
+    cyanide, water = small_set(1).select([6]), small_set(1).select([1])
+    given = {"as made": (cyanide, water)}
+    turn = np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+    codes, points = cyanide.atoms(0)
+    given["other"] = (
+        assemble([Molecule("m0_6", codes[::-1], points[::-1] @ turn)], "reversed and turned"),
+        replace(water, positions=water.positions @ turn),
+    )
+    found = {}
+    for name, (first, second) in given.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write_sdf(first, folder / "cyanide.sdf")
+        write_sdf(second, folder / "water.sdf")
+        files = folder / "cyanide.sdf", folder / "water.sdf"
+        assert run("tokenize", "--run", trained, *files, "--out", folder / "l.safetensors") == 0
+        assert run("reconstruct", "--run", trained, *files, "--out", folder) == 0
+        with safe_open(folder / "l.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        found[name] = tensors, load_molecules(folder / "reconstructions.sdf")
+    (tensors, rebuilt), (again, turned) = found["as made"], found["other"]
+    assert_close(tensors["latents"], again["latents"], atol=1e-3, rtol=0)  # SDF keeps four decimals
+    assert (again["order"][0, :3] == 2 - tensors["order"][0, :3]).all()
+    assert_array_equal(rebuilt.elements[0, :3], turned.elements[0, 2::-1])
+    assert_allclose(rebuilt.positions[0, :3] @ turn, turned.positions[0, 2::-1], atol=2e-3)
+    assert_allclose(rebuilt.positions[1] @ turn, turned.positions[1], atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from unite_fast.cli.console import Device, explain_memory, out, pick_device, plain, progress
+from unite_fast.data.molecules.arrangement import Arrangement, arrange
 from unite_fast.data.molecules.molecule_set import Molecule, MoleculeSet, assemble
 from unite_fast.data.molecules.perception import perceive_all
 from unite_fast.data.molecules.reading import load_molecules
@@ -19,7 +20,7 @@ from unite_fast.data.molecules.writing import write_sdf, write_xyz
 from unite_fast.errors import UserError
 from unite_fast.evaluation.molecules import Reconstruction, rmsd
 from unite_fast.importing import Trained
-from unite_fast.molecules.config import MAX_ATOMS, MoleculeSamplingConfig
+from unite_fast.molecules.config import MAX_ATOMS, MoleculeDataConfig, MoleculeSamplingConfig
 from unite_fast.molecules.report import joined
 from unite_fast.molecules.sampling import draw_counts, encode, generate
 from unite_fast.molecules.sampling import reconstruct as rebuild
@@ -111,16 +112,20 @@ def sample(
 
 
 def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int, batch: int, device: Device) -> None:
-    """Encode molecules of files and decode them again: SDF, XYZ, a sheet, RMSD of each, reconstructions.json."""
+    """Encode molecules of files and decode them again: SDF, XYZ, a sheet, RMSD of each, reconstructions.json.
+
+    The model sees them arranged as in its training; what is written is in the files' order and frame.
+    """
     from rich.table import Table
 
     molecules = read(paths)
+    arranged, arrangement = _arrange(molecules, trained)
     model, pieces = trained.build(pick_device(device)), []
     with progress("reconstructing", len(molecules)) as bar, explain_memory(batch):
-        for first, tensors in _batches(molecules, batch):
+        for first, tensors in _batches(arranged, batch):
             pieces.append(rebuild(model, *tensors, seed=seed, first=first))
             bar.advance(bar.task_ids[0], len(tensors[0]))
-    rebuilt = joined(pieces, f"reconstructions by {trained.origin}", molecules.names)
+    rebuilt = arrangement.undo(joined(pieces, f"reconstructions by {trained.origin}", molecules.names))
     errors = rmsd(rebuilt, molecules)
     equal = (rebuilt.elements == molecules.elements) & molecules.mask
     before, after = perceive_all(molecules), perceive_all(rebuilt)
@@ -155,8 +160,11 @@ def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int,
 
 
 def tokenize(trained: Trained, paths: list[Path], out_file: Path, *, seed: int, batch: int, device: Device) -> None:
-    """Write latents [n, 29, D], zero behind a molecule's atoms, and counts [n]; names as JSON in the metadata."""
-    molecules = read(paths)
+    """Write latents [n, 29, D], zero behind a molecule's atoms, and counts [n]; names as JSON in the metadata.
+
+    The model sees molecules arranged as in its training: latent i of a molecule is of its file's atom order[i], [n, 29].
+    """
+    molecules, arrangement = _arrange(read(paths), trained)
     model = trained.build(pick_device(device))
     latents = torch.zeros(len(molecules), MAX_ATOMS, trained.config.latent_dim)
     with progress("tokenizing", len(molecules)) as bar, explain_memory(batch):
@@ -167,7 +175,12 @@ def tokenize(trained: Trained, paths: list[Path], out_file: Path, *, seed: int, 
     if not bool(torch.isfinite(latents).all()):
         raise UserError(f"the latents hold NaN or infinite values: the model of {trained.origin} has diverged")
     metadata = {"molecules": json.dumps(molecules.names), "model": str(trained.origin), "seed": str(seed)}
-    write_tensors({"latents": latents, "counts": torch.from_numpy(molecules.counts)}, out_file, metadata)
+    tensors = {
+        "latents": latents,
+        "counts": torch.from_numpy(molecules.counts),
+        "order": torch.from_numpy(arrangement.order),
+    }
+    write_tensors(tensors, out_file, metadata)
     out().print(f"latents {list(latents.shape)} in {out_file}", markup=False, soft_wrap=True)
 
 
@@ -186,6 +199,15 @@ def read(paths: Sequence[Path]) -> MoleculeSet:
         for index in range(len(molecules))
     )
     return assemble(found, ", ".join(molecules.source for molecules in sets))
+
+
+def _arrange(molecules: MoleculeSet, trained: Trained) -> tuple[MoleculeSet, Arrangement]:
+    """Molecules in the order and frame that a model was trained on; as they are where it does not record them."""
+    data = trained.made_by.get("data")
+    known = data if isinstance(data, dict) else {}
+    chosen = {key: known.get(key, MoleculeDataConfig.model_fields[key].default) for key in ("order", "orientation")}
+    checked = MoleculeDataConfig.parse(chosen, source=f"made_by.data of {trained.origin}")
+    return arrange(molecules, checked.order, checked.orientation)
 
 
 def _batches(molecules: MoleculeSet, batch: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:

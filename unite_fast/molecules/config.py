@@ -86,7 +86,6 @@ class MoleculeObjectiveConfig(TwoPassConfig):
     element_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the elements' cross-entropy")
     position_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the position error")
     position_loss: Literal["l1", "mse"] = Field("l1", description="l1: mean absolute error in Å; mse: mean squared error in nm²")
-    rotate: bool = Field(True, description="turn every molecule by a rotation drawn uniformly, anew in each step")
 
 
 class MoleculeDataConfig(Section):
@@ -97,6 +96,7 @@ class MoleculeDataConfig(Section):
     sample_count: PositiveInt = Field(10000, description="molecules of the built-in sample set")
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")
     order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under it")
+    orientation: Literal["random", "aligned"] = Field("random", description="random: every molecule is turned by a rotation drawn uniformly, anew in each step; aligned: once, into the frame of its first heavy atoms, which asks less of the generator")
     strict: bool = Field(False, description="refuse molecules with unknown elements or too many atoms in place of leaving them out")
     condition: Literal["gap"] | None = Field(None, description="property that labels a molecule, in model.num_classes bins of equal share; null: none")
 

@@ -53,7 +53,7 @@ class Molecular:
             packed.pack(micro_batch.positions.to(device, non_blocking=True)),
             packed,
         )
-        if config.objective.rotate:
+        if config.data.orientation == "random":
             stream = world.rank * batch.accumulation + micro_batch.micro_batch
             molecules = rotate(molecules, seed=config.train.seed, step=micro_batch.step, stream=stream)
         shape = torch.Size((*micro_batch.elements.shape, config.model.latent_dim))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unite_fast.data.molecules.arrangement import Order, Orientation, aligned
 from unite_fast.data.molecules.molecule_set import MoleculeSet, split
 from unite_fast.data.sampler import Sampler
 from unite_fast.engine.batch import Batch
@@ -33,30 +34,36 @@ class MoleculeBatch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A data set divided."""
+    """A data set divided, and how its molecules are arranged."""
 
     train: MoleculeSet
     held_out: MoleculeSet
+    order: Order = "file"
+    orientation: Orientation = "random"
 
 
 def load_parts(config: MoleculeDataConfig) -> Parts:
-    """Read or make the molecules and divide them; the held-out part is the validation part.
+    """Read or make the molecules, arrange and divide them; the held-out part is the validation part.
 
     Raises:
         UserError: files that cannot be used, a set too small to divide.
     """
     if config.path is None:
-        from unite_fast.data.molecules.sample import sample_set
+        from unite_fast.data.molecules.sample import SAMPLE_ORDER, sample_set
 
-        molecules = sample_set(config.sample_count, cache=config.cache)
+        molecules, order = sample_set(config.sample_count, cache=config.cache), SAMPLE_ORDER
     else:
         from unite_fast.data.molecules.reading import load_molecules
 
-        molecules = load_molecules(config.path, order=config.order, strict=config.strict, cache=config.cache)
+        molecules, order = load_molecules(
+            config.path, order=config.order, strict=config.strict, cache=config.cache
+        ), config.order
+    if config.orientation == "aligned":
+        molecules, _ = aligned(molecules)
     parts = split(len(molecules), config.split_seed)
     if not len(parts.train) or not len(parts.validation):
         raise UserError(f"{molecules.source} holds {len(molecules)} molecules: too few to hold some out; give at least 5")
-    return Parts(molecules.select(parts.train), molecules.select(parts.validation))
+    return Parts(molecules.select(parts.train), molecules.select(parts.validation), order, config.orientation)
 
 
 def load_for_all(config: MoleculeDataConfig, world: World) -> Parts:
@@ -184,9 +191,15 @@ class MoleculeStream:
 
     @property
     def mode(self) -> dict[str, Any]:
-        """Where the molecules come from, and the training histogram of atom counts 0 … 29."""
-        histogram = np.bincount(self.parts.train.counts, minlength=MAX_ATOMS + 1)
-        return {"source": self.parts.train.source, "atom_histogram": histogram.tolist()}
+        """Where the molecules come from, how they are arranged, and the training histogram of atom counts 0 … 29."""
+        parts = self.parts
+        histogram = np.bincount(parts.train.counts, minlength=MAX_ATOMS + 1).tolist()
+        return {
+            "source": parts.train.source,
+            "order": parts.order,
+            "orientation": parts.orientation,
+            "atom_histogram": histogram,
+        }
 
     def close(self) -> None:
         """Nothing is open."""

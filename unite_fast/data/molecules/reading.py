@@ -15,14 +15,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 
+from unite_fast.data.molecules.arrangement import Order, canonical
 from unite_fast.data.molecules.formats import HARTREE, read_sdf, read_xyz
 from unite_fast.data.molecules.molecule_set import QM9_KEPT, Molecule, MoleculeSet, assemble, read_npz, write_npz
 from unite_fast.data.molecules.parquet import read_parquet
-from unite_fast.data.molecules.perception import canonical_order, perceive_all, with_bonds
 from unite_fast.errors import UserError
 from unite_fast.progress import track
 
@@ -41,8 +41,6 @@ EXCLUDED_REASON = f"listed in {UNCHARACTERIZED}"
 # header is one.
 EXCLUDED_ROW = re.compile(r"\s*(\d+)\s+(?=\S*[CNOF])[\[\]()CNOFHcno0-9#=+\-@/\\.]+\s")
 
-Order = Literal["file", "canonical"]
-
 
 def load_molecules(
     path: str | Path, *, order: Order = "file", strict: bool = False, cache: str | Path | None = None
@@ -60,8 +58,7 @@ def load_molecules(
 
     Args:
         path: file or folder.
-        order: of the atoms; "file", or "canonical" for RDKit's canonical SMILES order on perceived bonds (heavy atoms
-            first; a molecule whose bonds cannot be perceived keeps its order, and is counted in a warning).
+        order: of the atoms; "file", or "canonical" for RDKit's canonical one, see `arrangement.canonical`.
         strict: refuse molecules with an unknown element or more than 29 atoms, and repetitions, in place of leaving
             them out.
         cache: folder that keeps the result as NPZ for the next time; it is made again when the files change.
@@ -79,7 +76,7 @@ def load_molecules(
             log.warning("%s; reading %s again", error, path)
     molecules = _without_uncharacterized(_read(path, strict), path)
     if order == "canonical":
-        molecules = _canonical(molecules)
+        molecules, _ = canonical(molecules)
     if molecules.skipped:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
         log.info("%s: %d molecules; left out: %s", path, len(molecules), reasons)
@@ -283,21 +280,6 @@ def _without_uncharacterized(molecules: MoleculeSet, path: Path) -> MoleculeSet:
         log.warning("%s leaves %d of %d molecules, not QM9's %d: is it whole?", table, len(keep), QM9_ALL, QM9_KEPT)
     skipped = molecules.skipped | {EXCLUDED_REASON: len(molecules) - len(keep)}
     return replace(molecules.select(keep), skipped=skipped)
-
-
-def _canonical(molecules: MoleculeSet) -> MoleculeSet:
-    elements, positions = molecules.elements.copy(), molecules.positions.copy()
-    unperceived = 0
-    for index, perceived in enumerate(perceive_all(molecules, what="ordering atoms")):
-        if not perceived.valid:
-            unperceived += 1
-            continue
-        order = canonical_order(with_bonds(*molecules.atoms(index), perceived))
-        elements[index, : len(order)] = elements[index, order]
-        positions[index, : len(order)] = positions[index, order]
-    if unperceived:
-        log.warning("%d of %d molecules keep their order: no bonds perceived", unperceived, len(molecules))
-    return replace(molecules, elements=elements, positions=positions)
 
 
 def _fingerprint(path: Path, order: Order, strict: bool) -> str:

@@ -37,6 +37,7 @@ from unite_fast.workers import bounded_map
 log = logging.getLogger("unite_fast.data")
 
 COUNT = 10_000
+SAMPLE_ORDER = "canonical"  # of the atoms, see arrangement.py
 # Raised with every change of what a seed gives, so that an old cache is made again.
 VERSION = 2
 _EMBEDDING = 12  # first word of the embedding's hash, apart from those of enumeration.py and sampler.py
