@@ -123,7 +123,10 @@ def with_bonds(elements: NDArray[np.uint8], positions: NDArray[np.float32], perc
 
 
 def canonical_order(molecule: Chem.Mol) -> list[int]:
-    """Atoms in RDKit's canonical SMILES order: heavy ones, then each one's hydrogens in the same order.
+    """Heavy atoms in RDKit's canonical SMILES order, each followed by its hydrogens.
+
+    A generator that knows atoms by their index learns this order better than one with all hydrogens at the end: nearly
+    every bond is between neighbours in the order.
 
     Args:
         molecule: with bonds and explicit hydrogens.
@@ -136,10 +139,10 @@ def canonical_order(molecule: Chem.Mol) -> list[int]:
     Chem.MolToSmiles(heavy, isomericSmiles=False)
     written = list(heavy.GetPropsAsDict(includePrivate=True, includeComputed=True)["_smilesAtomOutputOrder"])
     places = [heavy.GetAtomWithIdx(index).GetIntProp("_place") for index in written]
-    # RemoveHs leaves H2 and lone hydrogens, which are among the places then.
-    return places + [
-        neighbour.GetIdx()
-        for place in places
-        for neighbour in molecule.GetAtomWithIdx(place).GetNeighbors()
-        if neighbour.GetIdx() not in places
-    ]
+    order = []
+    for place in places:
+        order.append(place)
+        neighbours = [neighbour.GetIdx() for neighbour in molecule.GetAtomWithIdx(place).GetNeighbors()]
+        # RemoveHs leaves H2 and lone hydrogens, which are among the places then.
+        order += [index for index in neighbours if index not in places]
+    return order

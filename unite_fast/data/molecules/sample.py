@@ -29,6 +29,7 @@ from unite_fast.data.molecules.molecule_set import (
     read_npz,
     write_npz,
 )
+from unite_fast.data.molecules.perception import canonical_order
 from unite_fast.data.sampler import counter_hash
 from unite_fast.errors import UserError
 from unite_fast.progress import track
@@ -39,7 +40,7 @@ log = logging.getLogger("unite_fast.data")
 COUNT = 10_000
 SAMPLE_ORDER = "canonical"  # of the atoms, see arrangement.py
 # Raised with every change of what a seed gives, so that an old cache is made again.
-VERSION = 2
+VERSION = 3
 _EMBEDDING = 12  # first word of the embedding's hash, apart from those of enumeration.py and sampler.py
 EMBED_ATTEMPTS = 10  # of ETKDG on one molecule; 97 % need fewer than three
 OPTIMISER_STEPS = 2000  # of MMFF94; 99 % of the molecules converge within 500
@@ -59,8 +60,8 @@ def sample_set(
     """The first `count` distinct molecules of the seed's enumeration that embed and optimise.
 
     The result depends on (count, seed) and RDKit's version, not on the number of processes. Sets of one seed begin with
-    the same molecules. Atoms stand in RDKit's canonical SMILES order, heavy ones first, then the hydrogens in the order
-    of the atoms they are bonded to. Failures are dropped, and counted in `skipped`.
+    the same molecules. Atoms stand in canonical order, see `canonical_order`. Failures are dropped, and counted in
+    `skipped`.
 
     Args:
         count: molecules, at least 1.
@@ -135,8 +136,9 @@ def embed(task: Task) -> Embedded | str:
         return "MMFF94 lacks parameters"
     if rdForceFieldHelpers.MMFFOptimizeMolecule(molecule, mmffVariant="MMFF94", maxIters=OPTIMISER_STEPS) != 0:
         return "MMFF94 did not converge"
-    codes = np.array([CODE_OF_NUMBER[atom.GetAtomicNum()] for atom in molecule.GetAtoms()], np.uint8)
-    return Embedded(codes, molecule.GetConformer().GetPositions())
+    order = canonical_order(molecule)
+    codes = np.array([CODE_OF_NUMBER[molecule.GetAtomWithIdx(index).GetAtomicNum()] for index in order], np.uint8)
+    return Embedded(codes, molecule.GetConformer().GetPositions()[order])
 
 
 def main(arguments: list[str] | None = None) -> int:
