@@ -23,7 +23,7 @@ from unite_fast.analysis.update import (
 )
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
-from unite_fast.engine.sharding import MatrixExchange
+from unite_fast.engine.sharding import MatrixExchange, windows
 
 
 def simulate(
@@ -48,9 +48,14 @@ def simulate(
     slower = 1 + jitter * generator.standard_normal(ranks)
     clock = accumulation * compute_time(config, rates, micro_batch) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
-    gradients = weights.total - (weights.without_gradient if stage else 0)
-    for bucket in _buckets(gradients):
-        clock = _all_reduce(clock, FP32 * bucket, network)
+    slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
+    if stage == 0:
+        for bucket in _buckets(weights.total):
+            clock = _all_reduce(clock, FP32 * bucket, network)
+    else:
+        for piece in slices:
+            for _, length in windows(piece, ranks, BUCKET_ELEMENTS):
+                clock = _ring(clock, FP32 * length, ranks - 1, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
     orthogonal = sum(
         max(op.forward / rates.matmul, op.forward_bytes / rates.copy)
@@ -64,9 +69,8 @@ def simulate(
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
     clock = clock + rest / efficiency
-    for group in (weights.muon, weights.adamw):
-        for bucket in _buckets(slice_elements(group, ranks) * ranks if group else 0):
-            clock = _ring(clock, FP32 * bucket / ranks, ranks - 1, network)
+    for piece in slices:
+        clock = _ring(clock, FP32 * piece, ranks - 1, network)
     return float(clock.max())
 
 
