@@ -76,7 +76,7 @@ def test_what_two_ranks_send_is_the_theory(reports, name):
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
 def test_sharding_costs_one_reduce_scatter_and_one_all_gather(reports, name):
-    """What a rank of two sends: Ψ/2 each, where the all-reduce of ZeRO 0 alone is Ψ; beside it the norm and matrices."""
+    """A rank of two sends Ψ/2 in each, where ZeRO 0's all-reduce alone is Ψ; beside them go norm and matrices."""
     config = scaling_config(*RUNS[name])
     psi = trained_weights(config.model, "muon").total
     sent = counted(reports, name)

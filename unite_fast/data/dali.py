@@ -29,7 +29,7 @@ from unite_fast.data.loader import MicroBatch
 from unite_fast.data.reader import BadFiles, FileReader, Served, piece_of, serve
 from unite_fast.data.resample import TALL_FIRST
 from unite_fast.data.sampler import Draw, Sampler, flips
-from unite_fast.data.source import open_source
+from unite_fast.data.source import open_source, samples_of
 from unite_fast.errors import UserError
 from unite_kernels import centre_crop as centre_crop_on_device
 
@@ -212,6 +212,10 @@ class DaliStream:
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
         return dict(self._folder.skipped)
+
+    def samples(self) -> dict[str, int | str]:
+        """See `samples_of`."""
+        return samples_of(self._folder)
 
     def __iter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from unite_fast.config import DataConfig
 from unite_fast.data.processes import leave_with_parent
 from unite_fast.data.reader import BadFiles, FileReader, MemoryReader, Piece, Problem, read_piece
 from unite_fast.data.sampler import Draw, Sampler
-from unite_fast.data.source import open_source
+from unite_fast.data.source import open_source, samples_of
 from unite_fast.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
@@ -127,6 +127,10 @@ class ImageStream:
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
         return dict(self._folder.skipped)
+
+    def samples(self) -> dict[str, int | str]:
+        """See `samples_of`."""
+        return samples_of(self._folder)
 
     def __iter__(self) -> Self:
         return self

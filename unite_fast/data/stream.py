@@ -41,6 +41,9 @@ class Stream(Protocol):
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
 
+    def samples(self) -> dict[str, int | str]:
+        """See `unite_fast.data.source.samples_of`."""
+
     def __next__(self) -> MicroBatch: ...
 
     def close(self) -> None:
@@ -94,6 +97,10 @@ class Ahead:
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
         return self._stream.left_out
+
+    def samples(self) -> dict[str, int | str]:
+        """See `unite_fast.data.source.samples_of`."""
+        return self._stream.samples()
 
     def __iter__(self) -> Self:
         return self
