@@ -304,9 +304,9 @@ def _start_worker(worker: int) -> None:
 
 def _context() -> multiprocessing.context.BaseContext:
     # Forking the training process would copy its threads' locks and its CUDA state; the fork server has neither and
-    # still imports torch only once for all workers.
+    # still imports torch, and what crops, only once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload(["__main__", __name__, "unite_fast.data.resample"])
     return context
 
 
