@@ -13,7 +13,7 @@ import numpy as np
 
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
-from unite_fast.analysis.planning import compute_time, tree_time
+from unite_fast.analysis.planning import Plan, compute_time, tree_time
 from unite_fast.analysis.update import (
     FP32,
     newton_schulz_operations,
@@ -28,25 +28,23 @@ from unite_fast.engine.sharding import MatrixExchange, windows
 
 def simulate(
     config: Config,
+    planned: Plan,
     rates: Rates,
     network: Network,
     *,
-    ranks: int,
-    stage: int,
-    micro_batch: int,
-    accumulation: int,
     efficiency: float,
     jitter: float = 0.0,
     seed: int = 0,
 ) -> float:
-    """Seconds of one optimizer step under ZeRO 0, 1 or 2.
+    """Seconds of one optimizer step as planned, under ZeRO 0, 1 or 2.
 
     Args:
         jitter: standard deviation of a rank's compute, as a share of it; all ranks wait for the slowest.
     """
     generator = np.random.default_rng(seed)
+    ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
-    clock = accumulation * compute_time(config, rates, micro_batch) / efficiency * slower
+    clock = planned.accumulation * compute_time(config, rates, planned.micro_batch) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
     slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
     if stage == 0:

@@ -56,7 +56,7 @@ def open_stream(config: DataConfig, *, device: torch.device, **numbers: Any) -> 
     Args:
         config: where the images are and how they are read.
         device: where they shall lie: on a CPU workers leave them in memory, all others put them there ahead of time.
-        numbers: the other arguments of `ImageStream`.
+        numbers: the other arguments of `FolderStream`.
 
     Raises:
         UserError: as `ImageStream` and `DaliStream`; decode "fast" without DALI.
