@@ -64,7 +64,7 @@ class DeepSpeedBackend:
     passes use would otherwise be missed by DeepSpeed's hooks. Under ZeRO 1 and 2 a `MeanScatter` does it, since
     DeepSpeed 0.19 has no reduce-scatter there: whatever `reduce_scatter` says, it all-reduces every bucket (twice the
     traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times n - 1 hops;
-    from 32 GPUs on slower than the all-reduce by the plan's model of NCCL).
+    B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
     """
 
     def __init__(
