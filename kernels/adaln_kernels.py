@@ -23,7 +23,9 @@ class Launch:
     Attributes:
         block: BLOCK_C.
         warps: 8 numbers a thread and row in a 2-byte dtype, one 16-byte access, so that the vectors a program keeps
-            (factor, offset, gate, running sums) cost 8 registers each. Rows of 768 and 1024 take 4 warps, 1152 takes 8.
+            (factor, offset, gate, running sums) cost 8 registers each. Rows of 384 take 2 warps (with 4, and two rows of
+            a tile side by side, the backward pass of the block boundary takes 155 registers instead of 128), of 768 and
+            1024 4 warps, of 1152 8.
         forward_rows, backward_rows: ROWS of a tile. Forward, 16 numbers a thread and tensor. Backward, 8: four tensors
             and up to four running sums at 16 numbers a thread need 190 registers, which halves the programs that fit.
     """
@@ -47,7 +49,7 @@ SUM_COLUMNS, SUM_CHUNKS = 64, 16
 def launch_of(width: int) -> Launch:
     """The launch of rows of this width."""
     block = max(64, triton.next_power_of_2(width))
-    warps = 8 if block == 2048 else 4
+    warps = max(1, block // 256)
     return Launch(block, warps, max(1, 16 * 32 * warps // block), max(1, 8 * 32 * warps // block))
 
 
@@ -334,26 +336,32 @@ def backward(
 
 
 def aot_specialisations() -> list[Specialisation]:
-    """bfloat16 with float32 weights: the RMS forms at C = 768, 1024 and 1152, the LayerNorm forms (without weight and
-    bias, as in DiT) at 1152. A form's sum kernel takes any width."""
+    """bfloat16 with float32 weights: the RMS forms at C = 768, 1024 and 1152, and with samples of different lengths
+    (packed) at 384; the LayerNorm forms (without weight and bias, as in DiT) at 1152. A form's sum kernel takes any
+    width, and samples of any lengths."""
     forms = {
         "rms_norm": {"widths": (768, 1024, 1152)},
         "gated_rms_norm": {"widths": (768, 1024, 1152), "gated": True},
         "block_boundary": {"widths": (768, 1024, 1152), "gated": True, "closing": True},
+        "packed_rms_norm": {"widths": (384,), "packed": True},
+        "packed_gated_rms_norm": {"widths": (384,), "packed": True, "gated": True},
+        "packed_block_boundary": {"widths": (384,), "packed": True, "gated": True, "closing": True},
         "layer_norm": {"widths": (1152,), "layer": True},
         "gated_layer_norm": {"widths": (1152,), "layer": True, "gated": True},
     }
     return [entry for name, form in forms.items() for entry in _specialise(name, **form)]
 
 
-def _specialise(form: str, widths: tuple[int, ...], *, layer=False, gated=False, closing=False) -> list[Specialisation]:
+def _specialise(
+    form: str, widths: tuple[int, ...], *, layer=False, gated=False, closing=False, packed=False
+) -> list[Specialisation]:
     streams = ("x", "branch", "residual", "normed", "grad_residual", "grad_normed", "grad_x", "grad_branch")
     terms = ("gate", "shift", "scale", "grad_gate", "grad_shift", "grad_scale")
     types = dict.fromkeys(streams + terms, "*bf16")
     types |= dict.fromkeys(("closing_weight", "weight", "bias", "partials", "per_sample"), "*fp32")
     types |= dict.fromkeys(("tokens", "chunks", "width"), "i32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32")
-    absent = {"bias", "offsets"}
+    types |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32") | {"offsets": "*i32"}
+    absent = {"bias"} if packed else {"bias", "offsets"}
     if layer:
         absent |= {"weight", "per_sample"}
     if not gated:
@@ -369,7 +377,9 @@ def _specialise(form: str, widths: tuple[int, ...], *, layer=False, gated=False,
 
     sums = {"OFFSET": True, "PARTS": 2 + gated + closing}
     columns = {"CLOSING": closing, "COLUMNS": SUM_COLUMNS, "CHUNKS": SUM_CHUNKS}
-    found = [entry("sum_bf16", _sum_kernel, columns | sums, num_warps=4, max_registers=64, store_bytes=2)]
+    found = []
+    if not packed:  # the sums lie behind one another either way, so the packed forms have no kernel of their own
+        found.append(entry("sum_bf16", _sum_kernel, columns | sums, num_warps=4, max_registers=64, store_bytes=2))
     for width in widths:
         launch = launch_of(width)
         norm = {"C": width, "LAYER": layer, "BLOCK_C": launch.block}

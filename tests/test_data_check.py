@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from PIL import Image
 from unite_fast.cli import main
 from unite_fast.config import DataConfig
 from unite_fast.data.check import check, conversions
+from unite_fast.data.crop import decode, decode_whole
 from unite_fast.data.loader import ImageStream, load_images
 from unite_fast.data.prepare import prepare
 from unite_fast.data.processes import spread
@@ -114,6 +118,43 @@ def test_findings_do_not_depend_on_the_processes(tmp_path, monkeypatch):
         assert vars(reports[0]) == vars(reports[1])
         assert max(counts) == 15
         assert list(reports[0].skip) == list(BAD)
+
+
+def test_processes_that_check_or_pack_do_not_wait_for_torch(tmp_path):
+    """They import and do their work without it: two seconds and 200 MB a machine."""
+    code = """
+import sys
+import numpy as np
+from pathlib import Path
+from unite_fast.data.check import _examine_all
+from unite_fast.data.prepare import Job, _write_shard
+from unite_fast.data.processes import spread
+from unite_fast.data.source import open_source
+source = open_source(sys.argv[1], None)
+images = list(range(len(source)))
+findings, digests, _ = _examine_all(source, 256, (None, images), print)
+assert not findings and digests.any(1).all(), findings
+Path(sys.argv[2]).mkdir()
+_write_shard(Job(source, Path(sys.argv[2]), None, [np.array(images)]), 0, print)
+loaded = {"torch", "unite_kernels", "scipy"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    root = tree(tmp_path / "tree")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root), str(tmp_path / "shards")], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shards" / "000000.tar").exists()
+
+
+def test_what_cannot_be_cropped_is_unusable_to_the_check(tmp_path):
+    """The check does not crop, and refuses all the same what the crop refuses: long and thin at this size alone."""
+    data = _bytes(picture(3_000, 2), "PNG")
+    assert decode_whole(data, 8, "adm").shape == (2, 3_000, 3)
+    for function in (decode, decode_whole):
+        with pytest.raises(ValueError, match="too long and thin"):
+            function(data, 256, "adm")
 
 
 def test_same_picture_in_two_classes(tmp_path):

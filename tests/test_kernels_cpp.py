@@ -208,6 +208,23 @@ print(u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(8
 
 
 @needs_build
+def test_packed_samples(library, driver):
+    """Programs are those of three samples as long as the longest, 33 tokens, and the offsets tell them their own."""
+    code = """
+streams = [p(16 * i) for i in range(1, 10)]
+print(u.unite_packed_block_boundary_forward_bf16_384(p(0x10), *streams, p(0x100), 3, 33, 768, 768, 768, f(0.5)))
+print(u.unite_packed_rms_norm_forward_bf16_384(p(0x10), *streams[:5], p(0), 3, 33, 768, 768, f(0.5)))
+"""
+    lines = call(library, code, LD_LIBRARY_PATH=driver(), CAPABILITY="90", ARGUMENTS="ppppppppppiiiiif")
+    assert lines[1:] == [
+        "launch 9 1 1 threads 64 1 1 stream 10 arguments "
+        "10 20 30 40 50 60 70 80 90 100 33 3 768 768 768 0.5",
+        "0",
+        "-4",  # no offsets
+    ]
+
+
+@needs_build
 def test_contexts_and_threads(library, driver):
     """A kernel is loaded once a context, however many threads launch it at the same time."""
     code = """
@@ -284,6 +301,12 @@ LAUNCHES = {
     "adaln backward": lambda: adaln_kernels.backward(
         x_BNC, x_BNC, x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
     ),
+    "adaln packed": lambda: adaln_kernels.forward(
+        packed, packed, row_BC, weight_C, weight_C, None, row_BC, row_BC, offsets, 70, 1e-6, False
+    ),
+    "adaln packed backward": lambda: adaln_kernels.backward(
+        packed, packed, packed, packed, row_BC, weight_C, weight_C, None, row_BC, row_BC, offsets, 70, 1e-6, False
+    ),
     "rope": lambda: qk_rope._qk_norm_rope(qkv, head, head, table, table, 0, 1e-6),
     "rope backward": lambda: qk_rope._qk_norm_rope_backward(qkv, qkv, head, head, table, table, 0, 1e-6),
     "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730)),
@@ -303,6 +326,7 @@ LAUNCHES = {
 }
 # 3 samples of 70 tokens, 30 latent channels, 32×48 pixels and 7×11 features, which no tile divides.
 x_BNC, row_BC, weight_C = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
+packed, offsets = torch.zeros(1, 110, 768), torch.tensor([0, 70, 71, 110], dtype=torch.int32)
 qkv, head, table = torch.zeros(3, 70, 3, 12, 64), torch.zeros(64), torch.zeros(70, 32)
 z, affine, times = torch.zeros(3, 70, 30), torch.zeros(30), torch.zeros(3)
 images = torch.zeros(3, 3, 32, 48)

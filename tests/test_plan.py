@@ -120,10 +120,9 @@ def test_formulas_agree_with_the_simulation_up_to_1024_gpus(preset, stage):
     plans = scaling(config, H100, NODES, stage=stage)
     assert tuple(p.ranks for p in plans) == SCALE
     for p in plans[::3] + plans[-1:]:
-        options = dict(ranks=p.ranks, stage=stage, micro_batch=p.micro_batch, accumulation=p.accumulation)
-        played = simulate(config, H100.rates, NODES, efficiency=0.75, **options)
+        played = simulate(config, p, H100.rates, NODES, efficiency=0.75)
         assert played == pytest.approx(p.seconds.total, rel=0.1)
-        late = simulate(config, H100.rates, NODES, efficiency=0.75, jitter=jitter_of(1.05), **options)
+        late = simulate(config, p, H100.rates, NODES, efficiency=0.75, jitter=jitter_of(1.05))
         assert late > played
 
 

@@ -74,6 +74,20 @@ def test_what_two_ranks_send_is_the_theory(reports, name):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_sharding_costs_one_reduce_scatter_and_one_all_gather(reports, name):
+    """A rank of two sends Ψ/2 in each, where ZeRO 0's all-reduce alone is Ψ; beside them go norm and matrices."""
+    config = scaling_config(*RUNS[name])
+    psi = trained_weights(config.model, "muon").total
+    sent = counted(reports, name)
+    padding = 2 * (2 * 2 - 1)  # both groups are padded to an even number of elements a rank
+    for kind in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        assert psi <= sent[kind] / 2 <= psi + padding
+    assert sent["all_reduce"] == 2  # the norm
+    assert counted(reports, "zero0")["all_reduce"] == 2 * psi
+
+
+@needs_deepspeed
 def test_zero3_sends_at_most_the_theory_where_layers_stay_gathered(reports):
     sent, most = counted(reports, "zero3"), theory(*RUNS["zero3"])
     total = trained_weights(scaling_config(3, "adamw").model, "adamw").total

@@ -42,6 +42,9 @@ class Images:
             start_step=start_step,
         )
 
+    def samples(self, stream: Stream) -> dict[str, int | str]:
+        return stream.samples()
+
     def inputs(self, config: Config, micro_batch: MicroBatch, batch: Batch, world: World) -> Inputs:
         images = micro_batch.images.to(world.device, non_blocking=True).float().div_(255)
         labels = micro_batch.labels.to(world.device, non_blocking=True)

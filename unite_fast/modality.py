@@ -65,6 +65,9 @@ class Modality(Protocol):
     def stream(self, config: Any, batch: Batch, world: World, *, start_step: int) -> Stream:
         """The training data from an optimizer step on. Raises a UserError for data that cannot be used."""
 
+    def samples(self, stream: Any) -> dict[str, int | str]:
+        """`count` and a `digest` of the training samples, which their order depends on beside seed and batch."""
+
     def inputs(self, config: Any, micro_batch: Any, batch: Batch, world: World) -> Inputs:
         """A micro-batch of the stream on the device, without waiting for it."""
 

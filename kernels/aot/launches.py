@@ -26,7 +26,9 @@ class Rule:
 
 _ADALN = (
     "x, branch and the residual are [batch, tokens, {C}]; weight and closing_weight are [{C}]; gate, shift and scale "
-    "are [batch, {C}] with rows *_stride elements apart. "
+    "are [batch, {C}] with rows *_stride elements apart. With offsets [batch + 1], [batch, tokens, {C}] is [all tokens, "
+    "{C}], samples of different lengths behind one another: sample b is tokens offsets[b] ... offsets[b + 1] without the "
+    "last, and tokens are those of the longest. "
 )
 
 _LATENT = "z, z0, z1, noise and their gradients are [batch, tokens, {D}]; weight and bias [{D}]. "
@@ -53,7 +55,8 @@ RULES = {
         grid=("batch * cdiv(width, COLUMNS)", "1"),
         sizes=("batch", "tokens"),
         derived={"chunks": "cdiv(tokens, AHEAD_CHUNK)"},
-        about="Second half of the backward pass, from the partials of the first: gradients of gate, shift and scale "
+        about="Second half of the backward pass, also of the form's packed one, with the same tokens, from the partials "
+        "of the first: gradients of gate, shift and scale "
         "[batch, width], and per_sample [batch, 3, width] float32, whose sums over the batch are the gradients of "
         "weight and (in the second row, written where the form has one) of closing_weight.",
     ),

@@ -18,7 +18,6 @@ from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import micro_batch_candidates, resolve_batch
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.errors import UserError
 
 # No training step has been timed on a GPU yet. The project's goals on one H200 (430 images/s for B and 150 for L at
@@ -165,7 +164,7 @@ def collective_time(collective: Collective, ranks: int, network: Network) -> flo
         # Single messages from one GPU to one other: each has its own adapter to itself.
         link = network.node_link if ranks <= network.per_node else min(network.node_link, network.link)
         return collective.messages * hop + FP32 * collective.busiest / (link * network.share)
-    calls = max(collective.messages, math.ceil(collective.elements / BUCKET_ELEMENTS))
+    calls = collective.messages
     ring = (ranks - 1) * (hop + size / calls / ranks / bandwidth)
     if collective.kind != "all_reduce":
         return calls * ring

@@ -13,7 +13,7 @@ import numpy as np
 
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
-from unite_fast.analysis.planning import compute_time, tree_time
+from unite_fast.analysis.planning import Plan, compute_time, tree_time
 from unite_fast.analysis.update import (
     FP32,
     newton_schulz_operations,
@@ -23,34 +23,37 @@ from unite_fast.analysis.update import (
 )
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
-from unite_fast.engine.sharding import MatrixExchange
+from unite_fast.engine.sharding import MatrixExchange, windows
 
 
 def simulate(
     config: Config,
+    planned: Plan,
     rates: Rates,
     network: Network,
     *,
-    ranks: int,
-    stage: int,
-    micro_batch: int,
-    accumulation: int,
     efficiency: float,
     jitter: float = 0.0,
     seed: int = 0,
 ) -> float:
-    """Seconds of one optimizer step under ZeRO 0, 1 or 2.
+    """Seconds of one optimizer step as planned, under ZeRO 0, 1 or 2.
 
     Args:
         jitter: standard deviation of a rank's compute, as a share of it; all ranks wait for the slowest.
     """
     generator = np.random.default_rng(seed)
+    ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
-    clock = accumulation * compute_time(config, rates, micro_batch) / efficiency * slower
+    clock = planned.accumulation * compute_time(config, rates, planned.micro_batch) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
-    gradients = weights.total - (weights.without_gradient if stage else 0)
-    for bucket in _buckets(gradients):
-        clock = _all_reduce(clock, FP32 * bucket, network)
+    slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
+    if stage == 0:
+        for bucket in _buckets(weights.total):
+            clock = _all_reduce(clock, FP32 * bucket, network)
+    else:
+        for piece in slices:
+            for _, length in windows(piece, ranks, BUCKET_ELEMENTS):
+                clock = _ring(clock, FP32 * length, ranks - 1, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
     orthogonal = sum(
         max(op.forward / rates.matmul, op.forward_bytes / rates.copy)
@@ -64,9 +67,8 @@ def simulate(
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
     clock = clock + rest / efficiency
-    for group in (weights.muon, weights.adamw):
-        for bucket in _buckets(slice_elements(group, ranks) * ranks if group else 0):
-            clock = _ring(clock, FP32 * bucket / ranks, ranks - 1, network)
+    for piece in slices:
+        clock = _ring(clock, FP32 * piece, ranks - 1, network)
     return float(clock.max())
 
 

@@ -15,8 +15,9 @@ import torch
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Op, Part
 from unite_fast.config import Config, ModelConfig, OptimizerConfig
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import matrix_shape, parameter_groups
-from unite_fast.engine.sharding import MatrixExchange
+from unite_fast.engine.sharding import MatrixExchange, windows
 from unite_fast.model.unite import Unite
 from unite_kernels.optim import GRAM_FROM
 
@@ -135,7 +136,7 @@ class Collective(NamedTuple):
         what: it carries.
         elements: of the whole tensor (summed over calls); of "all_to_all" what all ranks together send.
         busiest: elements that the busiest rank sends or receives; of "all_to_all" alone not given by `elements`.
-        messages: sends a rank makes or takes part in, beyond those of the collective's own algorithm.
+        messages: calls, each with all hops of the collective's algorithm; of "all_to_all" the busiest rank's sends.
     """
 
     kind: str
@@ -180,7 +181,10 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
             _whole("reduce_scatter", "gradients", with_gradient),
             norm,
         ]
-    found = [_whole("all_reduce", "gradients", with_gradient), norm]
+    groups = [size for size in (weights.muon, weights.adamw) if size]
+    flat = sum(slice_elements(group, ranks) * ranks for group in groups)
+    calls = sum(len(windows(slice_elements(group, ranks), ranks, BUCKET_ELEMENTS)) for group in groups)
+    found = [_whole("reduce_scatter", "gradients", flat, calls), norm]
     if weights.matrices:
         total, busiest, messages = exchange_elements(weights.matrices, ranks)
         if total:
@@ -188,8 +192,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
                 Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages)
                 for way in ("to their owner", "back")
             ]
-    groups = [size for size in (weights.muon, weights.adamw) if size]
-    found.append(_whole("all_gather", "updated weights", sum(slice_elements(g, ranks) * ranks for g in groups)))
+    found.append(_whole("all_gather", "updated weights", flat, len(groups)))  # straight into the weights, no buffer
     return found
 
 
@@ -198,8 +201,9 @@ def flow_passes(config: Config) -> int:
     return math.ceil(config.objective.flow_draws / config.objective.draws_per_chunk)
 
 
-def _whole(kind: str, what: str, elements: int, messages: int = 1) -> Collective:
-    return Collective(kind, what, elements, elements, messages)
+def _whole(kind: str, what: str, elements: int, messages: int | None = None) -> Collective:
+    """Of a whole tensor, in calls of at most BUCKET_ELEMENTS unless their number is given."""
+    return Collective(kind, what, elements, elements, messages or math.ceil(elements / BUCKET_ELEMENTS))
 
 
 @functools.cache

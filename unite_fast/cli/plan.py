@@ -58,6 +58,7 @@ def plan(
     run = _config(preset, config, overrides or [])
     from unite_fast.analysis import planning
     from unite_fast.analysis.devices import Network, find_gpu
+    from unite_fast.analysis.simulation import simulate
 
     device = find_gpu(gpu)
     links = Network(per_node, device.link, network * 1e9 / 8)
@@ -66,7 +67,7 @@ def plan(
     plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, efficiency=share) for stage in STAGES]
     stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
     scaled = planning.scaling(run, device, links, stage=stage, efficiency=share)
-    simulated = [_simulated(run, device, links, p, share) for p in scaled]
+    simulated = [simulate(run, p, device.rates, links, efficiency=share) for p in scaled]
     broken = planning.breaking_point(scaled) if scaled else None
     epochs = run.train.epochs or run.train.steps * plans[0].global_batch / images
     if picture is not None:
@@ -110,15 +111,6 @@ def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Conf
     }
     apply_overrides(values, overrides)
     return Config.parse(values, source=f"preset {preset} with --set")
-
-
-def _simulated(run: Config, device, links, planned: Plan, efficiency: float) -> float:
-    from unite_fast.analysis.simulation import simulate
-
-    return simulate(
-        run, device.rates, links, ranks=planned.ranks, stage=planned.stage, micro_batch=planned.micro_batch,
-        accumulation=planned.accumulation, efficiency=efficiency,
-    )  # fmt: skip
 
 
 def _row(p: Plan, images: int, epochs: float) -> dict:

@@ -1,7 +1,8 @@
 """Looking at every image before training does: `unite-fast data check`.
 
-An image counts as unusable exactly when training could not use it: it is read and decoded by the same functions. What
-training converts without loss of sense, or what is merely suspicious, is reported and kept.
+An image counts as unusable exactly when training could not use it: it is read and decoded by the same functions, and
+only not cropped, which cannot fail. What training converts without loss of sense, or what is merely suspicious, is
+reported and kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unite_fast.data.crop import FORMATS, content_format, decode
+from unite_fast.data.crop import FORMATS, content_format, decode_whole
 from unite_fast.data.processes import Holding, spread
 from unite_fast.data.shards import ShardFolder
 from unite_fast.data.skip_list import CHECK_RECORD
@@ -134,7 +135,7 @@ def _examine_all(
         holding(image)
         try:
             data = source.read(image)
-            decode(data, size, "adm")
+            decode_whole(data, size, "adm")
         except Exception as error:  # a hostile file can make a decoder raise anything
             findings.append(Finding(image, "skip", reason_of(error)))
             continue

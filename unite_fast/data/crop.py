@@ -28,9 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unite_fast.data.resample import resample_crop
 from unite_fast.errors import UserError
-from unite_kernels.resample import crop_sizes
 
 # 256 MiB as 8-bit RGB, Pillow's own warning limit. It holds for the file and for the resized image, because a
 # one-pixel-wide strip becomes wider than any bomb when its short side is brought to the target.
@@ -69,11 +67,19 @@ def decode(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.u
         Exception: whatever Pillow raises on a broken file (OSError, SyntaxError, ValueError, struct.error, …);
             ValueError for pixels that have no 8-bit meaning, for decompression bombs and for a JPEG that ends early.
     """
+    rgb = decode_whole(data, size, crop)
+    return rgb if crop == "none" else centre_crop(rgb, size)
+
+
+def decode_whole(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.uint8]:
+    """[h, w, 3], what `decode` crops; raises all that it raises, and does not import PyTorch."""
     exposing = expose_missing_data(data)
     rgb = _open_rgb(data, size, crop)
     if exposing is not data and ends_grey(rgb[-1, -1]):
         _open_rgb(exposing, size, crop)
-    return rgb if crop == "none" else centre_crop(rgb, size)
+    if crop == "adm":
+        require_croppable(*rgb.shape[:2], size)
+    return rgb
 
 
 def _open_rgb(data: bytes, size: int, crop: Literal["adm", "none"]) -> NDArray[np.uint8]:
@@ -177,6 +183,8 @@ def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: as `require_croppable`.
     """
+    from unite_fast.data.resample import resample_crop  # imports PyTorch, seconds that checking need not wait
+
     require_croppable(*image.shape[:2], size)
     return resample_crop(image, size)
 
@@ -189,6 +197,10 @@ def require_croppable(height: int, width: int, size: int) -> None:
     """
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}×{height} pixels, more than the {MAX_PIXELS} accepted")
+    if max(height, width) * size**2 < MAX_PIXELS * min(height, width) / 2:  # halving rounds a side by less than half
+        return
+    from unite_kernels.resample import crop_sizes  # imports PyTorch
+
     height, width = crop_sizes(height, width, size)[-1]
     if width * height > MAX_PIXELS:
         raise ValueError(f"too long and thin: {width}×{height} pixels with the short side at {size}")

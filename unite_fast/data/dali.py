@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -25,11 +25,10 @@ from torch import Tensor
 from unite_fast.config import DaliConfig, DataConfig
 from unite_fast.data.crop import centre_crop, ends_grey
 from unite_fast.data.jpeg import Jpeg, JpegReader
-from unite_fast.data.loader import MicroBatch
-from unite_fast.data.reader import BadFiles, FileReader, Served, piece_of, serve
+from unite_fast.data.loader import FolderStream, MicroBatch
+from unite_fast.data.reader import FileReader, Served, piece_of, serve
 from unite_fast.data.resample import TALL_FIRST
-from unite_fast.data.sampler import Draw, Sampler, flips
-from unite_fast.data.source import open_source
+from unite_fast.data.sampler import Draw, flips
 from unite_fast.errors import UserError
 from unite_kernels import centre_crop as centre_crop_on_device
 
@@ -147,35 +146,17 @@ class _Batch(NamedTuple):
         return [number for number, place in enumerate(self.places) if isinstance(place.found, Jpeg)]
 
 
-class DaliStream:
-    """Endless iterator over `MicroBatch` with `ImageStream`'s interface; images lie on the device.
+class DaliStream(FolderStream):
+    """The stream through DALI; images lie on the device.
 
     It works where it is called from: `stream.Ahead` runs it beside the training step.
-
-    Attributes:
-        classes: class names; the position of a name is its label.
-        steps_per_epoch: optimizer steps in one pass over the data, a fraction in general.
-        mode: what the pixels depend on, for the record.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        *,
-        image_size: int,
-        num_classes: int,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        accumulation: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        device: torch.device = torch.device("cpu"),
-    ):
-        """Open the data and build the pipeline; arguments and errors as `ImageStream`.
+    def __init__(self, config: DataConfig, *, device: torch.device = torch.device("cpu"), **numbers: Any):
+        """Open the data and build the pipeline.
 
         Args:
+            config, numbers: as `FolderStream`.
             device: where the images shall lie.
 
         Raises:
@@ -184,37 +165,18 @@ class DaliStream:
         version = dali_version()
         if version is None:
             raise UserError(f"data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL}")
-        folder = open_source(config.path, num_classes, image_size=image_size)
-        self.classes: tuple[str, ...] = folder.classes
-        self.steps_per_epoch: float = len(folder) / global_batch
+        super().__init__(config, **numbers)
         self.mode = {
             "loader": "dali", "decode": config.decode, "crop": config.crop, "decoded_on": device.type,
             "pillow": PIL.__version__, "dali": version,
         }  # fmt: skip
-        self._folder, self._config, self._seed, self._device = folder, config, seed, device
-        self._bad = BadFiles(folder, config.max_bad_share)
-        self._files = FileReader(folder, image_size, config.crop)
+        self._device = device
         self._reader = JpegReader(self._files)
-        sampler = Sampler(len(folder), seed, global_batch, micro_batch, accumulation, rank, world_size)
-        self._draws = sampler.draws(start_step)
-        self._decoder = JpegDecoder(config.dali, micro_batch, config.decode == "fast", device)
+        self._draws = self._sampler.draws(self._start_step)
+        self._decoder = JpegDecoder(config.dali, self._sampler.micro_batch, config.decode == "fast", device)
         self._pool = ThreadPoolExecutor(config.dali.threads, thread_name_prefix="data")
         self._reading: deque[tuple[Draw, list[Future[Served]]]] = deque()
         self._decoding: deque[_Batch] = deque()
-        self._closed = False
-
-    @property
-    def bad_files(self) -> dict[str, str]:
-        """Path and reason of every file that this rank skipped so far; those of the skip list are in `left_out`."""
-        return dict(self._bad.reasons)
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Name and reason of every image that the skip list keeps out of this run."""
-        return dict(self._folder.skipped)
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch.
@@ -222,32 +184,21 @@ class DaliStream:
         Raises:
             UserError: too many unusable images, a wrong size under crop "none".
         """
-        if self._closed:
-            raise ValueError("this DaliStream is closed")
+        self._require_open()
         try:
             while len(self._decoding) < self._config.dali.prefetch:
                 self._begin_one()
             images, batch = self._finish_one()
-            piece = piece_of(batch.draw, batch.places, images, self._folder.labels)
-            self._bad.add(len(piece.indices), piece.problems)
-            if piece.fatal:
-                raise UserError(piece.fatal)
+            return self._accept(piece_of(batch.draw, batch.places, images, self._folder.labels))
         except BaseException:
             self.close()
             raise
-        return MicroBatch(piece.images, piece.labels, piece.indices, piece.step, piece.micro_batch)
 
     def close(self) -> None:
         """Stop the threads; calling it again does nothing."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _begin_one(self) -> None:
         """Hand one micro-batch to DALI, and see that files are read for as many more as DALI decodes ahead."""

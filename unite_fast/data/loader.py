@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import signal
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import PIL
@@ -23,7 +24,7 @@ from unite_fast.config import DataConfig
 from unite_fast.data.processes import leave_with_parent
 from unite_fast.data.reader import BadFiles, FileReader, MemoryReader, Piece, Problem, read_piece
 from unite_fast.data.sampler import Draw, Sampler
-from unite_fast.data.source import open_source
+from unite_fast.data.source import open_source, samples_of
 from unite_fast.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
@@ -39,18 +40,18 @@ class MicroBatch(NamedTuple):
     micro_batch: int  # 0 … accumulation-1 within the step
 
 
-class ImageStream:
-    """Endless iterator over `MicroBatch`, from a given optimizer step on.
+class FolderStream(ABC):
+    """What the loaders share: endless iterators over `MicroBatch`, from a given optimizer step on.
 
-    The images depend on (seed, global batch, step, micro-batch, rank, world size) alone. Workers start with the first
-    `next`, for which the main module needs its `if __name__ == "__main__":`; `data.cache` decodes everything at
-    construction instead and needs none.
+    The images depend on (seed, global batch, step, micro-batch, rank, world size) alone.
 
     Attributes:
         classes: class names; the position of a name is its label.
         steps_per_epoch: optimizer steps in one pass over the data, a fraction in general.
         mode: what the pixels depend on, for the record.
     """
+
+    mode: dict[str, str]
 
     def __init__(
         self,
@@ -81,42 +82,17 @@ class ImageStream:
             start_step: first optimizer step to read.
 
         Raises:
-            UserError: as `open_source`; too little shared memory for what workers keep ready; with `data.cache` also
-                too many unusable images, a wrong size under crop "none", too little memory.
+            UserError: as `open_source`.
             ValueError: as `Sampler`.
         """
         folder = open_source(config.path, num_classes, image_size=image_size)
         self.classes: tuple[str, ...] = folder.classes
         self.steps_per_epoch: float = len(folder) / global_batch
-        self.mode = {
-            "loader": "workers", "decode": "exact", "crop": config.crop, "decoded_on": "cpu", "pillow": PIL.__version__
-        }  # fmt: skip
-        self._folder = folder
+        self._folder, self._config, self._seed, self._start_step = folder, config, seed, start_step
+        self._files = FileReader(folder, image_size, config.crop)
         self._bad = BadFiles(folder, config.max_bad_share)
-        sampler = Sampler(len(folder), seed, global_batch, micro_batch, accumulation, rank, world_size)
-        reader: FileReader | MemoryReader = FileReader(folder, image_size, config.crop)
-        if config.cache:
-            reader = MemoryReader(reader, config.workers)
-            self._bad.add(len(folder) - len(reader.problems), reader.problems.values())
-        workers = 0 if config.cache else config.workers
-        if workers:
-            _require_shared_memory(workers * config.prefetch * micro_batch * 3 * image_size**2)
-        self._dataset = _Pieces(reader, seed=seed, flip=config.flip, workers=workers)
-        self._loader = DataLoader(
-            self._dataset,
-            batch_sampler=_Draws(sampler, start_step),
-            collate_fn=_as_is,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            worker_init_fn=_start_worker if workers else None,
-            multiprocessing_context=_context() if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # DataLoader draws a seed when it starts; from the global generator that would shift the model's numbers.
-            generator=torch.Generator().manual_seed(seed),
-        )
-        self._pieces: Iterator[Piece] | None = None
+        self._sampler = Sampler(len(folder), seed, global_batch, micro_batch, accumulation, rank, world_size)
         self._closed = False
-        _open_streams.add(self)
 
     @property
     def bad_files(self) -> dict[str, str]:
@@ -128,8 +104,83 @@ class ImageStream:
         """Name and reason of every image that the skip list keeps out of this run."""
         return dict(self._folder.skipped)
 
+    def samples(self) -> dict[str, int | str]:
+        """See `samples_of`."""
+        return samples_of(self._folder)
+
     def __iter__(self) -> Self:
         return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def __next__(self) -> MicroBatch:
+        """The next micro-batch; raises a UserError for what stops the run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop everything that reads ahead; calling it again does nothing."""
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"this {type(self).__name__} is closed")
+
+    def _accept(self, piece: Piece) -> MicroBatch:
+        """Take note of what could not be read.
+
+        Raises:
+            UserError: too many unusable images, or what stops the run.
+        """
+        self._bad.add(len(piece.indices), piece.problems)
+        if piece.fatal:
+            raise UserError(piece.fatal)
+        return MicroBatch(piece.images, piece.labels, piece.indices, piece.step, piece.micro_batch)
+
+
+class ImageStream(FolderStream):
+    """The stream of worker processes.
+
+    They start with the first `next`, for which the main module needs its `if __name__ == "__main__":`; `data.cache`
+    decodes everything at construction instead and needs none.
+    """
+
+    def __init__(self, config: DataConfig, **numbers: Any):
+        """As `FolderStream`.
+
+        Raises:
+            UserError: also too little shared memory for what workers keep ready; with `data.cache` too many unusable
+                images, a wrong size under crop "none", too little memory.
+        """
+        super().__init__(config, **numbers)
+        self.mode = {
+            "loader": "workers", "decode": "exact", "crop": config.crop, "decoded_on": "cpu", "pillow": PIL.__version__
+        }  # fmt: skip
+        reader: FileReader | MemoryReader = self._files
+        if config.cache:
+            reader = MemoryReader(reader, config.workers)
+            self._bad.add(len(self._folder) - len(reader.problems), reader.problems.values())
+        workers = 0 if config.cache else config.workers
+        if workers:
+            _require_shared_memory(workers * config.prefetch * self._sampler.micro_batch * 3 * reader.image_size**2)
+        self._dataset = _Pieces(reader, seed=self._seed, flip=config.flip, workers=workers)
+        self._loader = DataLoader(
+            self._dataset,
+            batch_sampler=_Draws(self._sampler, self._start_step),
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=config.prefetch if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # DataLoader draws a seed when it starts; from the global generator that would shift the model's numbers.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+        self._pieces: Iterator[Piece] | None = None
+        _open_streams.add(self)
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch.
@@ -137,8 +188,7 @@ class ImageStream:
         Raises:
             UserError: too many unusable images, a wrong size under crop "none", a worker process that died.
         """
-        if self._closed:
-            raise ValueError("this ImageStream is closed")
+        self._require_open()
         piece: Piece | None = None
         try:
             if self._pieces is None:
@@ -156,25 +206,16 @@ class ImageStream:
                 f"({SHARED_MEMORY}), lower data.workers or data.prefetch; if it is one file each time, remove the file"
             )
         try:
-            self._bad.add(len(piece.indices), piece.problems)
-            if piece.fatal:
-                raise UserError(piece.fatal)
+            return self._accept(piece)
         except UserError:
             self.close()
             raise
-        return MicroBatch(piece.images, piece.labels, piece.indices, piece.step, piece.micro_batch)
 
     def close(self) -> None:
         """Stop the workers; calling it again does nothing."""
         self._closed = True
         self._pieces = None  # the last reference: DataLoader's iterator joins its workers as it goes
         _open_streams.discard(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def load_images(
@@ -300,9 +341,9 @@ def _start_worker(worker: int) -> None:
 
 def _context() -> multiprocessing.context.BaseContext:
     # Forking the training process would copy its threads' locks and its CUDA state; the fork server has neither and
-    # still imports torch only once for all workers.
+    # still imports torch, and what crops, only once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload(["__main__", __name__, "unite_fast.data.resample"])
     return context
 
 

@@ -107,8 +107,9 @@ def prepare(
             advance(before)
             work = functools.partial(_write_shard, job)
             for number, table in spread(
-                work, missing, jobs=jobs, advance=lambda done: advance(before + done), path=source.path
-            ):
+                work, missing, jobs=jobs, advance=lambda done: advance(before + done), path=source.path,
+                preload=["unite_fast.data.resample"] if size else [],
+            ):  # fmt: skip
                 _save(json.dumps(table), job.table(number))
             index = _collect(job, names, plan)
             index.save(destination)

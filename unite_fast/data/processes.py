@@ -25,6 +25,7 @@ def spread(
     jobs: int,
     advance: Callable[[int], None],
     path: Callable[[int], str],
+    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Any, Any]]:
     """Call `work(task, holding)` for every task, in whatever order the results come.
 
@@ -34,6 +35,7 @@ def spread(
         jobs: processes; with one, or one task, everything happens in this process.
         advance: told now and then how many images are done.
         path: names an image, for the error.
+        preload: modules that `work` will import, imported once for all processes.
 
     Yields:
         Pairs of task and result.
@@ -56,7 +58,7 @@ def spread(
         advance(done)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "unite_fast.data.source"])
+    context.set_forkserver_preload([__name__, "unite_fast.data.source", *preload])
     board = context.RawArray("q", FIELDS * jobs)
     places = context.Value("i", 0)
     finished_all = False

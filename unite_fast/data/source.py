@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +92,16 @@ def open_images(path: str | Path, *, image_size: int | None = None) -> ImageSour
         UserError: as `AllImages` and `open_source`.
     """
     return open_source(path, None, image_size=image_size) if is_prepared(Path(path)) else AllImages(path)
+
+
+def samples_of(source: ImageSource) -> dict[str, int | str]:
+    """What the order of a run's samples depends on beside seed and batch: how many there are, and a digest of their
+    names in order. A folder and its shards have the same; so does a file whose content changed under its name.
+    """
+    digest = hashlib.blake2b(digest_size=16)  # 2 s for ImageNet
+    for index in range(len(source)):
+        digest.update(os.fsencode(source.name(index)) + b"\0")
+    return {"count": len(source), "digest": digest.hexdigest()}
 
 
 def reason_of(error: Exception) -> str:

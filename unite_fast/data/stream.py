@@ -41,6 +41,9 @@ class Stream(Protocol):
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
 
+    def samples(self) -> dict[str, int | str]:
+        """See `unite_fast.data.source.samples_of`."""
+
     def __next__(self) -> MicroBatch: ...
 
     def close(self) -> None:
@@ -53,7 +56,7 @@ def open_stream(config: DataConfig, *, device: torch.device, **numbers: Any) -> 
     Args:
         config: where the images are and how they are read.
         device: where they shall lie: on a CPU workers leave them in memory, all others put them there ahead of time.
-        numbers: the other arguments of `ImageStream`.
+        numbers: the other arguments of `FolderStream`.
 
     Raises:
         UserError: as `ImageStream` and `DaliStream`; decode "fast" without DALI.
@@ -94,6 +97,10 @@ class Ahead:
     def left_out(self) -> dict[str, str]:
         """Name and reason of every image that the skip list keeps out of this run."""
         return self._stream.left_out
+
+    def samples(self) -> dict[str, int | str]:
+        """See `unite_fast.data.source.samples_of`."""
+        return self._stream.samples()
 
     def __iter__(self) -> Self:
         return self

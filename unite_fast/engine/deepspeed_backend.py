@@ -17,7 +17,7 @@ from torch import Tensor
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, clip
 from unite_fast.engine.optim import MuonAdamW, matrix_shape
-from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fragments
+from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, MeanScatter, flat_fragments
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
@@ -61,7 +61,10 @@ class DeepSpeedBackend:
     through a `MatrixExchange`.
 
     A step's backward passes add gradients locally. The last one averages them, once: parameters that only earlier
-    passes use would otherwise be missed by DeepSpeed's hooks.
+    passes use would otherwise be missed by DeepSpeed's hooks. Under ZeRO 1 and 2 a `MeanScatter` does it, since
+    DeepSpeed 0.19 has no reduce-scatter there: whatever `reduce_scatter` says, it all-reduces every bucket (twice the
+    traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times n - 1 hops;
+    B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
     """
 
     def __init__(
@@ -93,9 +96,13 @@ class DeepSpeedBackend:
             masters = [group["params"][0] for group in optimizer.param_groups]
             self.masters = {kind: [master] for kind, master in zip(groups, masters)}
             fragments = []
+            self._scatters: list[tuple[MeanScatter, list[nn.Parameter]]] = []
             for index, group in enumerate(groups.values()):
-                sizes = {name: shapes[name] for name in group}
-                fragments += flat_fragments(sizes, index, masters[index].numel(), world.rank)
+                sizes, partition = {name: shapes[name] for name in group}, masters[index].numel()
+                fragments += flat_fragments(sizes, index, partition, world.rank)
+                counts = [shape.numel() for shape in sizes.values()]
+                scatter = MeanScatter(counts, partition, world.size, BUCKET_ELEMENTS)
+                self._scatters.append((scatter, list(group.values())))
             self.layout = Layout(masters, fragments, sharded=True)
             self._check_layout()
             if "muon" in groups:
@@ -122,10 +129,14 @@ class DeepSpeedBackend:
             )
         self._engine.backward(loss)
         if last:
+            means = self._scatter_gradients() if self._stage in (1, 2) else {}
             self._accumulation.close()
             self._accumulation = None
             if self._stage == 0:
                 self._engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
+            # DeepSpeed found no gradients to reduce and put zeros here.
+            for index, mean in means.items():
+                self._zero.averaged_gradients[index] = [mean]
 
     def update(self) -> Tensor:
         if self._stage == 3:
@@ -161,6 +172,15 @@ class DeepSpeedBackend:
                 yield
             finally:
                 offload._register_deepspeed_module(offload.module)
+
+    def _scatter_gradients(self) -> dict[int, Tensor]:
+        """Group of ZeRO 1 and 2 -> this rank's slice of its averaged gradients; the parameters' own are dropped."""
+        means = {}
+        for index, (scatter, parameters) in enumerate(self._scatters):
+            means[index] = scatter.reduce([p.grad for p in parameters], like=self.layout.masters[index])
+            for parameter in parameters:
+                parameter.grad = None
+        return means
 
     def _clip_partitions(self) -> Tensor:
         """Clip ZeRO 1's and 2's averaged gradients in place; the global norm before.
@@ -225,6 +245,7 @@ def deepspeed_config(stage: int, clip_norm: float | None, elements: int) -> dict
     }
     if stage in (1, 2):
         zero["compute_grad_norm"] = False
+        zero["reduce_bucket_size"] = 1  # it reduces nothing there and needs no buffer
     if stage == 3:
         zero["sub_group_size"] = UNDIVIDED
     return {

@@ -20,7 +20,7 @@ from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
-from unite_fast.engine.session import record_session
+from unite_fast.engine.session import changed_samples, record_session
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
@@ -82,8 +82,13 @@ class Run:
         )
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch))
         self._seconds_before = 0.0  # of training, in the sessions that this one resumes
+        self.samples = self.modality.samples(self.stream) if world.is_main else None
+        self._changed: str | None = None
         if latest is not None:
-            self._seconds_before = float(checkpoint.load(self.engine, latest).get("training_seconds", 0.0))
+            kept = checkpoint.load(self.engine, latest)
+            self._seconds_before = float(kept.get("training_seconds", 0.0))
+            if self.samples is not None:
+                self._changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
         self.first_step = self.engine.step_count
@@ -95,7 +100,9 @@ class Run:
         config, engine = self.config, self.engine
         records = None
         if self.world.is_main:
-            record_session(self.folder, config, self.world, self.batch, first_step=self.first_step)
+            record_session(
+                self.folder, config, self.world, self.batch, first_step=self.first_step, samples=self.samples
+            )
             records = Records(self.folder, config, first_step=self.first_step)
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
         meter = Meter(
@@ -211,6 +218,8 @@ class Run:
         )
         if self.first_step:
             line.say(f"continuing after step {self.first_step}")
+        if self._changed:
+            line.say(f"warning: {self._changed}")
 
     def _save(self, meter: Meter) -> None:
         with meter.paused():
@@ -218,6 +227,7 @@ class Run:
                 "images": self.engine.step_count * self.batch.global_batch,
                 "class_names": list(self.stream.classes),
                 "data": self.stream.mode,
+                "samples": self.samples,
                 "training_seconds": self._seconds_before + meter.seconds,
             }
             checkpoint.save(self.engine, self.folder, extra)

@@ -6,8 +6,10 @@ import contextlib
 import json
 import platform
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +21,9 @@ from unite_fast.evaluation.protocol import git_state
 from unite_fast.records import SESSIONS
 
 
-def record_session(folder: Path, config: Config, world: World, batch: Batch, *, first_step: int) -> None:
+def record_session(
+    folder: Path, config: Config, world: World, batch: Batch, *, first_step: int, samples: Mapping[str, Any]
+) -> None:
     """Append what this start or resumption of the run runs on to sessions.jsonl.
 
     Raises:
@@ -39,6 +43,7 @@ def record_session(folder: Path, config: Config, world: World, batch: Batch, *, 
         "accumulation": batch.accumulation,
         "global_batch": batch.global_batch,
         "zero_stage": config.train.zero_stage,
+        "samples": samples,
         "cuda": torch.version.cuda if on_gpu else None,
         "versions": versions,
         "commit": source_commit(),
@@ -48,6 +53,29 @@ def record_session(folder: Path, config: Config, world: World, batch: Batch, *, 
             file.write(json.dumps(session) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {folder / SESSIONS}: {error.strerror}") from None
+
+
+def changed_samples(before: Mapping[str, Any] | None, now: Mapping[str, Any], unit: str) -> str | None:
+    """A warning for a resumed run whose training data are not those of its checkpoint; None where they are.
+
+    A run must be able to go on without an image that broke, unattended, so this is no error.
+
+    Args:
+        before: `Modality.samples` as the checkpoint has it; None in checkpoints of earlier versions.
+        now: of the data as they are.
+        unit: what samples are called, in the plural.
+    """
+    if before is None or before == now:
+        return None
+    if before["count"] == now["count"]:
+        what = f"{now['count']} {unit} as before, but not the same ones or not in the same order"
+    else:
+        what = f"{before['count']} {unit} when the checkpoint was saved, {now['count']} now"
+    return (
+        f"the training data changed: {what}. The run goes on with the data as they are, in another order than it would "
+        f"have had: in this epoch some {unit} may come twice and some not at all. If that is not meant, stop it "
+        f"(Ctrl-C), put back what was in data.path, or set it to where that is, and --resume again"
+    )
 
 
 def source_commit() -> str | None:

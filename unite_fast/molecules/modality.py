@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -44,6 +45,12 @@ class Molecular:
             world=world,
             start_step=start_step,
         )
+
+    def samples(self, stream: MoleculeStream) -> dict[str, int | str]:
+        train = stream.parts.train
+        digest = hashlib.blake2b("\0".join(train.names).encode(errors="surrogatepass"), digest_size=16)
+        digest.update(train.elements.tobytes())  # files without names number their molecules
+        return {"count": len(train), "digest": digest.hexdigest()}
 
     def inputs(self, config: MoleculeConfig, micro_batch: MoleculeBatch, batch: Batch, world: World) -> Inputs:
         device = world.device
