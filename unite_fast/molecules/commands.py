@@ -20,7 +20,7 @@ from unite_fast.errors import UserError
 from unite_fast.evaluation.molecules import Reconstruction, rmsd
 from unite_fast.importing import Trained
 from unite_fast.molecules.config import MAX_ATOMS, MoleculeSamplingConfig
-from unite_fast.molecules.report import joined
+from unite_fast.molecules.evaluation import joined
 from unite_fast.molecules.sampling import draw_counts, encode, generate
 from unite_fast.molecules.sampling import reconstruct as rebuild
 from unite_fast.molecules.stream import PropertyBins
