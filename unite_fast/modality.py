@@ -2,7 +2,7 @@
 
 The Generative Encoder, the two-pass step, the flow loss, engine, checkpoints, EMA and the command line are shared.
 A modality is a folder: a configuration class, a network on top of `TwoPassModel`, an objective on top of
-`TwoPassObjective`, a stream of micro-batches, a report, three commands, and the class that lists them, which
+`TwoPassObjective`, a stream of micro-batches, a report, four commands, and the class that lists them, which
 `unite_fast.config.MODALITIES` names.
 """
 
@@ -78,7 +78,7 @@ class Modality(Protocol):
         """What the run leaves for people."""
 
     def commands(self) -> ModuleType | None:
-        """The module whose sample, reconstruct and tokenize serve such models; None: those of `unite_fast.cli`."""
+        """The module whose sample, reconstruct, tokenize and evaluate serve such models; None: those of `unite_fast.cli`."""
 
 
 def modality(name: str) -> Modality:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +26,9 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.molecules import Generation, MoleculeJudge, Reconstruction
 from unite_fast.evaluation.protocol import environment
+from unite_fast.evaluation.record import write_record
 from unite_fast.evaluation.work import Work, digest
-from unite_fast.molecules.config import MAX_ATOMS
+from unite_fast.molecules.config import MAX_ATOMS, MoleculeEvaluationConfig
 from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.sampling import Drawn, draw_counts, generate, reconstruct
 from unite_fast.molecules.stream import Parts
@@ -127,6 +128,28 @@ class Evaluation:
         molecule_page(folder / "molecules.html", title, self.judge.train.source, sections)
         write_sdf(self.made, folder / "samples.sdf", self.generation.perceived)
         write_xyz(self.made, folder / "samples.xyz")
+
+
+    def publish(self, path: Path, title: str, *, sheet: int) -> None:
+        """Write the record, and what `draw` draws into the folder of its name beside it.
+
+        All is drawn aside first, so that an interruption leaves a former record and its pictures as they were.
+
+        Raises:
+            UserError: a folder that cannot be written.
+        """
+        folder = path.with_suffix("")
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            self.draw(aside, title, sheet=sheet)
+            folder.mkdir(exist_ok=True)
+            for file in sorted(aside.iterdir()):
+                file.replace(folder / file.name)
+            write_record(path, self.metrics, self.protocol)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 class MoleculeEvaluator:
@@ -243,25 +266,12 @@ class MoleculeEvaluator:
         return self._hashes[name]
 
 
-def write_pictures(evaluation: Evaluation, folder: Path, title: str, *, sheet: int, done: Callable[[], None]) -> None:
-    """`Evaluation.draw` beside the folder first, then `done()`, then in place of what the folder held.
-
-    An interruption leaves the former pictures and whatever `done` replaces as they were.
-    """
-    fresh, former = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        evaluation.draw(fresh, title, sheet=sheet)
-        done()
-        if folder.exists():
-            folder.rename(former)
-        fresh.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        if former.exists() and not folder.exists():
-            former.rename(folder)
-        for path in (fresh, former):
-            shutil.rmtree(path, ignore_errors=True)
+def plan_of(evaluation: MoleculeEvaluationConfig, seed: int) -> Plan:
+    """How much a configuration measures."""
+    return Plan(
+        samples=evaluation.samples, reconstructions=evaluation.reconstructions, seed=seed, batch=evaluation.batch,
+        workers=evaluation.workers or None,
+    )  # fmt: skip
 
 
 def joined(pieces: Sequence[Drawn], source: str, names: tuple[str, ...] | None = None) -> MoleculeSet:

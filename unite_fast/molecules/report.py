@@ -13,7 +13,7 @@ from unite_fast.evaluation.protocol import FOLDER, WORK
 from unite_fast.evaluation.record import about_model, default_name, write_record
 from unite_fast.evaluation.work import Work
 from unite_fast.molecules.config import MoleculeConfig
-from unite_fast.molecules.evaluation import PICTURES, Drawing, MoleculeEvaluator, Plan
+from unite_fast.molecules.evaluation import PICTURES, Drawing, MoleculeEvaluator, plan_of
 from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.stream import MoleculeStream
 from unite_fast.pictures_molecules import molecule_sheet
@@ -37,7 +37,8 @@ class MoleculeReport(Report):
         super().__init__(config, folder, world, engine, stream.classes, stream.mode)
 
     def _prepare(self) -> None:
-        self._evaluator = MoleculeEvaluator(plan_of(self.config), self._parts, self.world)
+        plan = plan_of(self.config.evaluation, self.config.train.seed)
+        self._evaluator = MoleculeEvaluator(plan, self._parts, self.world)
         self._drawing = Drawing(self._sampling(), self._data["atom_histogram"], self.classes)
 
     def _sheets(self, model: MoleculeUnite, suffix: str) -> None:
@@ -62,12 +63,3 @@ class MoleculeReport(Report):
         write_record(folder / f"{default_name(found.protocol)}.json", found.metrics, found.protocol)
         work.discard()
         return found.metrics | {"data": self._parts.train.source}
-
-
-def plan_of(config: MoleculeConfig) -> Plan:
-    """How much a run measures of itself."""
-    evaluation = config.evaluation
-    return Plan(
-        samples=evaluation.samples, reconstructions=evaluation.reconstructions, seed=config.train.seed,
-        batch=evaluation.batch, workers=evaluation.workers or None,
-    )  # fmt: skip
