@@ -1,4 +1,4 @@
-"""`unite-fast evaluate` and `compare` on runs on molecules: the run's own numbers again, records, pictures, mistakes."""
+"""`unite-fast evaluate` and `compare` on molecules: the run's own numbers again, records, pictures, mistakes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def test_what_the_command_line_changes(again, capsys):
     assert "rdkit/valid: not ranked, protocols differ in generation.guidance: 1.5 / 2" in capsys.readouterr().out
 
 
-def test_an_exported_folder_is_told_its_data(finished, folder, tmp_path, capsys):
+def test_an_exported_folder_is_told_its_data(finished, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the cache of molecules lies where one works
     export = Path(shutil.copytree(finished / "export", tmp_path / "export"))
     assert "give --data PATH" in mistake(capsys, "evaluate", export)
     found = record(export, "--data", folder / "set.npz", "--seed", 11, "--batch", 4, "--samples", 10)

@@ -73,7 +73,8 @@ def evaluate(
         ),
     ] = None,
     data_count: Annotated[
-        int | None, typer.Option(help="How many held-out ones, evenly spread. Default: the configuration's, or all.", min=1)
+        int | None,
+        typer.Option(help="How many held-out ones, images evenly spread. Default: the configuration's, or all.", min=1),
     ] = None,
     train: Annotated[Path | None, typer.Option(help="Folder of training images, for small.", metavar="DIR")] = None,
     vgg: Annotated[Path | None, typer.Option(help="VGG16 weights, for lpips.", metavar="FILE")] = None,
@@ -97,7 +98,7 @@ def evaluate(
     ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
     seed: Annotated[
         int,
-        typer.Option(help="Seed of noise, shuffles and subsets. Default of molecules: the run's.", min=0, max=2**31 - 1),
+        typer.Option(help="Seed of noise, shuffles, subsets. Default of molecules: the run's.", min=0, max=2**31 - 1),
     ] = 0,
     batch: Annotated[int | None, typer.Option(help="Images at a time; halved if memory runs out.", min=1)] = None,
     precision: Annotated[

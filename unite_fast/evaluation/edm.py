@@ -94,7 +94,7 @@ def sanitises(atoms: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> bool:
 
 
 def valid(molecules: MoleculeSet, *, seconds: float = SECONDS, processes: int | None = None) -> NDArray[np.bool_]:
-    """[n]: `sanitises` of every molecule, in killable workers, with progress; one that hangs or crashes is not valid."""
+    """[n]: `sanitises` of every molecule, in killable workers with progress; one that hangs or crashes is not."""
     work = [molecules.atoms(index) for index in range(len(molecules))]
     with track("sanitising EDM's bonds", len(work)) as advance:
         found = bounded_map(sanitises, work, seconds=seconds, processes=processes, advance=advance)

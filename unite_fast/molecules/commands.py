@@ -225,8 +225,8 @@ def _measured_on(run: Path, data: Path | None) -> tuple[MoleculeDataConfig, Mole
         return config.data, config.evaluation, config.train.seed
     if data is None:
         raise UserError(
-            f"{run} does not say what it was trained on, which metrics compare with: give --data PATH, the data.path of "
-            f"its run"
+            f"{run} does not say what it was trained on, which metrics compare with: give --data PATH, the data.path "
+            f"of its run"
         )
     return MoleculeDataConfig(path=str(data)), MoleculeEvaluationConfig(), 0
 
@@ -244,8 +244,8 @@ def _show(found: Evaluation, path: Path) -> None:
     table.add_column("real molecules", justify="right")
     for name, value in found.metrics.items():
         if not name.endswith("_real"):
-            real = found.metrics.get(f"{name}_real")
-            table.add_row(name, *("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in (value, real)))
+            both = value, found.metrics.get(f"{name}_real", "")
+            table.add_row(name, *(f"{one:.4g}" if isinstance(one, float) else str(one) for one in both))
     out().print(table)
     low, high = generation["interval"]
     out().print(

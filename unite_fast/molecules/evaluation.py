@@ -59,7 +59,7 @@ DEFINITIONS = {
     "edm": "bonds by EDM's table of lengths, margins 10/5/3 pm, valences H1 C4 N3 O2 F1",
     "rdkit": "bonds by rdDetermineBonds, extended Hückel, charge 0, charged fragments allowed; canonical SMILES "
     "without stereochemistry",
-    "distance": "total variation of atom counts and elements, Wasserstein-1 of bond lengths in Å, to held-out molecules",
+    "distance": "to held-out molecules: total variation of atom counts and elements, Wasserstein-1 of bond lengths in Å",
     "_real": "the same of held-out molecules; of distances, training molecules against held-out ones",
 }
 
