@@ -163,10 +163,13 @@ def progress(
         )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=count, completed=finished, rate="")
+            began = time.monotonic()
 
             def advance(images: int) -> None:
                 bar.advance(task, images)
-                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} {unit}/s")
+                # The bar knows a speed from its second piece on.
+                mean = (bar.tasks[0].completed - finished) / (time.monotonic() - began)
+                bar.update(task, rate=f"{bar.tasks[0].speed or mean:.1f} {unit}/s")
 
             yield advance
     else:
