@@ -87,7 +87,7 @@ def test_numbers_that_are_none_are_named_and_left_out(tmp_path):
     write_record(tmp_path / "r.json", {"psnr": 20.0, "spread": float("nan")}, {"warnings": ["a"]})
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["metrics"] == {"psnr": 20.0}
-    assert found["protocol"]["warnings"] == ["a", "spread: no finite number, the images are degenerate"]
+    assert found["protocol"]["warnings"] == ["a", "spread: no finite number, what the model makes is degenerate"]
 
 
 def test_names_tell_protocols_apart_and_not_dates():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from unite_fast.analysis.counts import image_operations
+from unite_fast.analysis.counts import Dtype, Part, image_operations, step_parts
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
@@ -17,6 +18,9 @@ from unite_fast.engine.world import World
 from unite_fast.modality import Inputs
 from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import Objective
+
+if TYPE_CHECKING:
+    from unite_fast.analysis.isolated import Isolated
 
 
 class Images:
@@ -57,6 +61,25 @@ class Images:
 
     def operations(self, config: Config) -> int:
         return image_operations(config.model, config.objective)
+
+    def has_data(self, config: Config) -> bool:
+        return Path(config.data.path).is_dir()
+
+    def isolated(
+        self, config: Config, model: Unite, objective: Objective, inputs: Inputs, draws: int
+    ) -> dict[str, Isolated]:
+        from unite_fast.analysis.isolated import image_parts
+
+        return image_parts(config, model, objective, inputs, draws)
+
+    def extent(self, inputs: Inputs) -> int:
+        return len(inputs.labels)
+
+    def counted(
+        self, config: Config, extent: int, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+    ) -> dict[str, tuple[Part, int]]:
+        parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
+        return {name: (part, extent) for name, part in parts.items()}
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
         return Report(config, folder, world, engine, stream.classes, stream.mode)

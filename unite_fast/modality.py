@@ -2,7 +2,7 @@
 
 The Generative Encoder, the two-pass step, the flow loss, engine, checkpoints, EMA and the command line are shared.
 A modality is a folder: a configuration class, a network on top of `TwoPassModel`, an objective on top of
-`TwoPassObjective`, a stream of micro-batches, a report, three commands, and the class that lists them, which
+`TwoPassObjective`, a stream of micro-batches, a report, four commands, and the class that lists them, which
 `unite_fast.config.MODALITIES` names.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.objective.two_pass import TwoPassObjective
 
 if TYPE_CHECKING:
+    from unite_fast.analysis.counts import Dtype, Part
+    from unite_fast.analysis.isolated import Isolated
     from unite_fast.engine.engine import Engine
     from unite_fast.engine.report import Report
 
@@ -77,11 +79,30 @@ class Modality(Protocol):
     def operations(self, config: Any) -> int | None:
         """Counted operations of one sample in a step; None where they vary from sample to sample."""
 
+    def has_data(self, config: Any) -> bool:
+        """Whether `stream` finds the training data, or makes it itself."""
+
+    def isolated(
+        self, config: Any, model: Any, objective: Any, inputs: Inputs, draws: int
+    ) -> dict[str, Isolated]:
+        """The parts of both passes on a micro-batch, each to run alone; "denoise" on that many draws."""
+
+    def extent(self, inputs: Inputs) -> Any:
+        """What `counted` must know of a micro-batch, without its data."""
+
+    def counted(
+        self, config: Any, extent: Any, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+    ) -> dict[str, tuple[Part, int]]:
+        """Of the parts that `isolated` names: counted operators, and how many times a micro-batch is what they count.
+
+        "denoise" counts one draw.
+        """
+
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
         """What the run leaves for people."""
 
     def commands(self) -> ModuleType | None:
-        """The module whose sample, reconstruct and tokenize serve such models; None: those of `unite_fast.cli`."""
+        """The module whose sample, reconstruct, tokenize and evaluate serve such models; None: `unite_fast.cli`'s."""
 
 
 def modality(name: str) -> Modality:

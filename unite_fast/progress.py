@@ -1,14 +1,11 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, a line on stderr now and then elsewhere."""
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-log = logging.getLogger("unite_fast.progress")
 
 LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -38,7 +35,8 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
         if done and now - last >= LOG_EVERY:
             last = now
             rate = done / (now - start)
-            log.info("%s: %d of %d, %.1f a second, %.0f s left", what, done, total, rate, (total - done) / rate)
+            line = f"{what}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     yield advance
 

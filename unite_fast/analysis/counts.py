@@ -221,9 +221,14 @@ def _moves(
     )  # fmt: skip
 
 
-def _attention(tokens: int, channels: int, heads: int, width: int, block: int | None = None) -> Op:
-    """q kᵀ and p v; fused: no [N, N] matrix in memory. Keeps packed q, k, v, the output, and a float32 a row."""
-    product = 4 * tokens * tokens * channels
+def _attention(
+    tokens: int, channels: int, heads: int, width: int, block: int | None = None, pairs: int | None = None
+) -> Op:
+    """q kᵀ and p v; fused: no [N, N] matrix in memory. Keeps packed q, k, v, the output, and a float32 a row.
+
+    `pairs` of tokens attend to each other, all N² of them if None.
+    """
+    product = 4 * (tokens * tokens if pairs is None else pairs) * channels
     return Op(
         "attention",
         forward=product,
@@ -279,12 +284,14 @@ def _encoder(sizes: _Sizes, objective: ObjectiveConfig, *, tokenize: bool) -> li
     return ops
 
 
-def _block(index: int, tokens: int, kept: int, channels: int, heads: int, hidden: int, width: int) -> list[Op]:
+def _block(
+    index: int, tokens: int, kept: int, channels: int, heads: int, hidden: int, width: int, pairs: int | None = None
+) -> list[Op]:
     size, kept_size = tokens * channels, kept * channels
     ops = [
         _linear("qkv", tokens, channels, 3 * channels, width, block=index),
         _moves("q/k norm, rotary", 3 * size, width, forward=2, backward=3, saved=1, block=index),
-        _attention(tokens, channels, heads, width, block=index),
+        _attention(tokens, channels, heads, width, index, pairs),
     ]
     if kept != tokens:
         ops.append(_moves("keep registers", kept_size, width, forward=4, backward=4, saved=1, block=index))

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from unite_fast.analysis.allocation import quiet_profiler
 from unite_fast.config import Config
-from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.model.unite import Unite
+from unite_fast.modality import Inputs, Modality, Stream
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective, two_pass_step
+from unite_fast.objective.two_pass import TwoPassObjective, two_pass_step
 
 
 def now(device: torch.device) -> float:
@@ -31,60 +30,82 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class ProfiledStep:
-    """The real optimizer step on the real engine, with the run's data where it is there."""
+class Feed:
+    """Micro-batches of the run's data where it is there, else the same made-up one again and again.
 
-    def __init__(self, config: Config, world: World, objective: Objective, model: Unite, batch: Batch):
+    Attributes:
+        real: whether the data is there.
+    """
+
+    def __init__(self, config: Config, world: World, batch: Batch, modality: Modality):
+        self._config, self._world, self._batch, self._modality = config, world, batch, modality
+        self.real = modality.has_data(config)
+        self._stream: Stream | None = None
+        self._made: Inputs | None = None
+
+    def made_up(self) -> Inputs:
+        """A micro-batch made on the device."""
+        if self._made is None:
+            made = self._modality.probe(self._config, self._batch.micro_batch, self._world.device)
+            self._made = made._replace(weight=1 / self._batch.accumulation)
+        return self._made
+
+    def next(self) -> Inputs:
+        """The next micro-batch on the device."""
+        if not self.real:
+            return self.made_up()
+        if self._stream is None:
+            self._stream = self._modality.stream(self._config, self._batch, self._world, start_step=0)
+        return self._modality.inputs(self._config, next(self._stream), self._batch, self._world)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+class ProfiledStep:
+    """The real optimizer step on the real engine.
+
+    Attributes:
+        extents: of the micro-batches of the newest step, see `Modality.extent`.
+    """
+
+    def __init__(
+        self, config: Config, world: World, objective: TwoPassObjective, model: nn.Module, batch: Batch, feed: Feed,
+        modality: Modality,
+    ):  # fmt: skip
         self.config, self.world, self.objective, self.batch = config, world, objective, batch
         self.model = model
         self.engine = Engine(model, config, world, steps_per_epoch=1000, global_batch=batch.global_batch)
-        self.real = Path(config.data.path).is_dir()
-        self._stream = self._open() if self.real else None
-
-    def _open(self) -> Stream:
-        config = self.config
-        return open_stream(
-            config.data, device=self.world.device, image_size=config.model.image_size, num_classes=config.model.num_classes,
-            seed=config.train.seed, global_batch=self.batch.global_batch, micro_batch=self.batch.micro_batch,
-            accumulation=self.batch.accumulation, rank=self.world.rank, world_size=self.world.size,
-        )  # fmt: skip
+        self.extents: list[Any] = []
+        self._feed, self._modality = feed, modality
 
     def timed(self) -> tuple[float, float, float]:
         """One step: seconds in all, waiting for data, and in the update."""
         device = self.world.device
+        self.extents = []
         began, waited = now(device), 0.0
         for index in range(self.batch.accumulation):
             asked = time.perf_counter()
             with record_function("wait for data"):
-                images, labels = self._next()
+                inputs = self._feed.next()
             waited += time.perf_counter() - asked
-            self._passes(images, labels, index)
+            self.extents.append(self._modality.extent(inputs))
+            self._passes(inputs, index)
         passed = now(device)
         with record_function("optimizer"):
             self.engine.step()
         ended = now(device)
         return ended - began, waited, ended - passed
 
-    def _next(self) -> tuple[Tensor, Tensor]:
-        device, size = self.world.device, self.config.model.image_size
-        if self._stream is None:
-            count = self.batch.micro_batch
-            return (
-                torch.full((count, 3, size, size), 0.5, device=device),
-                torch.zeros(count, dtype=torch.int64, device=device),
-            )
-        loaded = next(self._stream)
-        return loaded.images.to(device).float().div_(255), loaded.labels.to(device)
-
-    def _passes(self, images: Tensor, labels: Tensor, index: int) -> None:
+    def _passes(self, inputs: Inputs, index: int) -> None:
         config, accumulation = self.config, self.batch.accumulation
         draws = SeededDraws(
             config.objective, seed=config.train.seed, step=self.engine.step_count,
             stream=self.world.rank * accumulation + index, device=self.world.device,
         )  # fmt: skip
-        shape = torch.Size((images.shape[0], config.model.registers, config.model.latent_dim))
         two_pass_step(
-            self.engine, self.objective, images, labels, draws, shape=shape, weight=1 / accumulation,
+            self.engine, self.objective, inputs.data, inputs.labels, draws, shape=inputs.shape, weight=inputs.weight,
             last=index + 1 == accumulation,
         )  # fmt: skip
 
@@ -107,7 +128,8 @@ class ProfiledStep:
     @contextmanager
     def _named(self):
         """Ranges of the parts in the trace, from hooks that go away again."""
-        modules = {"encoder": self.model.encoder, "decoder": self.model.decoder, "lpips": self.objective.lpips}
+        lpips = getattr(self.objective, "lpips", None)  # of images
+        modules = {"encoder": self.model.encoder, "decoder": self.model.decoder, "lpips": lpips}
         open_ranges: list[record_function] = []
 
         def enter(name: str) -> Callable[..., None]:
@@ -129,10 +151,6 @@ class ProfiledStep:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
 
 
 def _collective_seconds(event: Any) -> float:

@@ -14,23 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
-from unite_fast.analysis.counts import Part, Rates, image_operations, step_parts
+from unite_fast.analysis.counts import Part, Rates, repeats
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import USABLE_MEMORY
-from unite_fast.analysis.profiled_step import ProfiledStep, now
+from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.model.unite import Unite
-from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective
+from unite_fast.modality import Inputs, Modality, modality_of
+from unite_fast.objective.two_pass import TwoPassObjective
 
 # Wide enough that launching is a small share of it: 137 GFLOP on a GPU, 0.27 on a CPU core.
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
@@ -73,10 +72,11 @@ class Measured:
         rates: of the device, measured before anything else.
         rows: the parts, the optimizer, EMA.
         step: median seconds of a whole optimizer step, waiting included.
-        waiting: seconds of it spent waiting for data; None with made-up images.
+        waiting: seconds of it spent waiting for data; None with made-up data.
         communication: seconds of it inside collectives; on one rank 0.
-        images: of a step on this rank.
+        images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate.
+        unit: what a batch counts, in the plural.
     """
 
     rates: Rates
@@ -86,6 +86,7 @@ class Measured:
     communication: float
     images: int
     mfu: float
+    unit: str = "images"
 
     @property
     def other(self) -> float:
@@ -136,7 +137,7 @@ def measure(
         config: the run; nothing is written into its folder.
         world: this process.
         steps: optimizer steps that the whole-step time is the median of.
-        micro_batch: images a backward; the configuration's if None, and of `auto` the largest that is predicted to fit.
+        micro_batch: samples a backward; the configuration's if None, of `auto` the largest that is predicted to fit.
         trace: file for the Chrome trace of two steps, which Perfetto and chrome://tracing read; None writes none.
         say: told what is going on.
 
@@ -148,34 +149,50 @@ def measure(
     dtype = autocast_dtype(config, device)
     say(f"measuring the {device.type}'s rates")
     rates = measure_rates(device, dtype or torch.float32)
-    objective = Objective(config.objective, config.model.num_classes, device, dtype)
+    modality = modality_of(config)
+    objective = modality.objective(config, device, dtype)
     batch = _batch(config, world, micro_batch)
     torch.manual_seed(config.train.seed)
-    model = Unite(config.model).to(device)
+    model = modality.network(config.model).to(device)
+    feed = Feed(config, world, batch, modality)
     try:
-        say(f"measuring the parts on {batch.micro_batch} images")
-        rows = _parts(config, model, objective, batch, rates, device)
-        say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} images")
-        step = ProfiledStep(config, world, objective, model, batch)
-        try:
-            whole, waits, updates, averages = [], [], [], []
-            for index in range(WARM_UP + steps):
-                taken = step.timed()
-                if index >= WARM_UP:
-                    whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
-                    averages += times(step.engine.ema.update, device, 1)
-            communication = step.traced(trace)
-        finally:
-            step.close()
+        say(f"measuring the parts on {batch.micro_batch} {modality.unit}")
+        # Where samples differ, the data's say what a part costs; where they are alike, a loader would only disturb.
+        inputs = feed.next() if modality.operations(config) is None else feed.made_up()
+        rows = _parts(config, modality, model, objective, batch, inputs, rates)
+        say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} {modality.unit}")
+        step = ProfiledStep(config, world, objective, model, batch, feed, modality)
+        whole, waits, updates, averages, operations = [], [], [], [], []
+        for index in range(WARM_UP + steps):
+            taken = step.timed()
+            if index >= WARM_UP:
+                whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
+                averages += times(step.engine.ema.update, device, 1)
+                operations.append(_operations(config, modality, step.extents, device))
+        communication = step.traced(trace)
     except torch.OutOfMemoryError:
         raise UserError(
             f"a micro-batch of {batch.micro_batch} does not fit into memory: give a smaller --micro-batch"
         ) from None
-    return _measured(config, world, batch, rates, rows, whole, waits if step.real else None, updates, averages,
-                     communication)  # fmt: skip
+    finally:
+        feed.close()
+    return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None, updates, averages,
+                     communication, statistics.mean(operations), modality.unit)  # fmt: skip
 
 
-def _measured(config, world, batch, rates, rows, whole, waits, updates, averages, communication) -> Measured:
+def _operations(config: Config, modality: Modality, extents: list[Any], device: torch.device) -> int:
+    """Counted operations of a step of these micro-batches; recomputed ones are not among them."""
+    counted = (modality.counted(config, extent, dtype="bf16", device=device.type) for extent in extents)
+    return sum(
+        part.operations * times * repeats(name, config.objective)
+        for parts in counted
+        for name, (part, times) in parts.items()
+    )
+
+
+def _measured(
+    config, world, batch, rates, rows, whole, waits, updates, averages, communication, operations, unit
+) -> Measured:
     dtype = "fp32" if autocast_dtype(config, world.device) is None else "bf16"
     update = update_part(
         config.model, config.optimizer, stage=config.train.zero_stage, ranks=world.size, dtype=dtype
@@ -191,10 +208,9 @@ def _measured(config, world, batch, rates, rows, whole, waits, updates, averages
     ]
     step = statistics.median(whole)
     images = batch.micro_batch * batch.accumulation
-    operations = images * image_operations(config.model, config.objective)
     return Measured(
         rates, rows, step, statistics.median(waits) if waits else None, communication, images,
-        operations / step / rates.matmul,
+        operations / step / rates.matmul, unit,
     )  # fmt: skip
 
 
@@ -206,6 +222,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
         return resolve_batch(train, world.size)
     candidates = micro_batch_candidates(train, world.size)
     if world.device.type == "cuda":
+        if config.modality != "images":
+            raise UserError(f"the micro-batch that fits is predicted for images only: give {config.name} a --micro-batch")
         room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0]
         fits = [c for c in candidates if predict(config, micro_batch=c, ranks=world.size).peak <= room]
         return resolve_batch(train, world.size, max(fits, default=candidates[0]))
@@ -213,78 +231,42 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
 
 
 def _parts(
-    config: Config, model: Unite, objective: Objective, batch: Batch, rates: Rates, device: torch.device
-) -> list[Row]:
-    """Each part alone, forward and backward, on inputs as large as the step's."""
+    config: Config, modality: Modality, model: nn.Module, objective: TwoPassObjective, batch: Batch, inputs: Inputs,
+    rates: Rates,
+) -> list[Row]:  # fmt: skip
+    """Each part alone, forward and backward, on a micro-batch as large as the step's."""
+    device = inputs.labels.device
     dtype = autocast_dtype(config, device)
-    counted = step_parts(
-        config.model, config.objective, dtype="fp32" if dtype is None else "bf16", device=device.type
-    )
     chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
+    counted = modality.counted(
+        config, modality.extent(inputs), dtype="fp32" if dtype is None else "bf16", device=device.type
+    )
     rows = []
-    for name, (forward, inputs) in _isolated(config, model, objective, batch, device, chunk).items():
-        part = counted[name]
+    for name, (forward, leaves) in modality.isolated(config, model, objective, inputs, chunk).items():
+        part, samples = counted[name]
         calls = batch.accumulation * (flow_passes(config) if name == "denoise" else 1)
-        images = batch.micro_batch * (chunk if name == "denoise" else 1)
+        samples *= chunk if name == "denoise" else 1
         ahead, back = [], []
 
-        def once(forward=forward, inputs=inputs, ahead=ahead, back=back) -> None:
+        def once(forward=forward, leaves=leaves, ahead=ahead, back=back) -> None:
             began = now(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                out = forward(*inputs)
+                out = forward(*leaves)
             middle = now(device)
             torch.autograd.backward(out, [torch.ones_like(value) for value in out])
             ahead.append(middle - began)
             back.append(now(device) - middle)
-            for tensor in (*inputs, *model.parameters()):
+            for tensor in (*leaves, *model.parameters()):
                 tensor.grad = None
 
         for _ in range(WARM_UP + REPEATS):
             once()
         memory = peak_allocated(once, device)
-        floor = sum(part.floor(images, rates))
+        floor = sum(part.floor(samples, rates))
         rows.append(
             Row(
                 name, calls, calls * statistics.median(ahead[WARM_UP:-1]), calls * statistics.median(back[WARM_UP:-1]),
-                calls * floor, calls * images * part.operations, memory,
+                calls * floor, calls * samples * part.operations, memory,
             )
         )  # fmt: skip
     return rows
-
-
-def _isolated(
-    config: Config, model: Unite, objective: Objective, batch: Batch, device: torch.device, chunk: int
-) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]]:
-    """Part -> (forward that returns what gradients come back to, its inputs)."""
-    sizes, count = config.model, batch.micro_batch
-    images = torch.rand(count, 3, sizes.image_size, sizes.image_size, device=device)
-    labels = torch.zeros(count, dtype=torch.int64, device=device)
-    shape = torch.Size((count, sizes.registers, sizes.latent_dim))
-    draws = SeededDraws(config.objective, seed=0, step=0, stream=0, device=device)
-    noise, t, mix, added = draws.tokenize(shape)
-    null = torch.full_like(labels, model.null_label)
-    latents = torch.randn(shape, device=device)
-
-    def tokenize() -> tuple[Tensor, ...]:
-        latent = model.encoder(noise, t, null, model.patches(images))
-        if mix is not None:
-            return model.latent_norm.mix(latent, *mix)
-        z0 = model.latent_norm(latent)
-        return (z0 if added is None else z0 + added,)
-
-    def decode(latent: Tensor) -> tuple[Tensor, ...]:
-        return uk.patch_l1(model.decoder(latent), images, sizes.patch_size)
-
-    def denoise() -> tuple[Tensor, ...]:
-        return (objective.flow(model, latents, labels, draws, 0, chunk),)
-
-    found = {
-        "tokenize": (tokenize, []),
-        "decode": (decode, [latents.clone().requires_grad_()]),
-        "denoise": (denoise, []),
-    }
-    if objective.lpips is not None:
-        picture = torch.rand_like(images).contiguous(memory_format=torch.channels_last)
-        picture = picture.to(autocast_dtype(config, device) or torch.float32).requires_grad_()
-        found["lpips"] = (lambda image: (objective.lpips(images, image),), [picture])
-    return {name: found[name] for name in ("tokenize", "decode", "lpips", "denoise") if name in found}

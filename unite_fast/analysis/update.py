@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Op, Part
-from unite_fast.config import Config, ModelConfig, OptimizerConfig
+from unite_fast.config import Config, OptimizerConfig, Sizes
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import matrix_shape, parameter_groups
 from unite_fast.engine.sharding import MatrixExchange, windows
-from unite_fast.model.unite import Unite
+from unite_fast.modality import modality
 from unite_kernels.optim import GRAM_FROM
 
 FP32 = 4  # bytes
@@ -57,10 +57,10 @@ class Weights(NamedTuple):
 
 
 @functools.cache
-def trained_weights(model: ModelConfig, kind: str) -> Weights:
+def trained_weights(model: Sizes, kind: str) -> Weights:
     """Sizes of a model's parameters under the optimizer `kind`, "muon" or "adamw"; allocates none."""
     with torch.device("meta"):
-        built = Unite(model)
+        built = modality(model.modality).network(model)
     groups = parameter_groups(built, kind)
     sizes = {name: p.numel() for name, p in built.named_parameters()}
     denoiser = ("encoder.", "latent_norm.") if model.shared else ("denoiser.", "denoiser_norm.")
@@ -96,7 +96,7 @@ def slice_elements(elements: int, ranks: int) -> int:
 
 
 def update_part(
-    model: ModelConfig, optimizer: OptimizerConfig, *, stage: int = 0, ranks: int = 1, dtype: Dtype = "bf16"
+    model: Sizes, optimizer: OptimizerConfig, *, stage: int = 0, ranks: int = 1, dtype: Dtype = "bf16"
 ) -> Part:
     """Clipping, Muon, AdamW and EMA of one optimizer step on the busiest rank, as a part with a forward only."""
     weights, width = trained_weights(model, optimizer.kind), DTYPE_BYTES[dtype]

@@ -89,11 +89,11 @@ def compare(
     from rich.table import Table
     from rich.text import Text
 
-    from unite_fast.evaluation.protocol import METRICS, SMALL
+    from unite_fast.evaluation.protocol import METRICS, READINGS
     from unite_fast.evaluation.record import best_of, ranking, read_records
 
     rows = [row for run in runs for row in read_records(run)]
-    shown = [name for name in METRICS | SMALL if any(name in row.metrics for row in rows)]
+    shown = [name for name in READINGS if any(name in row.metrics for row in rows)]
     if not shown:
         raise UserError(f"the records of {', '.join(map(str, runs))} hold none of {', '.join(METRICS)}")
     # Metrics downwards and evaluations across, by number: names are long, and one metric's values stand beside another.
@@ -114,7 +114,7 @@ def compare(
             value = row.metrics.get(name)
             text = "" if value is None else f"{value:.4g}{' *' if index in best else ''}"
             cells.append(Text(text, style="bold green" if index in best else ""))
-        arrow = "↓" if (METRICS | SMALL)[name].better == "lower" else "↑"
+        arrow = "↓" if READINGS[name].better == "lower" else "↑"
         table.add_row(f"{name} {arrow}{' ≠' if reasons else ''}", *cells)
     for number, row in enumerate(rows, start=1):
         out().print(f"[{number}] {row.name}", markup=False, soft_wrap=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unite_fast.importing import Trained
 
 PATHS = ("data", "train_data", "reference", "inception")  # strings in a plan, as in a configuration
+OF_EVERY_MODALITY = ("run", "weights", "ema_decay", "device")  # options that choose the weights and where to compute
 SEARCH_COUNT = 5_000  # images a point; the field's sweeps use 5,000 to 10,000
 
 
@@ -40,6 +41,7 @@ class Search(StrEnum):
 
 
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an exported folder.", metavar="RUN")],
     metrics: Annotated[
         str | None,
@@ -49,7 +51,13 @@ def evaluate(
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Generated images, a multiple of the classes. Default: 50,000.", min=1)
+        int | None,
+        typer.Option(
+            "--count",
+            "--samples",
+            help="Generated images, a multiple of the classes, or molecules. Default: the configuration's, or 50,000.",
+            min=1,
+        ),
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="mu/sigma file of the training images, for gfid.", metavar="FILE")
@@ -57,9 +65,16 @@ def evaluate(
     inception: Annotated[
         Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of held-out images.", metavar="DIR")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of held-out images. Molecules: the set trained on, which is divided as in training.",
+            metavar="PATH",
+        ),
+    ] = None,
     data_count: Annotated[
-        int | None, typer.Option(help="How many of them, evenly spread. Default: the configuration's, or all.", min=1)
+        int | None,
+        typer.Option(help="How many held-out ones, images evenly spread. Default: the configuration's, or all.", min=1),
     ] = None,
     train: Annotated[Path | None, typer.Option(help="Folder of training images, for small.", metavar="DIR")] = None,
     vgg: Annotated[Path | None, typer.Option(help="VGG16 weights, for lpips.", metavar="FILE")] = None,
@@ -81,7 +96,10 @@ def evaluate(
     ] = None,
     weights: Annotated[Which, typer.Option(help="ema, or model: as trained, which only checkpoints hold.")] = Which.ema,
     ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of noise, shuffles and subsets.", min=0, max=2**31 - 1)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of noise, shuffles, subsets. Default of molecules: the run's.", min=0, max=2**31 - 1),
+    ] = 0,
     batch: Annotated[int | None, typer.Option(help="Images at a time; halved if memory runs out.", min=1)] = None,
     precision: Annotated[
         Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")
@@ -98,21 +116,34 @@ def evaluate(
     killed evaluation that is started again goes on where it stopped. Several GPUs share the work:
     `torchrun --nproc-per-node 8 -m unite_fast evaluate RUN …`.
 
+    Molecules are measured by every metric, each beside what held-out real ones score; drawings, histograms, 3-D views,
+    SDF and XYZ go into RUN/evaluations/NAME. They take --count (or --samples), --data, --data-count, --guidance,
+    --interval, --solver, --steps, --weights, --ema-decay, --seed, --batch, --name and --device.
+
     Example: `unite-fast evaluate runs/b_h100 --metrics gfid,is --reference imagenet256.npz --search guidance`
     """
     window = None if interval is None else _interval(interval)
     wanted = None if metrics is None else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
     searches = _searches(search)
     strengths = None if search_values is None else _numbers(search_values)
+    if name is not None and (name.startswith(".") or Path(name).name != name):
+        raise UserError(f"--name {name!r} must be the name of a file without its folder, and begin with no dot")
     if strengths and Search.guidance not in searches:
         raise UserError("--search-values are strengths for --search guidance: add that")
 
     import torch.distributed as dist
 
     from unite_fast.engine.world import join_world
+    from unite_fast.importing import open_trained
+    from unite_fast.modality import modality
 
     world = join_world(device.value)
     try:
+        trained = open_trained(run, weights=weights.value, ema_decay=ema_decay)
+        special = modality(trained.config.modality).commands()
+        if special is not None:
+            special.evaluate(trained, run_folder(run), world, _typed(context, interval=window))
+            return
         config = run_config(run)
         plan = _plan(
             config, world, metrics=wanted, count=count, seed=seed, batch=batch, precision=precision, data=data,
@@ -120,9 +151,8 @@ def evaluate(
             save_images=save_images,
         )  # fmt: skip
         chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps}
-        _Session(run, plan, world, chosen, weights.value, ema_decay).go(
-            searches, search_count, strengths, name
-        )
+        session = _Session(run, plan, world, chosen, weights.value, ema_decay)
+        session.go(trained, searches, search_count, strengths, name)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -139,14 +169,20 @@ class _Session:
     weights: str
     ema_decay: float | None
 
-    def go(self, searches: list[Search], search_count: int, strengths: list[float] | None, name: str | None) -> None:
+    def go(
+        self,
+        trained: Trained,
+        searches: list[Search],
+        search_count: int,
+        strengths: list[float] | None,
+        name: str | None,
+    ) -> None:
         from unite_fast.evaluation.evaluator import Evaluator
         from unite_fast.evaluation.protocol import FOLDER, WORK
         from unite_fast.evaluation.record import default_name, write_record
         from unite_fast.evaluation.work import Work
 
         began = time.monotonic()
-        trained = self._open(self.ema_decay)
         self.evaluator: Evaluator = Evaluator(self._complete(trained), trained.config, self.world, trained.class_names)
         self.folder = run_folder(self.run) / FOLDER
         self.work = Work(self.folder / WORK, self.world)
@@ -181,13 +217,7 @@ class _Session:
     def _open(self, ema_decay: float | None) -> Trained:
         from unite_fast.importing import open_trained
 
-        trained = open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
-        if trained.config.modality != "images":
-            raise UserError(
-                f"unite-fast evaluate measures images; {self.run} is a model of {trained.config.modality}, which its run "
-                f"measures when it ends (summary.json)"
-            )
-        return trained
+        return open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
 
     def _complete(self, trained: Trained) -> Plan:
         """The plan, with the metrics that its files allow where none were named."""
@@ -269,11 +299,16 @@ def run_config(path: Path) -> Config | None:
     from unite_fast.config import Config
 
     file = run_folder(path) / "config.json"
-    if not file.is_file():
-        return None
-    config = Config.load(file)
-    config.require_images("unite-fast evaluate")
-    return config
+    return Config.load(file) if file.is_file() else None
+
+
+def _typed(context: typer.Context, **parsed: Any) -> dict[str, Any]:
+    """The options of the command line alone, by parameter; defaults are not among them. `parsed` replaces texts."""
+    return {
+        name: parsed.get(name, value.value if isinstance(value, StrEnum | Solver) else value)
+        for name, value in context.params.items()
+        if context.get_parameter_source(name).name == "COMMANDLINE" and name not in OF_EVERY_MODALITY
+    }
 
 
 def _plan(config: Config | None, world: World, **given: Any) -> Plan:

@@ -21,7 +21,10 @@ def profile(
     ] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option(help="Images a backward. Default: the configuration's; of auto what is predicted to fit.", min=1),
+        typer.Option(
+            help="Images (molecules) a backward. Default: the configuration's; of auto what is predicted to fit.",
+            min=1,
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps to time.", min=1)] = 10,
     trace: Annotated[
@@ -32,7 +35,8 @@ def profile(
     """Measure where a training step's time and memory go, and how far each part is from its floor.
 
     First the device's rates (large matrix product, large copy), then each part alone forward and backward, then
-    whole steps with the run's data (or made-up images where its folder is absent), then a trace. Nothing is written
+    whole steps with the run's data (made-up images, or molecules of 29 atoms, where it is absent), then a trace.
+    Molecules differ in size, so their parts are measured and counted on the run's first micro-batch. Nothing is written
     into the run's folder. For several ranks: `torchrun --nproc-per-node 2 --no-python unite-fast profile …`
 
     Example: `unite-fast profile --config configs/quickstart.json`
@@ -41,7 +45,6 @@ def profile(
     from unite_fast.train import share_cores
 
     parsed = Config.load(config, overrides or ())
-    parsed.require_images("unite-fast profile")
     share_cores()
     import torch.distributed as dist
 
@@ -73,8 +76,8 @@ def _numbers(measured: Measured) -> dict:
         "matmul_operations_per_second": measured.rates.matmul,
         "copy_bytes_per_second": measured.rates.copy,
         "step_seconds": measured.step,
-        "images": measured.images,
-        "images_per_second": measured.images / measured.step,
+        measured.unit: measured.images,
+        f"{measured.unit}_per_second": measured.images / measured.step,
         "mfu": measured.mfu,
         "efficiency": measured.efficiency,
         "waiting_seconds": measured.waiting,
@@ -85,14 +88,16 @@ def _numbers(measured: Measured) -> dict:
 
 
 def _print(measured: Measured, name: str, device: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     matmul, copy = measured.rates
     table = Table(
-        title=f"{name}: a step of {measured.images} images takes {measured.step * 1e3:.4g} ms on this {device}",
-        title_justify="left",
-    )
-    for column in ("", "calls", "forward", "backward", "share", "floor", "of floor", "GFLOP", "memory"):
+        title=f"{name}: a step of {measured.images} {measured.unit} takes {_ms(measured.step)} ms on this {device}\n"
+        f"(milliseconds; floor and share of it; counted GFLOP; MiB that a call allocates)",
+        title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    for column in ("", "calls", "forward", "backward", "share", "floor", "of floor", "GFLOP", "MiB"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in measured.rows:
         table.add_row(
@@ -103,32 +108,40 @@ def _print(measured: Measured, name: str, device: str) -> None:
             f"{row.seconds / measured.step:.1%}",
             _ms(row.floor) if row.floor is not None else "",
             f"{row.floor / row.seconds:.0%}" if row.floor and row.seconds else "",
-            f"{row.operations / 1e9:.3g}" if row.operations else "",
-            f"{row.memory / 2**20:.1f} MiB" if row.memory else "",
+            _figures(row.operations / 1e9) if row.operations else "",
+            _figures(row.memory / 2**20) if row.memory else "",
         )
     for label, seconds in (
         ("communication", measured.communication),
-        ("waiting for data", measured.waiting),
+        ("data wait", measured.waiting),
         ("other", measured.other),
     ):
         if seconds is not None:
             table.add_row(label, "", _ms(seconds), "", f"{seconds / measured.step:.1%}")
     out().print(table)
+    planned = " (`plan --efficiency`)" if measured.unit == "images" else ""
     lines = (
-        f"{measured.images / measured.step:.4g} images/s on this rank, {measured.mfu:.1%} of the measured matrix rate "
-        f"(MFU), {measured.efficiency:.1%} of the floor without waiting and communication (`plan --efficiency`)",
+        f"{measured.images / measured.step:.4g} {measured.unit}/s on this rank, {measured.mfu:.1%} of the measured "
+        f"matrix rate (MFU), {measured.efficiency:.1%} of the floor without waiting and communication{planned}",
         f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s "
         "copying",
         "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "
         "once; what stays in a cache beats it",
-        "parts run alone on inputs of the step's size; other: draws, image conversion, launching, and what parts cost "
+        "parts run alone on inputs of the step's size; other: draws, data conversion, launching, and what parts cost "
         "more or less together",
     )
     if measured.waiting is None:
-        lines += ("waiting for data was not measured: there is no data folder, images are made up",)
+        lines += (f"waiting for data was not measured: there is no data, {measured.unit} are made up",)
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g} ms"
+    """Milliseconds, to four figures or the microsecond."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def _figures(value: float) -> str:
+    """Three figures, all of a whole number that has more, two of what is less than one."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"

@@ -14,6 +14,7 @@ from rdkit import Chem, RDLogger
 
 from unite_fast.data.molecules.molecule_set import ATOMIC_NUMBERS, MoleculeSet
 from unite_fast.data.molecules.perception import SECONDS
+from unite_fast.progress import track
 from unite_fast.workers import bounded_map
 
 # Typical lengths in pm by element code (H C N O F are 1 … 5); 0: EDM knows no such bond.
@@ -93,6 +94,8 @@ def sanitises(atoms: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> bool:
 
 
 def valid(molecules: MoleculeSet, *, seconds: float = SECONDS, processes: int | None = None) -> NDArray[np.bool_]:
-    """[n]: `sanitises` of every molecule, in killable workers; one that hangs or crashes is not valid."""
+    """[n]: `sanitises` of every molecule, in killable workers with progress; one that hangs or crashes is not."""
     work = [molecules.atoms(index) for index in range(len(molecules))]
-    return np.array([found is True for found in bounded_map(sanitises, work, seconds=seconds, processes=processes)])
+    with track("sanitising EDM's bonds", len(work)) as advance:
+        found = bounded_map(sanitises, work, seconds=seconds, processes=processes, advance=advance)
+        return np.array([result is True for result in found])

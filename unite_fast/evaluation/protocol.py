@@ -54,6 +54,26 @@ SMALL = {
         ("class_accuracy", "higher"), ("frechet_pca", "lower"), ("coverage", "higher"), ("density", "higher"),
     )
 }  # fmt: skip
+# Those of evaluation/molecules.py, by what they depend on; each stands beside its `_real`, which is not ranked.
+MOLECULES = {
+    name: Metric("lower" if "rmsd" in name or "distance/" in name or name == "rdkit/charged" else "higher", sections)
+    for sections, names in (
+        (("reconstruction", "held_out"), (
+            "reconstruction/element_accuracy", "reconstruction/elements_exact", "reconstruction/rmsd",
+            "reconstruction/rmsd_median",
+        )),
+        (("reconstruction", "held_out", "perception"), ("reconstruction/match",)),
+        (("generation",), ("edm/atom_stable", "edm/molecule_stable")),
+        (("generation", "perception"), (
+            "edm/valid", "rdkit/valid", "rdkit/connected", "rdkit/charged", "rdkit/unique", "rdkit/valid_unique",
+            "rdkit/valid_connected_unique",
+        )),
+        (("generation", "perception", "training"), ("rdkit/novel", "rdkit/valid_connected_unique_novel")),
+        (("generation", "held_out"), ("distance/atoms", "distance/elements", "distance/bond_lengths")),
+    )
+    for name in names
+}  # fmt: skip
+READINGS = METRICS | SMALL | MOLECULES
 # What a number is called in one line, with the choices that its implementations differ in.
 DEFINITIONS = {
     "gfid": "Fréchet distance of generated images to the reference, Inception-v3 pool features, float64",
@@ -88,7 +108,7 @@ def names_hash(names: list[str]) -> str:
 def environment(world: World, seconds: float) -> dict[str, Any]:
     """Where and when a number was computed."""
     versions = {"python": platform.python_version()}
-    for package in ("unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn"):
+    for package in ("unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn", "rdkit"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     cuda = world.device.type == "cuda"
@@ -122,7 +142,7 @@ def git_state() -> dict[str, Any] | None:
 def differences(left: dict[str, Any], right: dict[str, Any], metric: str) -> list[str]:
     """Names of the protocol's entries that keep two values of a metric from being compared; "a.b: x / y" each."""
     found = []
-    for section in (METRICS | SMALL)[metric].sections:
+    for section in READINGS[metric].sections:
         mine, theirs = left.get(section) or {}, right.get(section) or {}
         for key in sorted({*mine, *theirs}):
             if key not in ("path", "file") and mine.get(key) != theirs.get(key):

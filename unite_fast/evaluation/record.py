@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from unite_fast.errors import UserError
-from unite_fast.evaluation.protocol import FOLDER, METRICS, SMALL, differences, weights_hash
+from unite_fast.evaluation.protocol import FOLDER, READINGS, differences, weights_hash
 from unite_fast.evaluation.work import digest
 from unite_fast.weights import write_json
 
@@ -44,7 +44,7 @@ def write_record(
     """
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        warning = f"{', '.join(bad)}: no finite number, the images are degenerate"
+        warning = f"{', '.join(bad)}: no finite number, what the model makes is degenerate"
         protocol = protocol | {"warnings": [*protocol.get("warnings", ()), warning]}
         metrics = {name: value for name, value in metrics.items() if name not in bad}
     write_json({"metrics": metrics, "protocol": protocol, **({"tables": tables} if tables else {})}, path)
@@ -87,7 +87,7 @@ def ranking(rows: list[Row], metric: str) -> tuple[list[int], list[str]]:
     """(indices of the best rows, what keeps the values from being compared); none is best where protocols differ.
 
     Args:
-        metric: a key of `METRICS` or `SMALL`; rows without it are passed over.
+        metric: a key of `READINGS`; rows without it are passed over.
     """
     having = [row for row in rows if metric in row.metrics]
     if len(having) < 2:
@@ -101,5 +101,5 @@ def ranking(rows: list[Row], metric: str) -> tuple[list[int], list[str]]:
 def best_of(rows: list[Row], metric: str) -> list[int]:
     """Indices of the best value, whatever protocols say; several if it is met several times."""
     values = [row.metrics[metric] for row in rows if metric in row.metrics]
-    best = min(values) if (METRICS | SMALL)[metric].better == "lower" else max(values)
+    best = min(values) if READINGS[metric].better == "lower" else max(values)
     return [index for index, row in enumerate(rows) if row.metrics.get(metric) == best]

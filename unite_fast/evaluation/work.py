@@ -1,4 +1,4 @@
-"""Long work on numbered images: dealt to all ranks, kept piece by piece, resumed after a kill.
+"""Long work on numbered images (or molecules): dealt to all ranks, kept piece by piece, resumed after a kill.
 
 A piece is one batch, images first … stop − 1. What it yields (features, distances, …) goes into a file of its own under
 a folder named after everything that determines it, so that pieces of different settings never meet and a finished one
@@ -37,11 +37,12 @@ class Work:
         folder: where pieces are kept; every rank must see the same one.
         world: the ranks that share the work.
         shown: tell progress on stderr (rank 0 alone does).
+        unit: what is numbered, in the plural.
     """
 
-    def __init__(self, folder: Path, world: World, *, shown: bool = True):
+    def __init__(self, folder: Path, world: World, *, shown: bool = True, unit: str = "images"):
         self.folder, self.world, self._shown = folder, world, shown and world.is_main
-        self.patience = Patience()
+        self.patience, self.unit = Patience(unit), unit
         self._used: set[Path] = set()
 
     def gather(
@@ -77,7 +78,7 @@ class Work:
         missing = self.world.share(missing)
         size, rank = self.world.size, self.world.rank
         finished = count - sum(stop - first for first, stop in missing)
-        with progress(what, count, finished, shown=self._shown) as advance:
+        with progress(what, count, finished, shown=self._shown, unit=self.unit) as advance:
             for first, stop in missing[rank::size]:
                 write_tensors(self.patience.make(make, first, stop), _piece(folder, (first, stop)))
                 advance((stop - first) * size)
@@ -111,8 +112,9 @@ class Patience:
         limit: images at a time after memory ran out, None before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "images") -> None:
         self.limit: int | None = None
+        self._unit = unit
 
     def make(self, make: Make, first: int, stop: int) -> dict[str, Tensor]:
         """What `make` yields of images first … stop − 1, joined.
@@ -129,11 +131,13 @@ class Patience:
                 part = None  # handled outside, where the failed call's tensors are no longer referenced
             if part is None:
                 if size == 1:
-                    raise UserError("the device runs out of memory on a single image: take a larger one or a CPU")
+                    raise UserError(
+                        f"the device runs out of memory on {self._unit} one at a time: take a larger one or a CPU"
+                    )
                 self.limit = size // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                Console(stderr=True).print(f"warning: out of memory at {size} images, going on with {self.limit}")
+                Console(stderr=True).print(f"warning: out of memory at {size} {self._unit}, going on with {self.limit}")
                 continue
             parts.append(part)
             first += size
@@ -141,7 +145,9 @@ class Patience:
 
 
 @contextmanager
-def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress(
+    what: str, count: int, finished: int, *, shown: bool, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
     """Progress on stderr: a bar on a terminal, a line every so often elsewhere, with rate and time left.
 
     Yields:
@@ -157,10 +163,13 @@ def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[C
         )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=count, completed=finished, rate="")
+            began = time.monotonic()
 
             def advance(images: int) -> None:
                 bar.advance(task, images)
-                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
+                # The bar knows a speed from its second piece on.
+                mean = (bar.tasks[0].completed - finished) / (time.monotonic() - began)
+                bar.update(task, rate=f"{bar.tasks[0].speed or mean:.1f} {unit}/s")
 
             yield advance
     else:
@@ -174,7 +183,7 @@ def progress(what: str, count: int, finished: int, *, shown: bool) -> Iterator[C
             if now - printed >= SECONDS_BETWEEN_LINES:
                 printed, rate = now, done / (now - began)
                 left = (count - finished - done) / rate
-                text = f"{what}: {finished + done}/{count}  {rate:.1f} images/s  left "
+                text = f"{what}: {finished + done}/{count}  {rate:.1f} {unit}/s  left "
                 text += f"{left // 60:.0f}:{left % 60:02.0f}"
                 console.print(text, highlight=False)
 

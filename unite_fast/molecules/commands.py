@@ -1,36 +1,50 @@
-"""`unite-fast sample`, `reconstruct` and `tokenize` on models of molecules."""
+"""`unite-fast sample`, `reconstruct`, `tokenize` and `evaluate` on models of molecules."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from unite_fast.cli.console import Device, explain_memory, out, pick_device, plain, progress
+from unite_fast.cli.console import Device, explain_memory, out, pick_device, plain, progress, warn
+from unite_fast.config import Config
 from unite_fast.data.molecules.arrangement import Arrangement, arrange
 from unite_fast.data.molecules.molecule_set import Molecule, MoleculeSet, assemble
 from unite_fast.data.molecules.perception import perceive_all
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.writing import write_sdf, write_xyz
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.molecules import Reconstruction, rmsd
+from unite_fast.evaluation.molecules import Reconstruction, atom_histogram, rmsd
+from unite_fast.evaluation.protocol import FOLDER, WORK
+from unite_fast.evaluation.record import about_model, default_name
+from unite_fast.evaluation.work import Work
 from unite_fast.importing import Trained
-from unite_fast.molecules.config import MAX_ATOMS, MoleculeDataConfig, MoleculeSamplingConfig
-from unite_fast.molecules.report import joined
+from unite_fast.molecules.config import (
+    MAX_ATOMS,
+    MoleculeDataConfig,
+    MoleculeEvaluationConfig,
+    MoleculeSamplingConfig,
+)
+from unite_fast.molecules.evaluation import Drawing, Evaluation, MoleculeEvaluator, joined, plan_of
 from unite_fast.molecules.sampling import draw_counts, encode, generate
 from unite_fast.molecules.sampling import reconstruct as rebuild
-from unite_fast.molecules.stream import PropertyBins
+from unite_fast.molecules.stream import PropertyBins, load_for_all
 from unite_fast.pictures_molecules import generated_section, molecule_page, molecule_sheet, reconstruction_sheet
+from unite_fast.records import CONFIG
 from unite_fast.weights import write_json, write_tensors
 
 SAMPLES, RECONSTRUCTIONS = "samples", "reconstructions"  # stems of the files that are written
 SHOWN = 60  # molecules on a sheet and on a page
 TABLE_ROWS = 20  # more are in the record
+EVALUATE_OPTIONS = ("count", "data", "data_count", "guidance", "interval", "solver", "steps", "seed", "batch", "name")
 
 
 def sample(
@@ -54,16 +68,7 @@ def sample(
         atoms: atom count, or a range LOW-HIGH drawn from as in training; None takes the training histogram.
         value: of the property that the model was trained under; None asks for none.
     """
-    defaults = _sampling(trained)
-    settings: dict[str, Any] = {
-        "guidance": defaults.guidance if guidance is None else guidance,
-        "interval": defaults.interval if interval is None else interval,
-        "solver": defaults.solver if solver is None else solver,
-        "steps": defaults.steps if steps is None else steps,
-        "time_shift": trained.time_shift,
-    }
-    if settings["solver"] not in ("euler", "heun"):
-        raise UserError(f"--solver {settings['solver']}: molecules are sampled with euler or heun")
+    settings = _settings(trained, guidance=guidance, interval=interval, solver=solver, steps=steps)
     histogram = _histogram(trained, atoms)
     label, asked = _label(trained, value)
     model = trained.build(pick_device(device))
@@ -184,6 +189,92 @@ def tokenize(trained: Trained, paths: list[Path], out_file: Path, *, seed: int, 
     out().print(f"latents {list(latents.shape)} in {out_file}", markup=False, soft_wrap=True)
 
 
+def evaluate(trained: Trained, run: Path, world: World, given: dict[str, Any]) -> None:
+    """Every metric beside that of real molecules: RUN/evaluations/NAME.json, pictures and files in the folder NAME.
+
+    Args:
+        trained: the weights.
+        run: their run, or exported folder.
+        world: the ranks that share the work.
+        given: the options of the command line, by parameter; what is left out comes from the run's configuration.
+
+    Raises:
+        UserError: an option that molecules have no use for, no data to compare with.
+    """
+    useless = [f"--{name.replace('_', '-')}" for name in given if name not in EVALUATE_OPTIONS]
+    if useless:
+        raise UserError(
+            f"{', '.join(useless)}: not for molecules, which are measured by every metric in fp32 without further "
+            f"files; unite-fast evaluate --help names the options they take"
+        )
+    data, evaluation, seed = _measured_on(trained, run, given.get("data"))
+    settings = _settings(trained, **{name: given.get(name) for name in ("guidance", "interval", "solver", "steps")})
+    renamed = {"samples": "count", "reconstructions": "data_count", "seed": "seed", "batch": "batch"}
+    plan = replace(plan_of(evaluation, seed), **{key: given[name] for key, name in renamed.items() if name in given})
+    parts = load_for_all(data, world)
+    histogram = _recorded_histogram(trained) or atom_histogram(parts.train).tolist()
+    drawing = Drawing(settings, histogram, trained.class_names or ())
+    evaluator = MoleculeEvaluator(plan, parts, world)
+    work = Work(run / FOLDER / WORK, world, unit="molecules")
+    about = about_model(trained.state, trained.origin, trained.made_by)
+    found = evaluator.measure(trained.build(world.device), about, drawing, work)
+    if found is None:
+        return
+    path = run / FOLDER / f"{given.get('name') or default_name(found.protocol)}.json"
+    found.publish(path, f"Molecules of {trained.origin}", sheet=evaluation.sheet)
+    work.discard()
+    _show(found, path)
+
+
+def _measured_on(
+    trained: Trained, run: Path, data: Path | None
+) -> tuple[MoleculeDataConfig, MoleculeEvaluationConfig, int]:
+    """Data, how much of it, and the seed: a run's, or those of an exported folder, the defaults on the data given.
+
+    Data that is given is arranged as the data trained on.
+
+    Raises:
+        UserError: neither says which data.
+    """
+    given = {} if data is None else {"path": str(data), **_arranged_as(trained)}
+    file, changed = run / CONFIG, tuple(f"data.{key}={json.dumps(value)}" for key, value in given.items())
+    if file.is_file():
+        config = Config.load(file, changed)
+        return config.data, config.evaluation, config.train.seed
+    if data is None:
+        raise UserError(
+            f"{run} does not say what it was trained on, which metrics compare with: give --data PATH, the data.path "
+            f"of its run"
+        )
+    return MoleculeDataConfig(**given), MoleculeEvaluationConfig(), 0
+
+
+def _show(found: Evaluation, path: Path) -> None:
+    from rich.table import Table
+
+    for warning in found.protocol["warnings"]:
+        warn(warning)
+    model, generation = found.protocol["model"], found.protocol["generation"]
+    step = "" if model.get("step") is None else f", step {model['step']}"
+    table = Table(title=plain(f"{model['origin']}{step}, {model['weights']} weights"), title_justify="left")
+    table.add_column("")
+    table.add_column("model", justify="right")
+    table.add_column("real molecules", justify="right")
+    for name, value in found.metrics.items():
+        if not name.endswith("_real"):
+            both = value, found.metrics.get(f"{name}_real", "")
+            table.add_row(name, *(f"{one:.4g}" if isinstance(one, float) else str(one) for one in both))
+    out().print(table)
+    low, high = generation["interval"]
+    out().print(
+        f"{generation['count']} molecules; {generation['solver']}, {generation['steps']} steps, guidance "
+        f"{generation['guidance']:g} between {low:g} and {high:g}, seed {generation['seed']}; "
+        f"real ones of {found.protocol['held_out']['source']}\n"
+        f"with all that made it in {path}, pictures and files in {path.with_suffix('')}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
 def read(paths: Sequence[Path]) -> MoleculeSet:
     """All molecules of SDF, XYZ and other molecule files or folders, in the order given.
 
@@ -202,12 +293,16 @@ def read(paths: Sequence[Path]) -> MoleculeSet:
 
 
 def _arrange(molecules: MoleculeSet, trained: Trained) -> tuple[MoleculeSet, Arrangement]:
-    """Molecules in the order and frame that a model was trained on; as they are where it does not record them."""
+    """Molecules in the order and frame that a model was trained on."""
+    return arrange(molecules, **_arranged_as(trained))
+
+
+def _arranged_as(trained: Trained) -> dict[str, Any]:
+    """Order and orientation that a model was trained on; the defaults where it does not record them."""
     data = trained.made_by.get("data")
-    known = data if isinstance(data, dict) else {}
-    chosen = {key: known.get(key, MoleculeDataConfig.model_fields[key].default) for key in ("order", "orientation")}
-    checked = MoleculeDataConfig.parse(chosen, source=f"made_by.data of {trained.origin}")
-    return arrange(molecules, checked.order, checked.orientation)
+    known = {key: data[key] for key in ("order", "orientation") if key in data} if isinstance(data, dict) else {}
+    checked = MoleculeDataConfig.parse(known, source=f"made_by.data of {trained.origin}")
+    return {"order": checked.order, "orientation": checked.orientation}
 
 
 def _batches(molecules: MoleculeSet, batch: int) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
@@ -218,20 +313,24 @@ def _batches(molecules: MoleculeSet, batch: int) -> Iterator[tuple[int, tuple[to
         yield first, tuple(torch.from_numpy(array) for array in arrays)
 
 
-def _sampling(trained: Trained) -> MoleculeSamplingConfig:
+def _settings(trained: Trained, **given: Any) -> dict[str, Any]:
+    """Options of `generate`: guidance, interval, solver and steps as given, as on record where they are None."""
     record = trained.made_by.get("sampling", {})
     values = {key: value for key, value in record.items() if key != "time_shift"} if isinstance(record, dict) else record
-    return MoleculeSamplingConfig.parse(values, source=f"made_by.sampling of {trained.origin}")
+    defaults = MoleculeSamplingConfig.parse(values, source=f"made_by.sampling of {trained.origin}").model_dump()
+    found = defaults | {name: value for name, value in given.items() if value is not None}
+    if found["solver"] not in ("euler", "heun"):
+        raise UserError(f"--solver {found['solver']}: molecules are sampled with euler or heun")
+    if not math.isfinite(found["guidance"]):
+        raise UserError(f"--guidance must be a finite number, found {found['guidance']}")
+    return found | {"time_shift": trained.time_shift}
 
 
 def _histogram(trained: Trained, atoms: str | None) -> list[int]:
     """Weights of atom counts 0 … 29: the training histogram, or what of it --atoms leaves."""
-    data = trained.made_by.get("data")
-    known = data.get("atom_histogram") if isinstance(data, dict) else None
-    if not isinstance(known, list) or len(known) != MAX_ATOMS + 1 or not all(isinstance(n, int) and n >= 0 for n in known):
-        known = None
+    known = _recorded_histogram(trained)
     if atoms is None:
-        if known is None or not any(known):
+        if known is None:
             raise UserError(f"{trained.origin} does not record the atom counts it was trained on: give --atoms")
         return known
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", atoms)
@@ -241,6 +340,15 @@ def _histogram(trained: Trained, atoms: str | None) -> list[int]:
     inside = [weight if low <= n <= high else 0 for n, weight in enumerate(known or [1] * (MAX_ATOMS + 1))]
     # Counts that training never saw are drawn evenly: the user asked for them.
     return inside if any(inside) else [int(low <= n <= high) for n in range(MAX_ATOMS + 1)]
+
+
+def _recorded_histogram(trained: Trained) -> list[int] | None:
+    """[30]: training molecules of 0 … 29 atoms; None where the weights' record has none that can be used."""
+    data = trained.made_by.get("data")
+    known = data.get("atom_histogram") if isinstance(data, dict) else None
+    if not isinstance(known, list) or len(known) != MAX_ATOMS + 1 or not all(isinstance(n, int) and n >= 0 for n in known):
+        return None
+    return known if any(known) else None
 
 
 def _label(trained: Trained, value: float | None) -> tuple[int | None, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -20,6 +20,8 @@ from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate
 
 if TYPE_CHECKING:
+    from unite_fast.analysis.counts import Dtype, Part
+    from unite_fast.analysis.isolated import Isolated
     from unite_fast.molecules.stream import MoleculeBatch, MoleculeStream
 
 
@@ -77,6 +79,27 @@ class Molecular:
     def operations(self, config: MoleculeConfig) -> None:
         """None: they grow with the atoms of each molecule."""
         return None
+
+    def has_data(self, config: MoleculeConfig) -> bool:
+        return config.data.path is None or Path(config.data.path).exists()
+
+    def isolated(
+        self, config: MoleculeConfig, model: MoleculeUnite, objective: MoleculeObjective, inputs: Inputs, draws: int
+    ) -> dict[str, Isolated]:
+        from unite_fast.molecules.isolated import molecule_parts
+
+        return molecule_parts(config, model, objective, inputs, draws)
+
+    def extent(self, inputs: Inputs) -> torch.Tensor:
+        return inputs.data.packed.counts
+
+    def counted(
+        self, config: MoleculeConfig, extent: torch.Tensor, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+    ) -> dict[str, tuple[Part, int]]:
+        from unite_fast.molecules.counts import packed_parts
+
+        parts = packed_parts(config.model, config.objective, extent.tolist(), dtype=dtype, device=device)
+        return {name: (part, 1) for name, part in parts.items()}
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream

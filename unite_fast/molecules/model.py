@@ -114,21 +114,29 @@ class MoleculeUnite(TwoPassModel):
 
         `squared` makes the error a squared one in nm²; otherwise it is absolute in Å. `mix` is (mask, t, ε).
         """
+        z0, decoder_input = self.latents(elements, positions, packed, noise, t, mix, added_noise)
+        found = self.decoder(decoder_input, packed)
+        return packed.pad(z0), *self.errors(*found, elements, positions, packed, squared)
+
+    def latents(self, elements, positions, packed, noise, t, mix=None, added_noise=None):
+        """(z0 [T, D], what the decoder reads of it [T, D]) of elements [T] and positions [T, 3], in training."""
         latent = self._encode(elements, positions, packed, noise, t)
-        if mix is not None:
-            mask, mix_t, mix_noise = mix
-            # Each atom as a sample of one token: the operator then needs no mask.
-            z0, decoder_input = self.latent_norm.mix(
-                latent[:, None], mask[packed.sequence], mix_t[packed.sequence], packed.pack(mix_noise)[:, None]
-            )
-            z0, decoder_input = z0[:, 0], decoder_input[:, 0]
-        else:
+        if mix is None:
             z0 = self.latent_norm(latent)
-            decoder_input = z0 if added_noise is None else z0 + packed.pack(added_noise)
-        logits, found = self.decoder(decoder_input, packed)
+            return z0, z0 if added_noise is None else z0 + packed.pack(added_noise)
+        mask, mix_t, mix_noise = mix
+        # Each atom as a sample of one token: the operator then needs no mask.
+        z0, decoder_input = self.latent_norm.mix(
+            latent[:, None], mask[packed.sequence], mix_t[packed.sequence], packed.pack(mix_noise)[:, None]
+        )
+        return z0[:, 0], decoder_input[:, 0]
+
+    @staticmethod
+    def errors(logits, found, elements, positions, packed, squared):
+        """(cross-entropy, position error) of logits [T, 5] and positions [T, 3], means over real atoms."""
         distance = found - (positions - packed.mean(positions))
         error = (distance / ANGSTROM_PER_NM).square().mean() if squared else distance.abs().mean()
-        return packed.pad(z0), F.cross_entropy(logits, elements - 1), error
+        return F.cross_entropy(logits, elements - 1), error
 
     def _flow(self, z_t, t, labels, z1, weighting, floor, packed):
         """Flow loss of s draws: z_t [s,B,N,D], t [s,B], labels [s,B], z1 [B,N,D] -> scalar, summed over draws.

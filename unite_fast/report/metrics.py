@@ -42,7 +42,7 @@ HEADLINE = ("gfid", "fid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr"
 # Entries of summary.json that say how the others were measured.
 SUMMARY_PROTOCOL = (
     "images_generated", "images_train", "images_held_out", "images_reconstructed", "frechet_components", "neighbours",
-    "feature_side", "steps", "training_seconds", "parameters", "made_by",
+    "feature_side", "data", "steps", "training_seconds", "parameters", "made_by",
 )  # fmt: skip
 NOT_PROTOCOL = ("model", "environment", "warnings")  # parts of a protocol that may differ between steps of one curve
 MOST_LINES = 5  # that a chart has colours for

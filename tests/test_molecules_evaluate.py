@@ -1,0 +1,191 @@
+"""`unite-fast evaluate` and `compare` on molecules: the run's own numbers again, records, pictures, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_toy import mistake, run
+
+pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fast[molecules]'")
+
+from molecule_runs import config, small_set
+
+from unite_fast.data.molecules.molecule_set import write_npz
+from unite_fast.data.molecules.reading import load_molecules
+from unite_fast.engine.loop import train
+from unite_fast.evaluation.molecules import MoleculeJudge
+from unite_fast.molecules import evaluation as evaluation_module
+from unite_fast.molecules.evaluation import PICTURES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run with a property, two averages and a seed of its own, whose batches divide neither part of the metrics."""
+    return train(
+        config(
+            folder, model={"num_classes": 3}, optimizer={"ema_decays": [0.5]},
+            data={"condition": "gap", "order": "canonical", "orientation": "aligned"},
+            train={"seed": 11}, sampling={"guidance": 1.5}, evaluation={"samples": 10},
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def again(finished, tmp_path):
+    """A copy of the run, to be evaluated."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def records(run_folder):
+    return {path.stem: json.loads(path.read_text()) for path in (run_folder / "evaluations").glob("*.json")}
+
+
+def record(run_folder, *options, name="here", model=None):
+    """Record of an evaluation that must succeed."""
+    assert run("evaluate", model or run_folder, "--name", name, *options) == 0
+    assert not (run_folder / "evaluations" / ".work").exists()
+    return records(run_folder)[name]
+
+
+def test_evaluating_the_last_checkpoint_reproduces_the_run_s_own_metrics(finished, again):
+    own = records(finished)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert len(own) == 1 and {"rdkit/valid", "edm/atom_stable", "reconstruction/rmsd"} <= set(summary)
+    (name,) = own
+    for source in (finished, again / "checkpoints" / "step_00000012"):
+        found = record(again, name="last", model=source if source != finished else again)
+        assert found["metrics"] == {key: summary[key] for key in found["metrics"]} == own[name]["metrics"]
+        for section in ("generation", "reconstruction", "held_out", "training", "perception", "warnings"):
+            assert found["protocol"][section] == own[name]["protocol"][section], section
+        assert found["protocol"]["model"]["sha256"] == own[name]["protocol"]["model"]["sha256"]
+    assert found["protocol"]["generation"]["guidance"] == 1.5 and found["protocol"]["generation"]["seed"] == 11
+    # The run's own protocol under no name replaces the run's own record.
+    before = (finished / "evaluations" / f"{name}.json").stat().st_mtime_ns
+    assert run("evaluate", finished) == 0
+    assert set(records(finished)) == {name}
+    assert (finished / "evaluations" / f"{name}.json").stat().st_mtime_ns > before
+    for picture, _ in PICTURES:
+        assert (finished / "evaluations" / name / picture).stat().st_size > 100, picture
+    samples = [load_molecules(place / "samples.xyz") for place in (finished, finished / "evaluations" / name)]
+    assert (samples[0].positions == samples[1].positions).all() and len(samples[0]) == 10
+
+
+def test_every_metric_stands_beside_that_of_real_molecules(again, capsys):
+    found = record(again, "--samples", 7, "--data-count", 4)["metrics"]
+    judged = [key for key in found if key.startswith(("edm/", "rdkit/", "distance/")) and not key.endswith("_real")]
+    assert all(f"{key}_real" in found for key in judged if key != "rdkit/timeouts") and len(judged) == 15
+    assert found["reconstruction/match_real"] == 1 and found["rdkit/valid_real"] == 1 and found["rdkit/novel_real"] < 1
+    assert found["molecules"] == 7 and found["molecules_held_out"] == found["reconstruction/molecules"] == 4
+    printed = capsys.readouterr().out
+    assert "real molecules" in printed and "7 molecules; euler, 4 steps, guidance 1.5" in printed
+
+
+def test_what_the_command_line_changes(again, capsys):
+    base = record(again, name="base")
+    options = ("--solver", "heun", "--steps", 3, "--guidance", 2, "--interval", "0.2,0.8", "--seed", 3, "--batch", 3)
+    other = record(again, *options, name="other")["protocol"]
+    generation = base["protocol"]["generation"] | {
+        "solver": "heun", "steps": 3, "guidance": 2.0, "interval": [0.2, 0.8], "seed": 3,
+    }  # fmt: skip
+    assert other["generation"] == generation and other["reconstruction"]["seed"] == 3
+    trained = record(again, "--weights", "model", name="trained")
+    assert trained["protocol"]["model"]["weights"] == "model"
+    averaged = record(again, "--ema-decay", 0.5, name="averaged")
+    assert averaged["protocol"]["model"]["ema_decay"] == 0.5
+    hashes = {found["protocol"]["model"]["sha256"] for found in (base, trained, averaged)}
+    assert len(hashes) == 3
+    capsys.readouterr()
+    assert run("compare", *(again / "evaluations" / f"{name}.json" for name in ("base", "averaged"))) == 0
+    printed = capsys.readouterr().out
+    assert "reconstruction/rmsd ↓" in printed and " *" in printed and "≠" not in printed
+    assert run("compare", *(again / "evaluations" / f"{name}.json" for name in ("base", "other"))) == 0
+    assert "rdkit/valid: not ranked, protocols differ in generation.guidance: 1.5 / 2" in capsys.readouterr().out
+
+
+def test_an_exported_folder_is_told_its_data(finished, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the cache of molecules lies where one works
+    export = Path(shutil.copytree(finished / "export", tmp_path / "export"))
+    assert "give --data PATH" in mistake(capsys, "evaluate", export)
+    found = record(export, "--data", folder / "set.npz", "--seed", 11, "--batch", 4, "--samples", 10)
+    (own,) = records(finished).values()
+    assert found["metrics"] == own["metrics"] and found["protocol"]["warnings"] == []
+    write_npz(small_set(3).select(range(1, 40)), tmp_path / "other.npz")
+    warned = record(export, "--data", tmp_path / "other.npz", "--samples", 5, name="other")
+    assert "not what the model was trained on" in warned["protocol"]["warnings"][0]
+    assert "not what the model was trained on" in capsys.readouterr().err
+
+
+def test_an_interruption_loses_nothing_and_the_next_call_goes_on(again, monkeypatch):
+    before = record(again, name="kept")
+    evaluations = again / "evaluations"
+
+    def state():
+        return {path.name: path.read_bytes() for path in (evaluations / "kept").iterdir()}
+
+    pictures = state()
+    options = ("evaluate", again, "--name", "kept", "--guidance", 3)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for owner, name in ((MoleculeJudge, "generation"), (evaluation_module, "write_xyz")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            assert run(*options) == 130
+        assert records(again)["kept"] == before and state() == pictures
+        assert sorted(path.name for path in evaluations.iterdir() if path.name.startswith(".")) == [".work"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_module, "generate", lambda *_, **__: pytest.fail("made again"))
+        assert run(*options) == 0
+    assert records(again)["kept"]["protocol"]["generation"]["guidance"] == 3 and state() != pictures
+    assert not (evaluations / ".work").exists()
+
+
+def test_two_ranks_make_the_same_numbers(finished, again):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+               "-m", "unite_fast", "evaluate", again, "--name", "ranks", "--device", "cpu"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks, (own,) = records(again)["ranks"], records(finished).values()
+    assert ranks["protocol"]["environment"]["ranks"] == 2
+    assert ranks["metrics"] == pytest.approx(own["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--metrics", "gfid", "--save-images", "out"), "--metrics, --save-images: not for molecules"),
+        (("--search", "guidance"), "--search: not for molecules"),
+        (("--reference", "a.npz", "--train", "b"), "--reference, --train: not for molecules"),
+        (("--precision", "bf16"), "--precision: not for molecules"),
+        (("--solver", "dopri5"), "euler or heun"),
+        (("--guidance", "inf"), "--guidance must be a finite number"),
+        (("--interval", "1"), "--interval '1' is not two numbers"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--name", "../x"), "--name '../x' must be the name of a file"),
+        (("--ema-decay", "0.7"), "holds no average of decay 0.7"),
+        (("--samples", "0"), "samples"),
+    ],
+)
+def test_mistakes_in_one_line(finished, capsys, arguments, words):
+    own = records(finished)
+    assert words in mistake(capsys, "evaluate", finished, *arguments)
+    assert records(finished) == own and not (finished / "evaluations" / ".work").exists()
