@@ -140,8 +140,8 @@ class PlainEncoder(nn.Module):
     ) -> Tensor:
         """latent [B, K, D], t [B], labels [B], patches [B, P, C] -> [B, K, D] float32, normalised.
 
-        A mask [B, K] bool tells the real registers of samples of unlike length. Each register then has one patch, at its
-        own rotary position, and there is no context.
+        A mask [B, K] bool tells the real registers of samples of unlike length. Each register then has one patch at its
+        rotary position, and there is no context.
         """
         registers = latent.shape[1]
         label = self.label(labels)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_bench_plain import CLOSE, CPU, error
@@ -21,6 +22,7 @@ from unite_fast.objective.draws import RecordedDraws, TokenizeDraws
 from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from molecule_subjects import ATOM_HISTOGRAM, typical_counts
 from plain_molecules import Padded, PlainMoleculeTrainer
 from plain_training import plain_name
 
@@ -125,3 +127,14 @@ def test_two_steps_move_the_weights_and_the_average_as_ours(kind):
         # Of the way moved, as on images: AdamW magnifies the rounding of tiny gradients.
         assert error(theirs[other].detach() - start[name], moved) < 1e-2, name
         assert error(averages[other] - start[name], engine.ema.of(parameter) - start[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("size", [32, 512])
+def test_a_typical_batch_pads_as_random_ones_do(size):
+    sizes = np.repeat(np.arange(len(ATOM_HISTOGRAM)), ATOM_HISTOGRAM)
+    drawn = np.random.default_rng(0).choice(sizes, (200, size))
+    usual = 1 - drawn.mean() / drawn.max(1).mean()
+    typical = typical_counts(size)
+    assert len(typical) == size and abs(typical.mean() - sizes.mean()) < 0.1
+    # The largest is a whole number: one atom more or less than 26 is 3 % of a batch.
+    assert abs(1 - typical.mean() / typical.max() - usual) < 0.03
