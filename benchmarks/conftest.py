@@ -142,6 +142,13 @@ def _write_operators(write, found, bandwidth):
                 f"{result['operator']}: {result['images_per_second']['ours']:.1f} images/s, "
                 f"MFU {result['mfu']:.1%} of {result['mfu_peak']}, p95/median {result['p95_over_median']['ours']:.2f}"
             )
+        elif "padding_share" in result:
+            peaks = ", ".join(f"{who} {peak / 2**20:.0f} MiB" for who, peak in result["peak_bytes"].items())
+            write(
+                f"{result['operator']}: {result['molecules_per_second']['ours']:.1f} molecules/s, padding is "
+                f"{result['padding_share']:.0%} of the rival's batch, peak {peaks}, "
+                f"p95/median {result['p95_over_median']['ours']:.2f}"
+            )
 
 
 @pytest.hookimpl(trylast=True)

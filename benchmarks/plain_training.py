@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,7 @@ NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 
 def plain_name(name: str, depth: int) -> str | None:
-    """PlainUnite's name of a parameter or buffer of `unite_fast.model.unite.Unite`; None for the unused vector."""
+    """The plain model's name of a parameter or buffer of ours; None for the unused vector."""
     if name.endswith("time.special"):
         return None
     name = name.replace("latent_norm", "encoder.latent_norm").replace("encoder.time.frequencies", "encoder.frequencies")
@@ -70,7 +71,7 @@ class PlainTrainer:
     """Model, optimizers and EMA: what an optimizer step of the rival is.
 
     Args:
-        config: sizes, losses, betas, clip; its published forms only.
+        config: sizes, losses, betas, clip; its published forms only, and either kind of optimizer.
         source: weights to start from.
         lr: learning rate of both optimizers.
         lpips: the perceptual term of ours, whose weights are copied.
@@ -87,8 +88,7 @@ class PlainTrainer:
         autocast: torch.dtype | None = None,
     ):
         self.config, self.autocast = config, autocast
-        perceptual = None if lpips is None else PlainLpips(lpips)
-        self.model = PlainUnite(config.model, config.objective, perceptual)
+        self.model = self.network(lpips)
         depth = config.model.depth
         weights = {plain_name(name, depth): tensor for name, tensor in source.state_dict().items()}
         weights.pop(None)
@@ -98,20 +98,29 @@ class PlainTrainer:
         device = self.device = next(source.parameters()).device
         self.model.to(device)
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
-        matrices = {plain_name(name, depth) for name in source.matrix_parameters()}
+        muon_names = source.matrix_parameters() if config.optimizer.kind == "muon" else ()
+        matrices = {plain_name(name, depth) for name in muon_names}
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         settings = config.optimizer
         muon = dict(lr=lr, momentum=settings.momentum, eps=1e-6, ns_steps=settings.newton_schulz_steps)
         matrix_parameters = [p for name, p in named if name in matrices]
-        self.optimizers = [
-            torch.optim.Muon(matrix_parameters, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **muon)
-            if device.type == "cuda"
-            else FloatMuon(matrix_parameters, **muon),
+        self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [p for name, p in named if name not in matrices],
                 lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=0.0,
-            ),
+            )
         ]  # fmt: skip
+        if matrix_parameters:
+            self.optimizers.append(
+                torch.optim.Muon(matrix_parameters, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **muon)
+                if device.type == "cuda"
+                else FloatMuon(matrix_parameters, **muon)
+            )
+
+    def network(self, lpips: Lpips | None) -> nn.Module:
+        """The plain model."""
+        perceptual = None if lpips is None else PlainLpips(lpips)
+        return PlainUnite(self.config.model, self.config.objective, perceptual)
 
     @functools.cached_property
     def compiled(self) -> nn.Module:
@@ -130,12 +139,18 @@ class PlainTrainer:
         self, images: Tensor, labels: Tensor, draws: PlainDraws | None = None, *, compiled: bool = False
     ) -> Tensor:
         """One optimizer step on images [B, 3, H, H], by torch.compile where asked; the detached loss."""
-        model = self.config.model
-        if draws is None:
-            shape = (images.shape[0], model.registers, model.latent_dim)
-            draws = PlainDraws.make(self.config.objective, shape, self.device)
+        draws = draws or self.draws(images.shape[0], self.config.model.registers)
+        return self.train(images, labels, draws, compiled=compiled)
+
+    def draws(self, batch: int, registers: int) -> PlainDraws:
+        """Those of one step on so many samples."""
+        shape = (batch, registers, self.config.model.latent_dim)
+        return PlainDraws.make(self.config.objective, shape, self.device)
+
+    def train(self, *inputs: Any, compiled: bool) -> Tensor:
+        """Passes, backward, both optimizers and EMA on inputs of the model; the detached loss."""
         with self.cast():
-            loss = (self.compiled if compiled else self.model)(images, labels, draws)
+            loss = (self.compiled if compiled else self.model)(*inputs)
         loss.backward()
         self.update()
         self.average()

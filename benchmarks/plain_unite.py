@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_fast.config import ModelConfig, ObjectiveConfig
+from unite_fast.config import ModelConfig, ObjectiveConfig, Sizes, TwoPassConfig
 from unite_fast.model.conditioning import rotary_tables, sincos_1d, sincos_2d
 from unite_fast.objective.perceptual import SCALE, SHIFT, STAGES, Lpips
 
@@ -35,7 +35,7 @@ class PlainDraws(NamedTuple):
     drop: Tensor  # [S, B] bool
 
     @classmethod
-    def make(cls, config: ObjectiveConfig, shape: tuple[int, int, int], device: torch.device | str) -> PlainDraws:
+    def make(cls, config: TwoPassConfig, shape: tuple[int, int, int], device: torch.device | str) -> PlainDraws:
         """From the device's generator, under the published laws."""
         batch, draws = shape[0], config.flow_draws
         u = torch.randn(draws, batch, device=device).sigmoid()
@@ -49,6 +49,16 @@ class PlainDraws(NamedTuple):
             torch.randn(draws, *shape, device=device),
             torch.rand(draws, batch, device=device) < config.label_drop,
         )
+
+    def mixed(self, z0: Tensor) -> Tensor:
+        """What the decoder reads of z0 [B, K, D]."""
+        t = self.mix_t[:, None, None]
+        return torch.where(self.mix_mask[:, None, None], t * z0 + (1 - t) * self.mix_noise, z0)
+
+    def noised(self, z1: Tensor) -> Tensor:
+        """z_t [S, B, K, D] of clean latents z1 [B, K, D]."""
+        t = self.t[..., None, None]
+        return t * z1 + (1 - t) * self.flow_noise
 
 
 class RmsNorm(nn.RMSNorm):
@@ -86,28 +96,27 @@ class PlainBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, N, C], condition [B, C] behind its SiLU, tables [N, 1, d/2]."""
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x [B, N, C], condition [B, C] behind its SiLU, tables [N, 1, d/2], keys [B, 1, 1, N] bool that are real."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin, keys)
         gate, up = self.mlp_in(modulate(self.norm2(x), shift2, scale2)).chunk(2, dim=-1)
         x = x + gate2[:, None] * self.mlp_out(F.silu(gate) * up)
         return self.norm3(x)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = rotate(self.q_norm(q), cos, sin).to(v.dtype), rotate(self.k_norm(k), cos, sin).to(v.dtype)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=keys)
         return self.attention_out(out.transpose(1, 2).flatten(2))
 
 
 class PlainEncoder(nn.Module):
     """The Generative Encoder in both modes, with the latent LayerNorm behind it."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: Sizes):
         super().__init__()
         width = config.width
-        self.registers = config.registers
         self.context_len, self.context_start = config.context_len, config.context_start
         self.register_in = nn.Linear(config.latent_dim, width)
         self.register_position = nn.Parameter(torch.zeros(1, config.registers, width))
@@ -126,24 +135,36 @@ class PlainEncoder(nn.Module):
         self.register_buffer("cos", F.pad(cos, (0, 0, config.context_len, 0), value=1.0)[:, None], persistent=False)
         self.register_buffer("sin", F.pad(sin, (0, 0, config.context_len, 0))[:, None], persistent=False)
 
-    def forward(self, latent: Tensor, t: Tensor, labels: Tensor, patches: Tensor | None = None) -> Tensor:
-        """latent [B, K, D], t [B], labels [B], patches [B, P, C] -> [B, K, D] float32, normalised."""
+    def forward(
+        self, latent: Tensor, t: Tensor, labels: Tensor, patches: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """latent [B, K, D], t [B], labels [B], patches [B, P, C] -> [B, K, D] float32, normalised.
+
+        A mask [B, K] bool tells the real registers of samples of unlike length. Each register then has one patch at its
+        rotary position, and there is no context.
+        """
+        registers = latent.shape[1]
         label = self.label(labels)
         with torch.autocast(t.device.type, enabled=False):
             phase = 2 * math.pi * t[:, None] * self.frequencies
             time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
         condition = F.silu(time + label)
-        x = self.register_in(latent) + self.register_position
+        x = self.register_in(latent) + self.register_position[:, :registers]
         if patches is not None:
             x = torch.cat([x, patches], dim=1)
+        cos, sin, keys = self.cos, self.sin, None
+        if mask is not None:
+            kinds = 1 if patches is None else 2
+            cos, sin = (table[:registers].repeat(kinds, 1, 1) for table in (cos, sin))
+            keys = mask.repeat(1, kinds)[:, None, None]
         unrotated = 0
         for index, block in enumerate(self.blocks):
             if self.context_len and index == self.context_start:
                 x = torch.cat([label[:, None] + self.context, x], dim=1)
                 unrotated = self.context_len
             tables = slice(self.context_len - unrotated, self.context_len - unrotated + x.shape[1])
-            x = block(x, condition, self.cos[tables], self.sin[tables])
-        x = x[:, unrotated : unrotated + self.registers]
+            x = block(x, condition, cos[tables], sin[tables], keys)
+        x = x[:, unrotated : unrotated + registers]
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
         return self.latent_norm(self.final(modulate(self.final_norm(x), shift, scale)).float())
 
@@ -158,9 +179,11 @@ class PlainDecoderBlock(nn.Module):
         self.qkv, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x [B, N, Cd], keys [B, 1, 1, N] bool that are real."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        x = x + self.attention_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
 
 
@@ -258,9 +281,7 @@ class PlainUnite(nn.Module):
 
     def reconstruct(self, z0: Tensor, images: Tensor, draws: PlainDraws) -> Tensor:
         """Weighted L1 and LPIPS of the decoded, noised latents."""
-        t = draws.mix_t[:, None, None]
-        mixed = torch.where(draws.mix_mask[:, None, None], t * z0 + (1 - t) * draws.mix_noise, z0)
-        reconstruction = self.decoder(mixed).float()
+        reconstruction = self.decoder(draws.mixed(z0)).float()
         loss = self.objective.l1_weight * (reconstruction - images).abs().mean()
         if self.lpips is not None:
             loss = loss + self.objective.lpips.weight * self.lpips(images, reconstruction)
@@ -269,9 +290,8 @@ class PlainUnite(nn.Module):
     def flow(self, z1: Tensor, labels: Tensor, draws: PlainDraws) -> Tensor:
         """Weighted flow loss of all draws on clean latents z1 [B, K, D]."""
         # All draws as one batch, which is the faster of the two plain forms (the other: a call a draw).
-        t = draws.t[..., None, None]
-        z_t = t * z1 + (1 - t) * draws.flow_noise
+        z_t = draws.noised(z1)
         conditions = torch.where(draws.drop, self.config.num_classes, labels)
         predicted = self.encoder(z_t.flatten(0, 1), draws.t.flatten(), conditions.flatten()).view_as(z_t)
-        error = (z1 - predicted) / (1 - t).clamp(min=self.objective.t_floor)
+        error = (z1 - predicted) / (1 - draws.t[..., None, None]).clamp(min=self.objective.t_floor)
         return self.objective.flow_weight * error.square().mean(dim=(1, 2, 3)).sum()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import measure
 import torch
+import torch.nn as nn
 from plain_training import PlainTrainer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,10 +16,10 @@ from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
-from unite_fast.model.unite import Unite
+from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import CHANNELS, STAGES
-from unite_fast.objective.two_pass import Objective, two_pass_step
+from unite_fast.objective.two_pass import two_pass_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # B's blocks at a quarter of its width and depth, 64 × 64 pixels: everything a full step has, in a second.
@@ -94,15 +95,19 @@ class Trainers:
     def __init__(self, config: Config):
         torch.manual_seed(0)
         self.config, self.device = config, torch.device(measure.DEVICE)
-        model = Unite(config.model).to(self.device)
+        modality = modality_of(config)
+        model = modality.network(config.model).to(self.device)
         autocast = autocast_dtype(config, self.device)
-        self.objective = Objective(config.objective, model.null_label, self.device, autocast)
-        self.plain = PlainTrainer(
-            config, model, lr=config.optimizer.lr, lpips=self.objective.lpips, autocast=autocast
-        )
-        world = World(0, 1, 0, self.device)
+        self.objective = modality.objective(config, self.device, autocast)
+        self.plain = self.rival(model, autocast)
+        self.world = World(0, 1, 0, self.device)
         # So long an epoch that the learning rate stays in its warm-up: speed does not depend on it, losses stay finite.
-        self.engine = Engine(model, config, world, steps_per_epoch=1e6, global_batch=1)
+        self.engine = Engine(model, config, self.world, steps_per_epoch=1e6, global_batch=1)
+
+    def rival(self, model: nn.Module, autocast: torch.dtype | None) -> PlainTrainer:
+        """The plain step from the model's weights."""
+        lr, lpips = self.config.optimizer.lr, self.objective.lpips
+        return PlainTrainer(self.config, model, lr=lr, lpips=lpips, autocast=autocast)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Random images [B, 3, H, H] and labels [B] on the device."""

@@ -1,8 +1,9 @@
 """The complete training step: tokenize, reconstruct, denoise, backward, optimizer, EMA.
 
-Rivals of the same run, in turn: the same model in plain PyTorch as one graph (plain_unite.py), and that under
-torch.compile. On a GPU ours and the rival each take the largest batch that fits (the compiled one that of the eager
-one, as every size tried would be compiled anew), and the ratio is of images a second.
+Rivals of the same run, in turn: the same model in plain PyTorch as one graph (plain_unite.py, on molecules
+plain_molecules.py), and that under torch.compile. Images on a GPU: ours and the rival each take the largest batch that
+fits (the compiled one that of the eager one, as every size tried would be compiled anew), and the ratio is of images a
+second.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import contest
 import measure
 import pytest
 import torch
-from subjects import SUBJECTS, Trainers, load
+from molecule_subjects import ATOM_HISTOGRAM, MOLECULE_SUBJECTS, MoleculeTrainers
+from subjects import CONFIGS, SUBJECTS, Trainers, load
 
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
 from unite_fast.analysis.update import update_part
+from unite_fast.config import Config
 from unite_fast.engine.batch import find_micro_batch
 
 ROUNDS = {"cuda": 30, "cpu": 11}
@@ -26,15 +29,15 @@ BATCHES = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 
 def contenders(trainers: Trainers, with_compile: bool) -> dict:
-    """Name -> one optimizer step on (images, labels)."""
+    """Name -> one optimizer step on a batch of the trainers."""
     steps = {contest.OURS: trainers.our_step, "plain": trainers.plain.step}
     if with_compile:
-        steps["compile"] = lambda images, labels: trainers.plain.step(images, labels, compiled=True)
+        steps["compile"] = lambda *batch: trainers.plain.step(*batch, compiled=True)
     return steps
 
 
 def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str, int]:
-    """Images of a step of each contender: given, or the most that fit beside everything that is there."""
+    """Samples of a step of each contender: given, or the most that fit beside everything that is there."""
     if given is not None:
         return dict.fromkeys(steps, given)
     sizes = {}
@@ -43,8 +46,8 @@ def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str,
     return {who: sizes.get(who, sizes["plain"]) for who in steps}
 
 
-def turn(who: str, step, batch):
-    """A function that makes one step ready and times it: (seconds on the wall, seconds of this process) an image."""
+def turn(who: str, step, batch, size: int):
+    """A function that makes one step ready and times it: (seconds on the wall, seconds of this process) a sample."""
 
     def timed() -> tuple[float, float]:
         if measure.DEVICE == "cuda":
@@ -53,40 +56,31 @@ def turn(who: str, step, batch):
         wall, process = measure.wall_and_process_seconds(lambda: step(*batch))
         if who == contest.OURS:
             measure.CLOCK.count(wall)
-        return wall / len(batch[0]), process / len(batch[0])
+        return wall / size, process / size
 
     return timed
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
-@pytest.mark.benchmark(timer=measure.CLOCK)
-def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weights, request):
-    gc.collect()  # the models of the test before, which cycles may still hold
-    subject = SUBJECTS[name]
-    config = load(subject, perceptual_weights)
-    trainers = Trainers(config)
+def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, unit: str) -> tuple[dict, float]:
+    """What every step's record holds, and the seconds that a sample of ours takes, as ratios take them."""
     on_gpu = measure.DEVICE == "cuda"
-    steps = contenders(trainers, on_gpu or request.config.getoption("compile"))
-    sizes = batch_sizes(trainers, steps, subject.batch)
+    steps = contenders(trainers, on_gpu or with_compile)
+    sizes = batch_sizes(trainers, steps, given)
     batches = {who: trainers.batch(size) for who, size in sizes.items()}
     for who, step in steps.items():
         for _ in range(2):
             step(*batches[who])
     peak = {who: peak_allocated(lambda: step(*batches[who]), trainers.device) for who, step in steps.items()}
 
-    turns = {who: turn(who, step, batches[who]) for who, step in steps.items()}
+    turns = {who: turn(who, step, batches[who], sizes[who]) for who, step in steps.items()}
     found = {who: [] for who in steps}
     benchmark.pedantic(contest.play, args=(turns, found), rounds=ROUNDS[measure.DEVICE])
     wall, process = ({who: [pair[i] for pair in pairs] for who, pairs in found.items()} for i in (0, 1))
     # On a CPU ratios, MFU and floors take processor time: waiting for a core that others hold is not the step's doing.
     ratios = contest.ratios(wall if on_gpu else process)
-    own = statistics.median((wall if on_gpu else process)[contest.OURS])
-    dtype = "bf16" if on_gpu else "fp32"
-    operations = image_operations(config.model, config.objective)
     result = {
-        "operator": f"step {name}",
         "direction": "step",
-        "shape": f"{subject.batch or 'largest'} images",
+        "shape": f"{given or 'largest'} {unit}",
         "dtype": "bfloat16" if on_gpu else "float32",
         "rounds": ROUNDS[measure.DEVICE],
         "batch": sizes,
@@ -95,13 +89,49 @@ def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weigh
         "ratio_error": {rival: ratio.error for rival, ratio in ratios.items()},
         "ratio_of": "wall clock" if on_gpu else "processor time",
         "wall_times_faster_than": {rival: ratio.value for rival, ratio in contest.ratios(wall).items()},
-        "images_per_second": {who: 1 / statistics.median(times) for who, times in wall.items()},
+        f"{unit}_per_second": {who: 1 / statistics.median(times) for who, times in wall.items()},
         "p95_over_median": {who: measure.tail(times) for who, times in wall.items()},
+        "peak_bytes": peak,
+    }
+    return result, statistics.median((wall if on_gpu else process)[contest.OURS])
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.benchmark(timer=measure.CLOCK)
+def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weights, request):
+    gc.collect()  # the models of the test before, which cycles may still hold
+    subject = SUBJECTS[name]
+    config = load(subject, perceptual_weights)
+    measured, own = race(Trainers(config), subject.batch, benchmark, request.config.getoption("compile"), "images")
+    batch, dtype = measured["batch"][contest.OURS], "bf16" if measure.DEVICE == "cuda" else "fp32"
+    operations = image_operations(config.model, config.objective)
+    result = {
+        "operator": f"step {name}",
+        **measured,
         "operations_per_image": operations,
         "mfu": operations / own / matmul_rate,
         "mfu_peak": f"{matmul_rate:.4g} operations/s, {measure.MATMUL_PEAK}",
-        "peak_bytes": peak,
-        **floor(config, sizes[contest.OURS], dtype, Rates(matmul_rate, bandwidth), own * sizes[contest.OURS]),
+        **floor(config, batch, dtype, Rates(matmul_rate, bandwidth), own * batch),
+    }
+    benchmark.extra_info.update(result)
+    results.append(result)
+
+
+@pytest.mark.parametrize("name", MOLECULE_SUBJECTS)
+@pytest.mark.benchmark(timer=measure.CLOCK)
+def test_molecule_step(name, benchmark, results, request):
+    gc.collect()  # the models of the test before, which cycles may still hold
+    subject = MOLECULE_SUBJECTS[name]
+    trainers = MoleculeTrainers(Config.load(CONFIGS / subject.file, subject.overrides), subject.counts)
+    measured, _ = race(trainers, subject.batch, benchmark, request.config.getoption("compile"), "molecules")
+    (batch,) = trainers.batch(subject.batch)
+    result = {
+        "operator": f"step {name}",
+        **measured,
+        "padding_share": 1 - float(batch.counts.sum()) / batch.elements.numel(),
+        "atoms": {"mean": float(batch.counts.double().mean()), "largest": int(batch.counts.max())},
+        "molecules": f"random elements and positions, {subject.counts.__name__.replace('_', ' ')} of the histogram",
+        "atom_histogram": ATOM_HISTOGRAM,
     }
     benchmark.extra_info.update(result)
     results.append(result)
