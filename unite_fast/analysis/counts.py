@@ -192,7 +192,7 @@ class _Sizes(NamedTuple):
     whole_last_block: bool
 
 
-def _linear(
+def linear_op(
     name: str, rows: int, inputs: int, outputs: int, width: int, *, input_grad: bool = True, saves: bool = True,
     block: int | None = None,
 ) -> Op:  # fmt: skip
@@ -210,7 +210,7 @@ def _linear(
     )
 
 
-def _moves(
+def moves_op(
     name: str, elements: int, width: int, *, forward: float, backward: float, saved: float = 0, block: int | None = None
 ) -> Op:
     """An operator that only moves bytes: tensors of `elements` numbers read and written, and kept."""
@@ -221,7 +221,7 @@ def _moves(
     )  # fmt: skip
 
 
-def _attention(
+def attention_op(
     tokens: int, channels: int, heads: int, width: int, block: int | None = None, pairs: int | None = None
 ) -> Op:
     """q kᵀ and p v; fused: no [N, N] matrix in memory. Keeps packed q, k, v, the output, and a float32 a row.
@@ -247,76 +247,77 @@ def _encoder(sizes: _Sizes, objective: ObjectiveConfig, *, tokenize: bool) -> li
     hidden = int(2 / 3 * 4 * channels)
     tokens = model.registers + (model.patches if tokenize else 0)
     ops = [
-        _linear("time lift", 1, TIME_FEATURES, channels, 4, input_grad=False),
-        _linear("time project", 1, channels, channels, 4),
+        linear_op("time lift", 1, TIME_FEATURES, channels, 4, input_grad=False),
+        linear_op("time project", 1, channels, channels, 4),
         *(
-            Op(**(_linear("modulation", 1, channels, 6 * channels, width)._asdict() | {"saved": 7 * channels * width}))
+            linear_op("modulation", 1, channels, 6 * channels, width)._replace(saved=7 * channels * width)
             for _ in range(depth)
         ),
-        Op(**(_linear("modulation", 1, channels, 2 * channels, width)._asdict() | {"saved": 3 * channels * width})),
+        linear_op("modulation", 1, channels, 2 * channels, width)._replace(saved=3 * channels * width),
     ]
     if tokenize:
         pixels = model.patch_size**2 * 3
-        ops.append(_linear("patches", model.patches, pixels, channels, width, input_grad=False))
+        ops.append(linear_op("patches", model.patches, pixels, channels, width, input_grad=False))
     reads_gradient = not tokenize and not objective.stop_gradient
     ops += [
-        _linear("registers", model.registers, model.latent_dim, channels, width, input_grad=reads_gradient),
-        _moves("positions", model.registers * channels, width, forward=2, backward=1),
+        linear_op("registers", model.registers, model.latent_dim, channels, width, input_grad=reads_gradient),
+        moves_op("positions", model.registers * channels, width, forward=2, backward=1),
     ]
     if tokenize:
-        ops.append(_moves("join patches", tokens * channels, width, forward=2, backward=2))
+        ops.append(moves_op("join patches", tokens * channels, width, forward=2, backward=2))
     with_context = model.context_start if model.context_len else None
     if with_context == 0:
         tokens += model.context_len
-        ops.append(_moves("join context", tokens * channels, width, forward=2, backward=2))
-    ops.append(_moves("opening norm", tokens * channels, width, forward=2, backward=3, saved=1))
+        ops.append(moves_op("join context", tokens * channels, width, forward=2, backward=2))
+    ops.append(moves_op("opening norm", tokens * channels, width, forward=2, backward=3, saved=1))
     for index in range(depth):
         last = index + 1 == depth
         kept = model.registers if last and not sizes.whole_last_block else tokens
-        ops += _block(index, tokens, kept, channels, model.heads, hidden, width)
+        ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width)
         if index + 1 == with_context:
             joined, context = (tokens + model.context_len) * channels, model.context_len * channels
-            ops.append(_moves("context norm", context, width, forward=2, backward=3, saved=1, block=index))
+            ops.append(moves_op("context norm", context, width, forward=2, backward=3, saved=1, block=index))
             # x and h are both joined; what was h before is not kept, the joined h is what qkv reads.
-            ops.append(_moves("join context", joined, width, forward=4, backward=4, block=index))
+            ops.append(moves_op("join context", joined, width, forward=4, backward=4, block=index))
             tokens += model.context_len
-    ops.append(_linear("final", kept, channels, model.latent_dim, width))
+    ops.append(linear_op("final", kept, channels, model.latent_dim, width))
     return ops
 
 
-def _block(
+def block_ops(
     index: int, tokens: int, kept: int, channels: int, heads: int, hidden: int, width: int, pairs: int | None = None
 ) -> list[Op]:
+    """An encoder block on `tokens`, of which the `kept` ones go on behind attention; `pairs` as in `attention_op`."""
     size, kept_size = tokens * channels, kept * channels
     ops = [
-        _linear("qkv", tokens, channels, 3 * channels, width, block=index),
-        _moves("q/k norm, rotary", 3 * size, width, forward=2, backward=3, saved=1, block=index),
-        _attention(tokens, channels, heads, width, index, pairs),
+        linear_op("qkv", tokens, channels, 3 * channels, width, block=index),
+        moves_op("q/k norm, rotary", 3 * size, width, forward=2, backward=3, saved=1, block=index),
+        attention_op(tokens, channels, heads, width, index, pairs),
     ]
     if kept != tokens:
-        ops.append(_moves("keep registers", kept_size, width, forward=4, backward=4, saved=1, block=index))
+        ops.append(moves_op("keep registers", kept_size, width, forward=4, backward=4, saved=1, block=index))
     return ops + [
-        _linear("attention out", kept, channels, channels, width, saves=False, block=index),
-        _moves("gate, norm, modulate", kept_size, width, forward=4, backward=6, saved=2, block=index),
-        _linear("mlp in", kept, channels, 2 * hidden, width, block=index),
-        _moves("SwiGLU", kept * hidden, width, forward=3, backward=5, saved=2, block=index),
-        _linear("mlp out", kept, hidden, channels, width, block=index),
-        _moves("gate, norm, norm, modulate", kept_size, width, forward=4, backward=6, saved=1, block=index),
+        linear_op("attention out", kept, channels, channels, width, saves=False, block=index),
+        moves_op("gate, norm, modulate", kept_size, width, forward=4, backward=6, saved=2, block=index),
+        linear_op("mlp in", kept, channels, 2 * hidden, width, block=index),
+        moves_op("SwiGLU", kept * hidden, width, forward=3, backward=5, saved=2, block=index),
+        linear_op("mlp out", kept, hidden, channels, width, block=index),
+        moves_op("gate, norm, norm, modulate", kept_size, width, forward=4, backward=6, saved=1, block=index),
     ]
 
 
 def _latent(sizes: _Sizes) -> list[Op]:
     """Latent norm and the decoder's noise, float32 numbers of K·D."""
     latent = sizes.model.registers * sizes.model.latent_dim
-    return [_moves("latent norm, noise", latent, 4, forward=4, backward=4, saved=1)]
+    return [moves_op("latent norm, noise", latent, 4, forward=4, backward=4, saved=1)]
 
 
 def _flow_loss(sizes: _Sizes) -> list[Op]:
     """Noise, latent norm and the weighted error, whose gradients the forward pass makes (float32)."""
     latent = sizes.model.registers * sizes.model.latent_dim
     return [
-        _moves("flow noise", latent, 4, forward=2, backward=0),
-        _moves("latent norm, loss", latent, 4, forward=4, backward=2, saved=2),
+        moves_op("flow noise", latent, 4, forward=2, backward=0),
+        moves_op("latent norm, loss", latent, 4, forward=4, backward=2, saved=2),
     ]
 
 
@@ -331,12 +332,12 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     def norm(rows: int, held_rows: int) -> Op:
         # Keeps its input as wide as it reads it, and two float32 a row.
         kept = held_rows * channels * sizes.norm_width + 8 * rows
-        return _moves("norm", rows * channels, width, forward=2, backward=3)._replace(saved=kept)
+        return moves_op("norm", rows * channels, width, forward=2, backward=3)._replace(saved=kept)
 
     ops = [
-        _linear("lift", model.registers, model.latent_dim, decoder.inner, width),
-        _linear("embed", model.registers, decoder.inner, channels, width),
-        _moves("token, positions", size, width, forward=4, backward=2),
+        linear_op("lift", model.registers, model.latent_dim, decoder.inner, width),
+        linear_op("embed", model.registers, decoder.inner, channels, width),
+        moves_op("token, positions", size, width, forward=4, backward=2),
     ]
     for index in range(decoder.depth):
         # With queries the last block goes on with the patches alone once attention has read the registers.
@@ -345,23 +346,23 @@ def _decoder(sizes: _Sizes) -> list[Op]:
         kept_size = kept * channels
         ops += [
             norm(tokens, tokens),
-            _linear("qkv", tokens, channels, 3 * channels, width),
-            _attention(tokens, channels, decoder.heads, width),
+            linear_op("qkv", tokens, channels, 3 * channels, width),
+            attention_op(tokens, channels, decoder.heads, width),
             # A part of what attention has kept is a tensor of its own.
-            _linear("attention out", kept, channels, channels, width, saves=kept != tokens),
-            _moves("add", kept_size, width, forward=3, backward=2),
+            linear_op("attention out", kept, channels, channels, width, saves=kept != tokens),
+            moves_op("add", kept_size, width, forward=3, backward=2),
             norm(kept, kept),
-            _linear("mlp in", kept, channels, 4 * channels, width),
-            _moves("GELU", 4 * kept_size, width, forward=2, backward=3, saved=1),
-            _linear("mlp out", kept, 4 * channels, channels, width),
-            _moves("add", kept_size, width, forward=3, backward=2),
+            linear_op("mlp in", kept, channels, 4 * channels, width),
+            moves_op("GELU", 4 * kept_size, width, forward=2, backward=3, saved=1),
+            linear_op("mlp out", kept, 4 * channels, channels, width),
+            moves_op("add", kept_size, width, forward=3, backward=2),
         ]
     pixels = model.patch_size**2 * 3
     image = model.image_size**2 * 3
     return ops + [
         # A float32 norm reads a copy of the patches' rows; others keep the whole sequence that the rows are a view of.
         norm(model.patches, model.patches if sizes.norm_width != width or queries else tokens),
-        _linear("pixels", model.patches, channels, pixels, width),
+        linear_op("pixels", model.patches, channels, pixels, width),
         Op(
             "unpatchify, L1", forward_bytes=(2 * width + 4) * image, backward_bytes=(3 * width + 4) * image,
             saved=(width + 4) * image,  # the reconstruction and the float32 target
@@ -406,6 +407,6 @@ def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
             )  # fmt: skip
             inputs = outputs
         product = 2 * pixels * inputs if dropout else 0  # the 1×1 layer as a product of its own behind the dropout
-        distance = _moves("distance", pixels * inputs, width, forward=2, backward=3, saved=1)
+        distance = moves_op("distance", pixels * inputs, width, forward=2, backward=3, saved=1)
         ops.append(distance._replace(forward=product, backward=product))
     return ops

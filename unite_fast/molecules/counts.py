@@ -13,7 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from unite_fast.analysis.counts import DTYPE_BYTES, TIME_FEATURES, Dtype, Op, Part, _attention, _block, _linear, _moves
+from unite_fast.analysis.counts import (
+    DTYPE_BYTES,
+    TIME_FEATURES,
+    Dtype,
+    Op,
+    Part,
+    attention_op,
+    block_ops,
+    linear_op,
+    moves_op,
+)
 from unite_fast.model.blocks import swiglu_hidden
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig, MoleculeObjectiveConfig
 
@@ -52,14 +62,14 @@ def packed_parts(
     parts = {
         "tokenize": [
             *_encoder(batch, model, objective, tokenize=True),
-            _moves("latent norm, noise", latent, 4, forward=4, backward=4),
+            moves_op("latent norm, noise", latent, 4, forward=4, backward=4),
         ],
         "decode": _decoder(batch, model),
         "loss": _loss(batch),
         "denoise": [
             *_encoder(batch, model, objective, tokenize=False),
-            _moves("flow noise", latent, 4, forward=2, backward=0),
-            _moves("latent norm, loss", latent, 4, forward=4, backward=2),
+            moves_op("flow noise", latent, 4, forward=2, backward=0),
+            moves_op("latent norm, loss", latent, 4, forward=4, backward=2),
         ],
     }
     return {
@@ -79,59 +89,59 @@ def _encoder(
     hidden, atoms = swiglu_hidden(channels), batch.atoms
     tokens, pairs = (2 * atoms, 4 * batch.pairs) if tokenize else (atoms, batch.pairs)
     ops = [
-        _linear("time lift", rows, TIME_FEATURES, channels, 4, input_grad=False),
-        _linear("time project", rows, channels, channels, 4),
-        *(_linear("modulation", rows, channels, 6 * channels, width) for _ in range(model.depth)),
-        _linear("modulation", rows, channels, 2 * channels, width),
+        linear_op("time lift", rows, TIME_FEATURES, channels, 4, input_grad=False),
+        linear_op("time project", rows, channels, channels, 4),
+        *(linear_op("modulation", rows, channels, 6 * channels, width) for _ in range(model.depth)),
+        linear_op("modulation", rows, channels, 2 * channels, width),
     ]
     if tokenize:
         ops += [
-            _linear("atom lift", atoms, 3, channels, 4, input_grad=False),
-            _moves("SiLU", atoms * channels, 4, forward=2, backward=3),
-            _linear("atom project", atoms, channels, channels, 4),
-            _moves("element, index", atoms * channels, 4, forward=4, backward=2),
+            linear_op("atom lift", atoms, 3, channels, 4, input_grad=False),
+            moves_op("SiLU", atoms * channels, 4, forward=2, backward=3),
+            linear_op("atom project", atoms, channels, channels, 4),
+            moves_op("element, index", atoms * channels, 4, forward=4, backward=2),
         ]
     reads_gradient = not tokenize and not objective.stop_gradient
     ops += [
-        _linear("registers", atoms, model.latent_dim, channels, width, input_grad=reads_gradient),
-        _moves("positions", atoms * channels, width, forward=3, backward=1),
+        linear_op("registers", atoms, model.latent_dim, channels, width, input_grad=reads_gradient),
+        moves_op("positions", atoms * channels, width, forward=3, backward=1),
     ]
     if tokenize:
-        ops.append(_moves("join patches", tokens * channels, width, forward=4, backward=4))
-    ops.append(_moves("opening norm", tokens * channels, width, forward=2, backward=3))
+        ops.append(moves_op("join patches", tokens * channels, width, forward=4, backward=4))
+    ops.append(moves_op("opening norm", tokens * channels, width, forward=2, backward=3))
     for index in range(model.depth):
         kept = atoms if index + 1 == model.depth else tokens
-        ops += _block(index, tokens, kept, channels, model.heads, hidden, width, pairs)
-    return [*ops, _linear("final", atoms, channels, model.latent_dim, width)]
+        ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width, pairs)
+    return [*ops, linear_op("final", atoms, channels, model.latent_dim, width)]
 
 
 def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
     decoder, width, atoms = model.decoder, batch.width, batch.atoms
     channels = decoder.width
     size = atoms * channels
-    norm = _moves("norm", size, batch.norm_width, forward=2, backward=3)
+    norm = moves_op("norm", size, batch.norm_width, forward=2, backward=3)
     ops = [
-        _linear("lift", atoms, model.latent_dim, channels, width),
-        _moves("positions", size, width, forward=3, backward=1),
+        linear_op("lift", atoms, model.latent_dim, channels, width),
+        moves_op("positions", size, width, forward=3, backward=1),
     ]
     for _ in range(decoder.depth):
         ops += [
             norm,
-            _linear("qkv", atoms, channels, 3 * channels, width),
-            _attention(atoms, channels, decoder.heads, width, pairs=batch.pairs),
-            _linear("attention out", atoms, channels, channels, width),
-            _moves("add", size, width, forward=3, backward=2),
+            linear_op("qkv", atoms, channels, 3 * channels, width),
+            attention_op(atoms, channels, decoder.heads, width, pairs=batch.pairs),
+            linear_op("attention out", atoms, channels, channels, width),
+            moves_op("add", size, width, forward=3, backward=2),
             norm,
-            _linear("mlp in", atoms, channels, 4 * channels, width),
-            _moves("GELU", 4 * size, width, forward=2, backward=3),
-            _linear("mlp out", atoms, 4 * channels, channels, width),
-            _moves("add", size, width, forward=3, backward=2),
+            linear_op("mlp in", atoms, channels, 4 * channels, width),
+            moves_op("GELU", 4 * size, width, forward=2, backward=3),
+            linear_op("mlp out", atoms, 4 * channels, channels, width),
+            moves_op("add", size, width, forward=3, backward=2),
         ]
     return ops + [
-        _moves("norm", size, 4, forward=2, backward=3),
-        _linear("positions", atoms, channels, 3, 4),
-        _linear("elements", atoms, channels, ELEMENTS, 4),
-        _moves("centre", 3 * atoms, 4, forward=2, backward=2),
+        moves_op("norm", size, 4, forward=2, backward=3),
+        linear_op("positions", atoms, channels, 3, 4),
+        linear_op("elements", atoms, channels, ELEMENTS, 4),
+        moves_op("centre", 3 * atoms, 4, forward=2, backward=2),
     ]
 
 
@@ -143,5 +153,5 @@ def _loss(batch: _Batch) -> list[Op]:
             "cross-entropy", forward_bytes=atoms * (4 * ELEMENTS + INDEX_BYTES),
             backward_bytes=atoms * (8 * ELEMENTS + INDEX_BYTES),
         ),
-        _moves("position error", 3 * atoms, 4, forward=2, backward=3),
+        moves_op("position error", 3 * atoms, 4, forward=2, backward=3),
     ]  # fmt: skip

@@ -129,7 +129,6 @@ class Evaluation:
         write_sdf(self.made, folder / "samples.sdf", self.generation.perceived)
         write_xyz(self.made, folder / "samples.xyz")
 
-
     def publish(self, path: Path, title: str, *, sheet: int) -> None:
         """Write the record, and what `draw` draws into the folder of its name beside it.
 
