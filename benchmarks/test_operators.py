@@ -109,7 +109,7 @@ def adaln(function: Callable, *, gated=False, closing=False, weighted=False, lay
         return Case(
             f"{batch}x{tokens}x{width}",
             ours,
-            lambda *inputs: adaln_reference(*inputs, 1e-6, layer),
+            lambda *inputs: adaln_reference(*inputs, None, None, 1e-6, layer),
             inputs,
             {
                 FORWARD: (4 if gated else 2) * size(x) + vectors,
