@@ -15,7 +15,7 @@ import torch
 
 from unite_fast.cli.console import Device, explain_memory, out, pick_device, plain, progress, warn
 from unite_fast.config import Config
-from unite_fast.data.molecules.arrangement import Arrangement, arrange
+from unite_fast.data.molecules.arrangement import arrange
 from unite_fast.data.molecules.molecule_set import Molecule, MoleculeSet, assemble
 from unite_fast.data.molecules.perception import perceive_all
 from unite_fast.data.molecules.reading import load_molecules
@@ -124,7 +124,8 @@ def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int,
     from rich.table import Table
 
     molecules = read(paths)
-    arranged, arrangement = _arrange(molecules, trained)
+    before = perceive_all(molecules)
+    arranged, arrangement = arrange(molecules, **_arranged_as(trained), perceived=before)
     model, pieces = trained.build(pick_device(device)), []
     with progress("reconstructing", len(molecules)) as bar, explain_memory(batch):
         for first, tensors in _batches(arranged, batch):
@@ -133,7 +134,7 @@ def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int,
     rebuilt = arrangement.undo(joined(pieces, f"reconstructions by {trained.origin}", molecules.names))
     errors = rmsd(rebuilt, molecules)
     equal = (rebuilt.elements == molecules.elements) & molecules.mask
-    before, after = perceive_all(molecules), perceive_all(rebuilt)
+    after = perceive_all(rebuilt)
     exact = equal.sum(1) == molecules.counts
     match = exact & np.array([a.valid and a.inchi == b.inchi != "" for a, b in zip(after, before, strict=True)])
     write_sdf(rebuilt, folder / f"{RECONSTRUCTIONS}.sdf", after)
@@ -169,7 +170,7 @@ def tokenize(trained: Trained, paths: list[Path], out_file: Path, *, seed: int, 
 
     The model sees molecules arranged as in its training: latent i of a molecule is of its file's atom order[i], [n, 29].
     """
-    molecules, arrangement = _arrange(read(paths), trained)
+    molecules, arrangement = arrange(read(paths), **_arranged_as(trained))
     model = trained.build(pick_device(device))
     latents = torch.zeros(len(molecules), MAX_ATOMS, trained.config.latent_dim)
     with progress("tokenizing", len(molecules)) as bar, explain_memory(batch):
@@ -290,11 +291,6 @@ def read(paths: Sequence[Path]) -> MoleculeSet:
         for index in range(len(molecules))
     )
     return assemble(found, ", ".join(molecules.source for molecules in sets))
-
-
-def _arrange(molecules: MoleculeSet, trained: Trained) -> tuple[MoleculeSet, Arrangement]:
-    """Molecules in the order and frame that a model was trained on."""
-    return arrange(molecules, **_arranged_as(trained))
 
 
 def _arranged_as(trained: Trained) -> dict[str, Any]:

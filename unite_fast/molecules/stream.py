@@ -51,13 +51,13 @@ def load_parts(config: MoleculeDataConfig) -> Parts:
     if config.path is None:
         from unite_fast.data.molecules.sample import SAMPLE_ORDER, sample_set
 
-        molecules, order = sample_set(config.sample_count, cache=config.cache), SAMPLE_ORDER
+        order = SAMPLE_ORDER
+        molecules = sample_set(config.sample_count, cache=config.cache)
     else:
         from unite_fast.data.molecules.reading import load_molecules
 
-        molecules, order = load_molecules(
-            config.path, order=config.order, strict=config.strict, cache=config.cache
-        ), config.order
+        order = config.order
+        molecules = load_molecules(config.path, order=order, strict=config.strict, cache=config.cache)
     if config.orientation == "aligned":
         molecules, _ = aligned(molecules)
     parts = split(len(molecules), config.split_seed)

@@ -7,6 +7,7 @@ those it was trained on, and what it makes of it is put back.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unite_fast.data.molecules.molecule_set import MAX_ATOMS, MoleculeSet
-from unite_fast.data.molecules.perception import canonical_order, perceive_all, with_bonds
+from unite_fast.data.molecules.perception import Perceived, canonical_order, perceive_all, with_bonds
 
 log = logging.getLogger("unite_fast.data")
 
@@ -49,34 +50,40 @@ class Arrangement:
         )
 
 
-def arrange(molecules: MoleculeSet, order: Order, orientation: Orientation) -> tuple[MoleculeSet, Arrangement]:
+def arrange(
+    molecules: MoleculeSet, order: Order, orientation: Orientation, perceived: Sequence[Perceived] | None = None
+) -> tuple[MoleculeSet, Arrangement]:
     """Molecules as a model of that order and orientation reads them.
 
     Args:
         order: "file" leaves the atoms as they are, "canonical" sorts them as `canonical`.
         orientation: "random" leaves the coordinates as they are, "aligned" turns them as `aligned`.
+        perceived: what `perceive_all` gives for the molecules, where that is known already.
     """
     places = np.tile(np.arange(MAX_ATOMS), (len(molecules), 1))
     axes = np.tile(np.eye(3), (len(molecules), 1, 1))
     if order == "canonical":
-        molecules, places = canonical(molecules)
+        molecules, places = canonical(molecules, perceived)
     if orientation == "aligned":
         molecules, axes = aligned(molecules)
     return molecules, Arrangement(places, axes)
 
 
-def canonical(molecules: MoleculeSet) -> tuple[MoleculeSet, NDArray[np.int64]]:
+def canonical(
+    molecules: MoleculeSet, perceived: Sequence[Perceived] | None = None
+) -> tuple[MoleculeSet, NDArray[np.int64]]:
     """Atoms in RDKit's canonical order on perceived bonds (see `canonical_order`), and where each was: [n, 29].
 
     A molecule whose bonds cannot be perceived keeps its order, and is counted in a warning.
     """
     places = np.tile(np.arange(MAX_ATOMS), (len(molecules), 1))
     unperceived = 0
-    for index, perceived in enumerate(perceive_all(molecules, what="ordering atoms")):
-        if not perceived.valid:
+    known = perceive_all(molecules, what="ordering atoms") if perceived is None else perceived
+    for index, found in enumerate(known):
+        if not found.valid:
             unperceived += 1
             continue
-        order = canonical_order(with_bonds(*molecules.atoms(index), perceived))
+        order = canonical_order(with_bonds(*molecules.atoms(index), found))
         places[index, : len(order)] = order
     if unperceived:
         log.warning("%d of %d molecules keep their order: no bonds perceived", unperceived, len(molecules))
