@@ -24,6 +24,8 @@ ATOM_HISTOGRAM = (
     0, 0, 0, 0, 0, 1, 6, 21, 29, 75, 107, 166, 259, 355, 471,
     557, 715, 777, 810, 875, 848, 739, 648, 554, 406, 282, 147, 98, 36, 18,
 )  # fmt: skip
+
+
 def typical_counts(size: int) -> NDArray[np.int64]:
     """Atom counts [B] of a typical batch: each is the median of its rank among B draws from the histogram.
 

@@ -34,11 +34,12 @@ class Padded(NamedTuple):
     mask: Tensor  # [B, N] bool, the real atoms
 
     @classmethod
-    def of(cls, batch: MoleculeBatch, quaternions: Tensor) -> Padded:
-        """A batch of the host where quaternions [B, 4] are, each molecule turned by its own."""
-        elements, positions = (x.to(quaternions.device, non_blocking=True) for x in (batch.elements, batch.positions))
-        turned = positions @ rotation_matrices(quaternions).transpose(1, 2)
-        return cls(elements.long(), turned, elements > 0)
+    def of(cls, batch: MoleculeBatch, device: torch.device, quaternions: Tensor | None) -> Padded:
+        """A batch of the host on a device, each molecule turned by its own of quaternions [B, 4], if there are any."""
+        elements, positions = (x.to(device, non_blocking=True) for x in (batch.elements, batch.positions))
+        if quaternions is not None:
+            positions = positions @ rotation_matrices(quaternions).transpose(1, 2)
+        return cls(elements.long(), positions, elements > 0)
 
 
 def centred(positions: Tensor, mask: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class PlainMoleculeUnite(nn.Module):
 
 
 class PlainMoleculeTrainer(PlainTrainer):
-    """The rival's optimizer step on molecules in rotations of their own."""
+    """The rival's optimizer step on molecules, in rotations of their own where the configuration has them."""
 
     def network(self, lpips: Lpips | None) -> nn.Module:
         return PlainMoleculeUnite(self.config.model, self.config.objective)
@@ -142,10 +143,13 @@ class PlainMoleculeTrainer(PlainTrainer):
         *,
         compiled: bool = False,
     ) -> Tensor:
-        """One optimizer step on molecules of the host, turned by quaternions [B, 4]; the detached loss."""
+        """One optimizer step on molecules of the host; the detached loss.
+
+        Random orientations are those of quaternions [B, 4], drawn if None.
+        """
         size, longest = batch.elements.shape
-        if quaternions is None:
+        if quaternions is None and self.config.data.orientation == "random":
             quaternions = torch.randn(size, 4, device=self.device)
-        molecules = Padded.of(batch, quaternions)
+        molecules = Padded.of(batch, self.device, quaternions)
         labels = batch.labels.to(self.device, non_blocking=True)
         return self.train(molecules, labels, draws or self.draws(size, longest), compiled=compiled)

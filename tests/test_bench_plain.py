@@ -3,11 +3,10 @@
 And what the update is counted to cost is what its products take.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench_rivals import CLOSE, PlainDraws, PlainTrainer, assert_same_gradients, assert_same_update, error, recorded
+from plain_unite import PlainLpips  # found by bench_rivals
 from runs import config
 from test_model import tiny
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,20 +15,13 @@ from unite_fast.analysis.update import newton_schulz_operations
 from unite_fast.config import ObjectiveConfig
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
-from unite_fast.objective.draws import RecordedDraws, TokenizeDraws
 from unite_fast.objective.perceptual import Lpips
 from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_step
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from plain_training import PlainTrainer, plain_name
-from plain_unite import PlainDraws, PlainLpips
 
 from unite_kernels.optim import _newton_schulz
 
 CPU = torch.device("cpu")
 BATCH = 3
-# The same float32 arithmetic in another order: 1e-6 to 3e-6 on these models. A wrong term is 1e-2 or more.
-CLOSE = 1e-4
 
 
 def settings(tmp_path, model, **objective):
@@ -40,18 +32,13 @@ def settings(tmp_path, model, **objective):
 
 def both_draws(goal: ObjectiveConfig, shape):
     plain = PlainDraws.make(goal, shape, CPU)
-    tokenize = TokenizeDraws(plain.noise, plain.t_tokenize, (plain.mix_mask, plain.mix_t, plain.mix_noise), None)
-    return plain, RecordedDraws(tokenize, plain.flow_noise, plain.t, plain.drop)
+    return plain, recorded(plain)
 
 
 def batch(model):
     side = model.config.image_size
     shape = (BATCH, model.config.registers, model.config.latent_dim)
     return torch.rand(BATCH, 3, side, side), torch.tensor([0, 2, 1]), torch.Size(shape)
-
-
-def error(found, expected):
-    return float(((found - expected).norm() / expected.norm().clamp_min(1e-6)).detach())
 
 
 @pytest.mark.parametrize(
@@ -62,22 +49,14 @@ def test_loss_and_gradients_are_ours(tmp_path, sizes):
     settled = settings(tmp_path, model)
     plain = PlainTrainer(settled, model, lr=1e-3)
     images, labels, shape = batch(model)
-    drawn, recorded = both_draws(settled.objective, shape)
+    drawn, given = both_draws(settled.objective, shape)
     objective = Objective(settled.objective, model.null_label)
-    ours = one_graph_loss(model, objective, images, labels, recorded, shape=shape)
+    ours = one_graph_loss(model, objective, images, labels, given, shape=shape)
     theirs = plain.model(images, labels, drawn)
     assert error(theirs, ours) < CLOSE
     ours.backward()
     theirs.backward()
-    gradients = {name: p.grad for name, p in plain.model.named_parameters()}
-    compared = set()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        other = plain_name(name, model.config.depth)
-        assert error(gradients[other], parameter.grad) < CLOSE, name
-        compared.add(other)
-    assert compared == set(gradients)
+    assert_same_gradients(model, plain)
 
 
 def test_the_perceptual_term_is_ours():
@@ -102,21 +81,11 @@ def test_two_steps_move_the_weights_and_the_average_as_ours(tmp_path):
     objective = Objective(settled.objective, model.null_label)
     for _ in range(2):
         images, labels, shape = batch(model)
-        drawn, recorded = both_draws(settled.objective, shape)
-        two_pass_step(engine, objective, images, labels, recorded, shape=shape)
+        drawn, given = both_draws(settled.objective, shape)
+        two_pass_step(engine, objective, images, labels, given, shape=shape)
         engine.step()
         plain.step(images, labels, drawn)
-    theirs = dict(plain.model.named_parameters())
-    averages = dict(zip(theirs, plain.ema, strict=True))
-    for name, parameter in model.named_parameters():
-        other = plain_name(name, model.config.depth)
-        if other is None:
-            continue
-        moved = parameter.detach() - start[name]
-        assert float(moved.norm()) > 0, name
-        # Of the way moved. AdamW divides a gradient by its own size, which magnifies the rounding of tiny ones.
-        assert error(theirs[other].detach() - start[name], moved) < 1e-2, name
-        assert error(averages[other] - start[name], engine.ema.of(parameter) - start[name]) < 1e-2, name
+    assert_same_update(model, engine, plain, start)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
