@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import unite_kernels as uk
 from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
 from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
+from unite_fast.model import attention
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import Lpips
@@ -131,7 +132,9 @@ def growth(model: Unite, goal: Objective, **run) -> int:
 
 
 @pytest.fixture()
-def kernels():
+def kernels(monkeypatch):
+    """What a GPU computes with: the kernels, and attention that keeps no matrix of scores."""
+    monkeypatch.setattr(attention, "SHORT", 0)
     uk.set_backend("triton")
     yield
     uk.set_backend("auto")
