@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["step"] = step  # where Apex keeps it
         for tensor, state in self.state.items():
             if ADAM_STATES[0] in state:
-                state["step"] = torch.tensor(float(step), device=tensor.device)  # where torch keeps it
+                state["step"] = torch.full((), float(step), device=tensor.device)  # where torch keeps it
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
