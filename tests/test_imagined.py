@@ -1,0 +1,199 @@
+"""Whole steps at full size on a GPU that is not there: the host waits for nothing, and no tensor is on a wrong device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+imagined = pytest.importorskip("imagined", reason="this PyTorch keeps fake tensors elsewhere")
+from launches import ImaginedRun, images_ahead
+from molecule_subjects import typical_counts
+from runs import settings
+
+import unite_kernels as uk
+from unite_fast.config import Config
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.engine import Engine
+from unite_fast.evaluation.generation import draw, encode
+from unite_fast.evaluation.inception import Inception
+from unite_fast.model.unite import Unite
+from unite_fast.molecules import sampling as molecule_sampling
+from unite_fast.molecules.model import MoleculeUnite
+from unite_fast.molecules.stream import MoleculeBatch
+
+pytestmark = pytest.mark.skipif(imagined.missing() is not None, reason=str(imagined.missing()))
+CONFIGS = Path(__file__).parents[1] / "configs"
+OVERRIDES = ["train.zero_stage=0", "train.precision=bf16"]
+
+
+def image_run(config: Config, device: torch.device, batch: int = 8, accumulation: int = 1) -> ImaginedRun:
+    numbers = Batch(batch, accumulation, batch * accumulation)
+    return ImaginedRun(config, device, numbers, images_ahead(config, batch, device))
+
+
+def preset(file: str, *overrides: str) -> Config:
+    return Config.load(CONFIGS / file, [*OVERRIDES, *overrides])
+
+
+def small(tmp_path: Path, **sections: dict) -> Config:
+    return Config.parse(settings(tmp_path, train={"precision": "bf16"}, **sections))
+
+
+@pytest.mark.parametrize(("file", "draws"), [("b_h100.json", 3), ("l_h100.json", 1)])
+def test_a_step_of_a_preset_does_not_make_the_host_wait(file, draws):
+    config = preset(file, f"objective.flow_draws={draws}")
+    with imagined.imagined() as device:
+        run = image_run(config, device)
+        watch = run.watched()
+        assert all(weights.device == device for weights in run.engine.ema.shadows)
+    assert config.objective.lpips.weight and watch.launches["aten::convolution"] == 26
+    assert watch.waits == []
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"decoder_noise": "additive", "stop_gradient": False}},
+        {"objective": {"decoder_noise": "none", "time_law": "uniform", "weighting": "none", "draws_per_chunk": 2}},
+        {"model": {"shared": False, "registers": 6, "context_start": 0}, "optimizer": {"ema_decays": [0.5]}},
+        {"optimizer": {"kind": "adamw", "clip_norm": None}},
+        {"objective": {"lpips": {"weight": 1.0, "rescale": True, "dropout": True, "vgg": "-", "linear": "-"}},
+         "model": {"image_size": 32}},
+    ],
+)  # fmt: skip
+def test_nor_does_any_other_form_of_it(tmp_path, sections):
+    with imagined.imagined() as device:
+        watch = image_run(small(tmp_path, **sections), device, accumulation=2).watched()
+    assert watch.waits == []
+
+
+def molecule_batches(size: int, null_label: int) -> Iterator[MoleculeBatch]:
+    """Micro-batches on the host, where `MoleculeStream` leaves them."""
+    counts = torch.from_numpy(typical_counts(size))
+    longest, labels = int(counts.max()), torch.full((size,), null_label)
+    elements, positions = torch.ones(size, longest, dtype=torch.uint8), torch.zeros(size, longest, 3)
+    while True:
+        yield MoleculeBatch(elements, positions, counts, labels, 1.0, 0, 0)
+
+
+@pytest.mark.parametrize("file", ["molecules_quickstart.json", "qm9_s.json", "qm9_s_gap.json"])
+def test_a_step_on_molecules_makes_it_wait_for_the_batch_alone(file):
+    config = preset(file, "objective.flow_draws=2")
+    with imagined.imagined() as device:
+        run = ImaginedRun(config, device, Batch(64, 1, 64), molecule_batches(64, config.model.num_classes))
+        watch = run.watched()
+    # Counts, elements, positions and labels: the stream pins them where there is CUDA, and they go without waiting.
+    assert [wait.split(" at ")[1].split(":")[0] for wait in watch.waits] == ["packing.py"] + 3 * ["modality.py"]
+    assert watch.launches["torch_attn::_varlen_attn"] > 0
+
+
+def planted(function: Callable) -> Callable[[Engine], Tensor]:
+    """Engine.step with something planted behind it."""
+    step = Engine.step
+
+    def altered(engine: Engine) -> Tensor:
+        return function(step(engine))
+
+    return altered
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda norm: norm * float(norm),
+        lambda norm: norm + 1 if norm > 1 else norm,
+        lambda norm: norm[None][norm[None] > 0].sum(),
+        lambda norm: norm[None].repeat_interleave(norm[None].long()).sum(),
+        lambda norm: (norm + torch.ones(3)).sum(),
+        lambda norm: norm * torch.tensor(2.0, device=norm.device),
+    ],
+    ids=["item", "branch", "boolean index", "repeats", "host constant", "constant made on the host"],
+)
+def test_a_planted_read_or_a_tensor_of_the_host_stops_the_step(tmp_path, fault):
+    with imagined.imagined() as device:
+        run = image_run(small(tmp_path), device)
+        with mock.patch.object(Engine, "step", planted(fault)), pytest.raises((RuntimeError, NotImplementedError)):
+            run.watched()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda norm: norm + torch.ones(()).to(norm.device),
+        lambda norm: norm.clone().copy_(torch.ones(())),
+        lambda norm: norm.cpu(),
+        lambda norm: norm[None].expand(3)[torch.tensor([1])].sum(),
+    ],
+    ids=["to the device", "copied into", "to the host", "index of the host"],
+)
+def test_a_planted_copy_is_written_down(tmp_path, fault):
+    with imagined.imagined() as device:
+        run = image_run(small(tmp_path), device)
+        # The meter would refuse a norm of the host, as CUDA would.
+        with mock.patch.object(run.meter, "add", lambda losses, norm: None):
+            with mock.patch.object(Engine, "step", planted(fault)):
+                watch = run.watched()
+    assert len(watch.waits) == 1 and "test_imagined.py" in watch.waits[0]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sampling_waits_for_nothing_but_its_labels(solver):
+    config = preset("l_h100.json", 'model={"preset": "L", "depth": 6}')
+    settings = config.sampling.model_dump() | {"solver": solver, "steps": 4, "guidance": 2.0, "time_shift": 0.5}
+    with imagined.imagined() as device:
+        model = Unite(config.model).to(device).eval()
+        with imagined.Watch() as watch, torch.autocast(device.type, dtype=torch.bfloat16):
+            images = draw(model, torch.arange(4), settings, seed=0, first=0)
+    assert images.shape == (4, 3, 256, 256) and images.device == device
+    assert [wait.split(":")[2] for wait in watch.waits] == ["_to_copy at sampling.py"]
+
+
+def test_so_does_encoding_and_the_features_of_an_evaluation():
+    config = preset("b_h100.json", 'model={"preset": "B", "depth": 6}')
+    with imagined.imagined() as device:
+        model, inception = Unite(config.model).to(device).eval(), Inception().to(device)
+        pixels = torch.zeros(4, 3, 256, 256, dtype=torch.uint8, device=device)
+        with imagined.Watch() as watch:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                latents = encode(model, pixels, seed=0, first=0)
+                model.decode(latents)
+            features, logits = inception(pixels)
+    assert watch.waits == [] and latents.dtype == torch.float32
+    assert features.shape == (4, 2048) and features.dtype == logits.dtype == torch.float32
+
+
+def test_molecules_wait_for_what_goes_in_and_comes_out():
+    config = preset("qm9_s.json")
+    counts = torch.from_numpy(typical_counts(16))
+    with imagined.imagined() as device:
+        model = MoleculeUnite(config.model).to(device).eval()
+        with imagined.Watch() as watch, torch.autocast(device.type, dtype=torch.bfloat16):
+            molecule_sampling.generate(model, counts, solver="heun", steps=4, guidance=2.0)
+            elements, positions = torch.ones(16, 29, dtype=torch.uint8), torch.zeros(16, 29, 3)
+            molecule_sampling.reconstruct(model, elements, positions, counts)
+    where = [wait.split(" at ")[1].split(":")[0] for wait in watch.waits]
+    # Counts and labels in, elements and positions out; counts, elements and positions in, elements and positions out.
+    assert where == ["packing.py"] + 3 * ["sampling.py"] + ["packing.py"] + 4 * ["sampling.py"]
+
+
+def test_operators_refuse_what_a_launch_cannot_take():
+    with imagined.imagined() as device, imagined.Watch() as watch:
+        assert uk.philox_normal((4,), 0, 0, 0, draws=65535, device=device).shape == (65535, 4)
+        assert watch.launches["unite_kernels::philox"] == 1
+        many = torch.empty(65536, 3, 2, 2, device=device, dtype=torch.bfloat16)
+        last = many.contiguous(memory_format=torch.channels_last)
+        for call in (
+            lambda: uk.philox_normal((4,), 0, 0, 0, draws=65536, device=device),
+            lambda: uk.flow_noise(many.view(65536, 3, 4), 1, 0, 0),
+            lambda: uk.patch_l1(many.view(65536, 1, 12), many, 2),
+            lambda: uk.lpips_distance(last, last, torch.empty(3, device=device)),
+        ):
+            with pytest.raises(ValueError, match="65536; the kernel takes at most 65535"):
+                call()
