@@ -18,7 +18,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -94,6 +94,30 @@ def imagined() -> Iterator[torch.device]:
             uk.set_backend(backend)
 
 
+class Launch(NamedTuple):
+    """What a launcher gives to Triton.
+
+    Attributes:
+        module, function: of the kernel.
+        arguments: numbers and None as they are, of a tensor its dtype's name.
+        constants: by name, launch options among them.
+    """
+
+    module: str
+    function: str
+    arguments: list[int | float | str | None]
+    constants: dict[str, Any]
+
+    def specialisation(self) -> tuple:
+        """Equal for launches that Triton may serve by one compiled kernel."""
+        classes = [
+            (type(a).__name__, a == 1, a % 16 == 0, abs(a) >= 2**31) if type(a) is int else a for a in self.arguments
+        ]
+        return self.module, self.function, *(c if not isinstance(c, float) else "float" for c in classes), *(
+            sorted(self.constants.items())
+        )
+
+
 class Watch(TorchDispatchMode):
     """What the code inside asks of the device. The host's own tensors are real here, so it may read them.
 
@@ -102,12 +126,14 @@ class Watch(TorchDispatchMode):
             though some launch two; those on lists of tensors count as PyTorch cuts them into launches, those of
             unite_kernels count the launches and the operators inside them.
         waits: copies between host and device, by the line of this repository that asks for them.
+        kernels: what Triton's launcher was given, once for each kernel that it would compile.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: list[str] = []
+        self.kernels: dict[tuple, Launch] = {}
 
     @property
     def total(self) -> int:
@@ -147,6 +173,8 @@ class Watch(TorchDispatchMode):
                 if type(value) is int and name not in ("seed", "stream") and not -(2**31) <= value < 2**31:
                     raise ValueError(f"{operator.name()}: {name} = {value} leaves int32")
             self.launches[operator.name()] += 1
+            given = Launch(kernel.fn.__module__, kernel.fn.__name__, [_described(a) for a in arguments], constants)
+            self.kernels.setdefault(given.specialisation(), given)
 
         from triton.runtime.interpreter import InterpretedFunction
 
@@ -265,6 +293,10 @@ def _own_operators() -> dict[str, CustomOpDef]:
     modules = [importlib.import_module(f"{uk.__name__}.{name}") for name in (*FAMILIES, "adaln", "optim")]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, CustomOpDef)]
     return {operator._qualname: operator for operator in found}
+
+
+def _described(argument: Any) -> int | float | str | None:
+    return str(argument.dtype).removeprefix("torch.") if isinstance(argument, Tensor) else argument
 
 
 def _copies(operator) -> bool:

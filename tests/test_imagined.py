@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,3 +201,25 @@ def test_operators_refuse_what_a_launch_cannot_take():
         ):
             with pytest.raises(ValueError, match="65536; the kernel takes at most 65535"):
                 call()
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton brings ptxas on Linux x86_64 alone"
+)
+def test_triton_compiles_what_the_launchers_hand_it():
+    """Numbers of 1 become constants, absent tensors disappear: what is compiled ahead of time is one case of many."""
+    kernels = {}
+    with imagined.imagined() as device:
+        images = preset("b_h100.json", "objective.flow_draws=2", 'model={"preset": "B", "depth": 6}')
+        kernels |= image_run(images, device).watched().kernels
+        molecules = preset("qm9_s.json", "objective.flow_draws=2")
+        stream = molecule_batches(64, molecules.model.num_classes)
+        kernels |= ImaginedRun(molecules, device, Batch(64, 1, 64), stream).watched().kernels
+    assert {launch.function for launch in kernels.values()} >= {"_loss_kernel", "_sum_kernel", "_distance_kernel"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("kernels_jit_worker.py"), "90"], env=environment, text=True,
+        capture_output=True, input="".join(json.dumps(launch._asdict()) + "\n" for launch in kernels.values()),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == len(kernels)
