@@ -67,7 +67,7 @@ def test_a_step_of_a_preset_does_not_make_the_host_wait(file, draws):
         {"objective": {"decoder_noise": "additive", "stop_gradient": False}},
         {"objective": {"decoder_noise": "none", "time_law": "uniform", "weighting": "none", "draws_per_chunk": 2}},
         {"model": {"shared": False, "registers": 6, "context_start": 0}, "optimizer": {"ema_decays": [0.5]}},
-        {"optimizer": {"kind": "adamw", "clip_norm": None}},
+        {"optimizer": {"kind": "adamw", "clip_norm": None}, "model": {"checkpoint_activations": True}},
         {"objective": {"lpips": {"weight": 1.0, "rescale": True, "dropout": True, "vgg": "-", "linear": "-"}},
          "model": {"image_size": 32}},
     ],
