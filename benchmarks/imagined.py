@@ -125,6 +125,7 @@ class Watch(TorchDispatchMode):
         launches: how often each operator launches a kernel. Every operator of ATen that writes memory counts as one,
             though some launch two; those on lists of tensors count as PyTorch cuts them into launches, those of
             unite_kernels count the launches and the operators inside them.
+        moved: bytes that each operator reads and writes, every tensor once.
         waits: copies between host and device, by the line of this repository that asks for them.
         kernels: what Triton's launcher was given, once for each kernel that it would compile.
     """
@@ -132,6 +133,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
         self.waits: list[str] = []
         self.kernels: dict[tuple, Launch] = {}
 
@@ -141,6 +143,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if operator.namespace == "aten":
+            with self:  # below autograd composite operators arrive whole
+                parts = operator.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         target = kwargs.get("device")
         if not any(isinstance(tensor, FakeTensor) for tensor in given) and (target is None or target.type == "cpu"):
@@ -158,6 +165,7 @@ class Watch(TorchDispatchMode):
             self.waits.append(f"{operator.name()} at {_caller()}")
         if here and not _silent(operator):
             self.launches[operator.name()] += _launches(operator, args)
+            self.moved[operator.name()] += _bytes(operator, args, kwargs, found)
         return found
 
     def _inside(self, operator, own: CustomOpDef, args, kwargs):
@@ -309,6 +317,16 @@ def _silent(operator) -> bool:
     view = any(alias is not None and not alias.is_write for alias in returned)
     name = operator.name().removeprefix("aten::")
     return view or name.startswith(SILENT)
+
+
+def _bytes(operator, args: tuple, kwargs: dict, found: Any) -> int:
+    given = _size((args, kwargs))
+    written = [arg for a, arg in zip(operator._schema.arguments, args) if a.alias_info is not None and a.alias_info.is_write]
+    return given + (_size(written) if written else _size(found))
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _launches(operator, args: tuple) -> int:
