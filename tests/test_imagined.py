@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 imagined = pytest.importorskip("imagined", reason="this PyTorch keeps fake tensors elsewhere")
-from launches import ImaginedRun, images_ahead
+from launches import ImaginedRun, count, images_ahead, molecules, step_floor, table
 from molecule_subjects import typical_counts
 from runs import settings
 
@@ -30,7 +30,6 @@ from unite_fast.evaluation.inception import Inception
 from unite_fast.model.unite import Unite
 from unite_fast.molecules import sampling as molecule_sampling
 from unite_fast.molecules.model import MoleculeUnite
-from unite_fast.molecules.stream import MoleculeBatch
 
 pytestmark = pytest.mark.skipif(imagined.missing() is not None, reason=str(imagined.missing()))
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -78,20 +77,11 @@ def test_nor_does_any_other_form_of_it(tmp_path, sections):
     assert watch.waits == []
 
 
-def molecule_batches(size: int, null_label: int) -> Iterator[MoleculeBatch]:
-    """Micro-batches on the host, where `MoleculeStream` leaves them."""
-    counts = torch.from_numpy(typical_counts(size))
-    longest, labels = int(counts.max()), torch.full((size,), null_label)
-    elements, positions = torch.ones(size, longest, dtype=torch.uint8), torch.zeros(size, longest, 3)
-    while True:
-        yield MoleculeBatch(elements, positions, counts, labels, 1.0, 0, 0)
-
-
 @pytest.mark.parametrize("file", ["molecules_quickstart.json", "qm9_s.json", "qm9_s_gap.json"])
 def test_a_step_on_molecules_makes_it_wait_for_the_batch_alone(file):
     config = preset(file, "objective.flow_draws=2")
     with imagined.imagined() as device:
-        run = ImaginedRun(config, device, Batch(64, 1, 64), molecule_batches(64, config.model.num_classes))
+        run = ImaginedRun(config, device, Batch(64, 1, 64), molecules(config, 64))
         watch = run.watched()
     # Counts, elements, positions and labels: the stream pins them where there is CUDA, and they go without waiting.
     assert [wait.split(" at ")[1].split(":")[0] for wait in watch.waits] == ["packing.py"] + 3 * ["modality.py"]
@@ -203,6 +193,29 @@ def test_operators_refuse_what_a_launch_cannot_take():
                 call()
 
 
+def test_launches_are_counted_by_what_they_depend_on(tmp_path):
+    with imagined.imagined() as device:
+        found = {draws: count(small(tmp_path, objective={"flow_draws": draws}), 5, device) for draws in (1, 2, 4)}
+        one = imagined.Watch()
+        x = torch.ones(8, 8, device=device)
+        with one:
+            y = (x @ x + x).view(64)[:3].t().to(torch.bfloat16)
+            torch._foreach_mul_([x] * 200, 2.0)
+            uk.swiglu(y.expand(2, 3).contiguous().repeat(1, 2))
+    # A product, a sum and a cast; no view. 200 lists of one tensor each in launches of 110. A clone, a repeat: two.
+    assert one.launches["aten::mm"] == one.launches["aten::add.Tensor"] == one.launches["aten::_to_copy"] == 1
+    assert one.launches["aten::_foreach_mul_.Scalar"] == 2 and one.launches["unite_kernels::swiglu"] == 1
+    assert not {name for name in one.launches if "view" in name or "slice" in name or "expand" in name}
+    assert one.moved["aten::mm"] == 3 * 64 * 4 and one.moved["aten::_to_copy"] == 3 * (4 + 2)
+    totals = {draws: each.total for draws, each in found.items()}
+    assert totals[4] - totals[2] == 2 * (totals[2] - totals[1]) > 0, "every draw launches the same"
+    first = found[1]
+    assert first.built > first.fused > 0 and first.host()[1] == 2 * first.host()[0]
+    limit = first.limited_below(first.floor(7))
+    assert limit == 7 and first.floor(7) == step_floor(small(tmp_path, objective={"flow_draws": 1}), 7)
+    assert len(table({"a": first, "b": found[2]})) == 9
+
+
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton brings ptxas on Linux x86_64 alone"
 )
@@ -212,9 +225,8 @@ def test_triton_compiles_what_the_launchers_hand_it():
     with imagined.imagined() as device:
         images = preset("b_h100.json", "objective.flow_draws=2", 'model={"preset": "B", "depth": 6}')
         kernels |= image_run(images, device).watched().kernels
-        molecules = preset("qm9_s.json", "objective.flow_draws=2")
-        stream = molecule_batches(64, molecules.model.num_classes)
-        kernels |= ImaginedRun(molecules, device, Batch(64, 1, 64), stream).watched().kernels
+        qm9 = preset("qm9_s.json", "objective.flow_draws=2")
+        kernels |= ImaginedRun(qm9, device, Batch(64, 1, 64), molecules(qm9, 64)).watched().kernels
     assert {launch.function for launch in kernels.values()} >= {"_loss_kernel", "_sum_kernel", "_distance_kernel"}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
