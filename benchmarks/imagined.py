@@ -6,7 +6,8 @@ go where CUDA tensors go: the operators' own launchers run (their Triton kernels
 attention is PyTorch's FlashAttention operator, and autograd runs the backward passes. What needs a number on the host
 raises, as does an operator that mixes devices; a `Watch` counts the rest.
 
-Not followed: Apex, `torch.compile`, and whatever asks for `torch.cuda` itself (streams, events, sizes of memory).
+Not followed: Apex and the flash-attn packages, `torch.compile`, and whatever asks for `torch.cuda` itself (streams,
+events, sizes of memory). That a host copy is pinned cannot be seen either: each counts as a wait.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ def _device() -> torch.device:
     rest = Library("_", "IMPL", AUTOCAST)
     rest.fallback(fallthrough_kernel)
     rules = Library("aten", "IMPL", AUTOCAST)
-    for names, cast in ((LOWER, _to_lower), (FLOAT32, _to_float32), (FLOAT32_RESULT, _float32_result), (WIDEST, _widest)):
+    policies = {LOWER: _to_lower, FLOAT32: _to_float32, FLOAT32_RESULT: _float32_result, WIDEST: _widest}
+    for names, cast in policies.items():
         for name in names:
             packet = getattr(torch.ops.aten, name)
             for overload in packet.overloads():
@@ -321,7 +323,8 @@ def _silent(operator) -> bool:
 
 def _bytes(operator, args: tuple, kwargs: dict, found: Any) -> int:
     given = _size((args, kwargs))
-    written = [arg for a, arg in zip(operator._schema.arguments, args) if a.alias_info is not None and a.alias_info.is_write]
+    pairs = zip(operator._schema.arguments, args)
+    written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
     return given + (_size(written) if written else _size(found))
 
 

@@ -133,7 +133,7 @@ class Counted:
         floor: images -> seconds that the device takes at least.
         images: of the table's step; molecules of a model of them.
         unit: which of the two.
-        built, fused: bytes that clipping, optimizers and EMA move beside their products: as they are, and in two sweeps.
+        built, fused: bytes that clipping, optimizers and EMA move beside their products: as they are, in two sweeps.
     """
 
     launches: dict[str, int]
@@ -188,7 +188,8 @@ def table(counted: dict[str, Counted]) -> list[str]:
     kinds = list(next(iter(counted.values())).launches)
     low, high = (f"{seconds * 1e6:.0f}" for seconds in HOST_SECONDS)
     lines = [
-        f"| step | launches | {' | '.join(kinds)} | host, ms, at {low} and {high} µs | floor, ms | host limits below |",
+        f"| step | launches | {' | '.join(kinds)} | host, ms, at {low} and {high} µs "
+        "| floor, ms | host limits below |",
         "| --- | --- |" + " --- |" * len(kinds) + " --- | --- | --- |",
     ]
     for name, one in counted.items():
