@@ -197,7 +197,8 @@ def table(counted: dict[str, Counted]) -> list[str]:
         below = " and ".join(str(one.limited_below(seconds)) for seconds in host)
         lines.append(
             f"| {name} | {one.total} | {' | '.join(str(one.launches[kind]) for kind in kinds)} | "
-            f"{host[0] * 1e3:.0f} and {host[1] * 1e3:.0f} | {floor * 1e3:.0f} ({one.images} {one.unit}) | {below} {one.unit} |"
+            f"{host[0] * 1e3:.0f} and {host[1] * 1e3:.0f} | {floor * 1e3:.0f} ({one.images} {one.unit}) | "
+            f"{below} {one.unit} |"
         )
     lines += [
         "",
