@@ -25,6 +25,8 @@ from unite_fast.config import Config
 from unite_fast.engine.batch import find_micro_batch
 
 ROUNDS = {"cuda": 30, "cpu": 11}
+# Bytes that no batch may fill: all contenders' batches stay on the device, and code is compiled and loaded later.
+RESERVE = 2 * 2**30
 BATCHES = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 
@@ -41,8 +43,13 @@ def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str,
     if given is not None:
         return dict.fromkeys(steps, given)
     sizes = {}
-    for who in (contest.OURS, "plain"):
+    both = (contest.OURS, "plain")
+    for who in both:
+        steps[who](*trainers.batch(BATCHES[0]))  # the state that its optimizer keeps from now on
+    spared = torch.empty(RESERVE, dtype=torch.uint8, device=trainers.device)
+    for who in both:
         sizes[who] = find_micro_batch(lambda size: steps[who](*trainers.batch(size)), BATCHES)
+    del spared
     return {who: sizes.get(who, sizes["plain"]) for who in steps}
 
 

@@ -17,6 +17,8 @@ BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Read once: Triton itself reads the variable when a kernel is decorated, so a later change has no effect there either.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# CUDA C++ programming guide, technical specifications by compute capability; along x it is 2**31 - 1.
+MAX_PROGRAMS_Y = 65535
 
 _backend = "auto"
 
@@ -68,6 +70,12 @@ def use_triton(x: Tensor) -> bool:
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes x's device current for a launch: Triton launches on the current device, whatever its pointers say."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def check_programs(operator: str, name: str, count: int) -> None:
+    """Refuse more programs than a launch takes along its second axis, with the size that asks for them."""
+    if count > MAX_PROGRAMS_Y:
+        raise ValueError(f"{operator}: {name} is {count}; the kernel takes at most {MAX_PROGRAMS_Y}, split the call")
 
 
 def check_floats(operator: str, name: str, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_floats, device_of, use_triton
+from .dispatch import NAMESPACE, check_contiguous, check_floats, check_programs, device_of, use_triton
 from .philox import (
     Step,
     check_address,
@@ -220,6 +220,7 @@ def flow_noise(
     if not shift > 0:
         raise ValueError(f"flow_noise: shift is {shift}; it must be positive")
     if use_triton(z):
+        check_programs("flow_noise", "B", z.shape[0])
         step = step_tensor(step, z.device)
         return _flow_noise(z, step, draws, seed, stream, law == "logit_normal", shift, first_draw)
     return flow_noise_reference(z, draws, seed, step, stream, law, shift, first_draw)

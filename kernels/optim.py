@@ -52,7 +52,7 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
 GRAM_FROM = 2
 
 
-def _in_gram(x: Tensor, steps: int) -> Tensor:
+def _in_gram(x: Tensor, steps: int, scale: float) -> Tensor:
     """The iteration for x [n, r, c], c > r, on r × r matrices alone: X_k = Q_k X_0, and all Q commute with X X_0ᵀ."""
     gram, product = torch.bmm(x, x.mT), None
     for step in range(steps):
@@ -61,11 +61,11 @@ def _in_gram(x: Tensor, steps: int) -> Tensor:
         product = factor if product is None else torch.bmm(factor, product)
         if step + 1 < steps:
             gram = torch.bmm(torch.bmm(factor, gram), factor)
-    return torch.bmm(product, x)
+    return torch.bmm(product.mul_(scale), x)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
-def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
+def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
     # bfloat16 has the accuracy the iteration needs (it ends in a band of singular values, not in a point) and the
     # tensor cores' speed. CPUs without matrix instructions for it multiply it 100 times slower than float32.
     x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
@@ -76,21 +76,26 @@ def _newton_schulz(g: Tensor, steps: int, eps: float) -> Tensor:
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # ‖·‖_F bounds the spectral norm
         # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
         if steps and x.dtype == torch.float32 and x.shape[2] >= GRAM_FROM * x.shape[1]:
-            x = _in_gram(x, steps)
+            x = _in_gram(x, steps, scale)
         else:
-            for _ in range(steps):
+            for step in range(steps):
                 gram = torch.bmm(x, x.mT)
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return (x.mT if tall else x).to(g.dtype).contiguous()
+                # The scale rides on the last product: a sweep of its own would read and write everything once more.
+                last = scale if step + 1 == steps else 1.0
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=last * A, alpha=last)
+        if not steps:
+            x = x * scale
+    # Turned and cast in one copy.
+    return (x.mT if tall else x).to(g.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @_newton_schulz.register_fake
-def _(g: Tensor, steps: int, eps: float) -> Tensor:
+def _(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
     return torch.empty_like(g, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
-def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7, scale: float = 1.0) -> Tensor:
     """Approximate orthogonalisation of a batch of matrices, U Vᵀ of g = U S Vᵀ with singular values near 1.
 
     X ← g / max(‖g‖_F, eps); `steps` times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X with (a, b, c) = (3.4445, −4.7750, 2.0315);
@@ -100,6 +105,7 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7) -> Tensor:
         g: [n, r, c], n matrices of one shape; each is normalised on its own.
         steps: iterations, 5 in the published recipe.
         eps: floor of the Frobenius norm.
+        scale: of the result.
 
     Returns:
         [n, r, c] in g's dtype; computed in bfloat16 on CUDA and in float32 elsewhere.
@@ -114,4 +120,4 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7) -> Tensor:
         raise ValueError(f"newton_schulz: steps is {steps}; it must not be negative")
     if not g.is_floating_point():
         raise TypeError(f"newton_schulz: g is {g.dtype}; it must be a floating dtype")
-    return _newton_schulz(g, steps, eps)
+    return _newton_schulz(g, steps, eps, scale)

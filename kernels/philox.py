@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, device_of, use_triton
+from .dispatch import NAMESPACE, check_programs, device_of, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -263,6 +263,7 @@ def _draw(function, normal, shape, seed, step, stream, draws, first_draw, device
     step = step_tensor(step, device)
     word = 2 * stream  # odd words are the times of flow_noise: no stream of a caller can meet them
     if use_triton(step):
+        check_programs(function, "draws", rows)
         numbers = _philox(step, seed, word, first_draw, rows, count, normal)
     else:
         law = normals if normal else uniforms

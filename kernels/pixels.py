@@ -14,6 +14,7 @@ from .dispatch import (
     check_device,
     check_floats,
     check_parameter,
+    check_programs,
     device_of,
     use_triton,
 )
@@ -185,6 +186,7 @@ def patch_l1(tokens: Tensor, images: Tensor, patch_size: int) -> tuple[Tensor, T
         check_contiguous("patch_l1", name, x)
     images = images.detach()
     if use_triton(tokens):
+        check_programs("patch_l1", "B", batch)
         return _patch_l1(tokens, images, patch_size)
     return patch_l1_reference(tokens, images, patch_size)
 
@@ -387,5 +389,6 @@ def lpips_distance(features_a: Tensor, features_b: Tensor, weight: Tensor) -> Te
     check_parameter(operator, "weight", weight, (features_a.shape[1],), "features_a", features_a)
     weight = weight.detach()
     if use_triton(features_a):
+        check_programs(operator, "B", len(features_a))
         return _distance(features_a, features_b, weight)
     return lpips_distance_reference(features_a, features_b, weight)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, device_of, use_triton
+from .dispatch import NAMESPACE, check_contiguous, check_programs, device_of, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -306,6 +306,7 @@ def centre_crop(pixels: Tensor, sizes: Sequence[tuple[int, int]], side: int, *, 
         )
     if not use_triton(pixels):
         return centre_crop_reference(pixels, sizes, side, tall_first)
+    check_programs("centre_crop", "B", len(sizes))
     tables = _Tables(sizes, side, tall_first)
     empty = torch.zeros(1, dtype=torch.int32)
     firsts, weights = (torch.cat(parts or [empty]) for parts in (tables.firsts, tables.weights))

@@ -27,6 +27,7 @@ from unite_fast.engine import checkpoint
 from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluator as evaluator_module
+from unite_fast.evaluation import held_out as held_out_module
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
 from unite_fast.evaluation.inception import Inception
@@ -128,7 +129,14 @@ def test_generation_metrics_and_their_protocol(files, inception, held_out, capsy
     assert set(protocol["definitions"]) == {"gfid", "is"}
 
 
-def test_held_out_metrics(files, inception, held_out, capsys):
+def test_held_out_metrics(files, inception, held_out, capsys, monkeypatch):
+    similarity, tf32 = held_out_module.structural_similarity_index_measure, []
+
+    def watched(*images, **options):
+        tf32.append(torch.backends.cudnn.allow_tf32)
+        return similarity(*images, **options)
+
+    monkeypatch.setattr(held_out_module, "structural_similarity_index_measure", watched)
     record = evaluate(files, "--vgg", files / "vgg.pth", "--linear", files / "linear.pth", name="pairs",
                       metrics="rfid,psnr,ssim,lpips,l1,kid,precision,recall")  # fmt: skip
     found, model = record["metrics"], toy_model()
@@ -148,6 +156,7 @@ def test_held_out_metrics(files, inception, held_out, capsys):
     lpips.load_linear(lpips_weights()[1])
     assert found["lpips"] == pytest.approx(float(lpips(exact, rebuilt)), rel=1e-3)
     assert apart(found["rfid"], distance(inception(held_out)[0], inception(to_bytes(rebuilt))[0])) < 1e-3
+    assert tf32 and not any(tf32), "a GPU would round the pixels that SSIM takes differences of"
     assert -0.2 < found["ssim"] < 0.5 and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert math.isfinite(found["kid"]) and found["kid_subset_size"] == HELD_OUT
     section = record["protocol"]["held_out"]

@@ -81,6 +81,30 @@ def test_auto_says_when_nothing_fits():
         find_micro_batch(try_step, [1, 2])
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_ends_beside_the_allocator_is_known_too(message):
+    def try_step(size: int) -> None:
+        if size > 5:
+            raise RuntimeError(message)
+
+    assert find_micro_batch(try_step, [1, 2, 3, 4, 6, 8]) == 4
+
+
+def test_another_failure_of_a_step_is_not_taken_for_a_lack_of_memory():
+    def try_step(size: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        find_micro_batch(try_step, [1, 2])
+
+
 def test_a_cpu_is_not_driven_out_of_memory():
     used = [100]
     ran = []

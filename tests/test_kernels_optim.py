@@ -100,6 +100,15 @@ def test_newton_schulz_keeps_dtype_and_ignores_autocast():
     assert uk.newton_schulz(g.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (4, 12), (12, 4)])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_newton_schulz_scales_its_result(shape, steps):
+    g = normal(3, *shape)
+    found, plain = (uk.newton_schulz(g, steps, scale=scale) for scale in (2.5, 1.0))
+    torch.testing.assert_close(found, 2.5 * plain, rtol=0, atol=10 * ROUNDING)
+    assert found.is_contiguous()
+
+
 def test_operators_pass_opcheck():
     torch.library.opcheck(_newton_schulz, (normal(2, 3, 4), 2, 1e-7))
     torch.library.opcheck(_newton_schulz, (normal(2, 4, 3), 0, 1e-7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from runs import config, config_file, image_tree
 
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Op, Part, Rates, image_operations
+from unite_fast.analysis.profiled_step import _collective_seconds
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
@@ -118,3 +120,15 @@ def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
     assert "mfu" not in unknown
     line.advance(1, unknown)
     assert "MFU" not in capsys.readouterr().err
+
+
+def test_a_collective_on_a_gpu_counts_once():
+    """NCCL's kernel, and not the range around it that the device's timeline shows as well."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(name="ncclDevKernel_AllReduce_Sum_f32_RING_LL", device_type=cuda, device_time=3e6, cpu_time=0),
+        SimpleNamespace(name="nccl:all_reduce", device_type=cuda, device_time=3e6, cpu_time=0),
+        SimpleNamespace(name="nccl:all_reduce", device_type=cpu, device_time=3e6, cpu_time=1e6),
+        SimpleNamespace(name="gloo:all_reduce", device_type=cpu, device_time=0, cpu_time=2e6),
+    ]
+    assert [_collective_seconds(event) for event in events] == [3.0, 0.0, 0.0, 2.0]

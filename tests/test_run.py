@@ -198,3 +198,12 @@ def test_latent_statistics_and_the_collapse_watch():
     assert watch.check(COLLAPSE_GRACE_STEPS + 1, deviation) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 2, 0.9) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 3, deviation) is not None
+
+
+def test_memory_that_ends_while_training_is_one_message(folder, monkeypatch):
+    def step(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of")
+
+    monkeypatch.setattr("unite_fast.engine.loop.two_pass_step", step)
+    with pytest.raises(UserError, match=r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB.\): set train"):
+        train(config(folder))

@@ -156,7 +156,8 @@ class ProfiledStep:
 def _collective_seconds(event: Any) -> float:
     """Of a profiler event that is a collective: NCCL's kernels on GPUs, gloo's ranges on CPUs."""
     name = event.name
-    if name.startswith("nccl") and event.device_type == torch.autograd.DeviceType.CUDA:
+    # "nccl:all_reduce" and the like are ranges around the kernels, on the device's timeline too.
+    if name.startswith("nccl") and ":" not in name and event.device_type == torch.autograd.DeviceType.CUDA:
         return event.device_time / 1e6
     return event.cpu_time / 1e6 if name.startswith("gloo:") else 0.0
 

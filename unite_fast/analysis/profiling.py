@@ -25,7 +25,7 @@ from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
-from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
+from unite_fast.engine.batch import Batch, is_out_of_memory, micro_batch_candidates, resolve_batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, modality_of
@@ -170,7 +170,9 @@ def measure(
                 averages += times(step.engine.ema.update, device, 1)
                 operations.append(_operations(config, modality, step.extents, device))
         communication = step.traced(trace)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"a micro-batch of {batch.micro_batch} does not fit into memory: give a smaller --micro-batch"
         ) from None

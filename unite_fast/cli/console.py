@@ -96,9 +96,11 @@ def pick_device(wanted: Device) -> torch.device:
 @contextmanager
 def explain_memory(batch: int) -> Iterator[None]:
     """Turn a device's out-of-memory error into advice."""
-    import torch
+    from unite_fast.engine.batch import is_out_of_memory
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"the device ran out of memory at --batch {batch}: try --batch {max(1, batch // 2)}") from None

@@ -16,6 +16,8 @@ from unite_fast.errors import UserError
 
 # A process that the kernel kills for memory leaves no message, so on a CPU the search stops at half of what is free.
 CPU_MEMORY_SHARE = 0.5
+# Triton's and CUDA's own words, and those of cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 # auto without a global batch has no divisor to stop at; activations of more images than this only cost latency.
 AUTO_LIMIT = 1024
 
@@ -94,7 +96,7 @@ def find_micro_batch(
 
     Args:
         try_step: runs the forward and backward passes of one micro-batch of that size, without communication, and
-            raises torch.OutOfMemoryError where it does not fit.
+            raises what `is_out_of_memory` knows where it does not fit.
         candidates: ascending sizes, see `micro_batch_candidates`.
         agree: combines the ranks' answers, `World.all_true`; every rank then takes the same path.
 
@@ -106,7 +108,9 @@ def find_micro_batch(
         fitted = True
         try:
             try_step(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fitted = False
         # Outside the handler: its traceback would keep the failed step's activations alive.
         if torch.cuda.is_available():
@@ -130,6 +134,14 @@ def find_micro_batch(
             "set model.checkpoint_activations to true, or use more devices"
         )
     return candidates[good]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory ran out: PyTorch's allocator says so in a class of its own, what allocates beside it
+    (a kernel that Triton loads, a library's handle) in the words of a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def bounded_on_cpu(

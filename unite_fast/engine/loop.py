@@ -13,9 +13,17 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
+from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
-from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
+from unite_fast.engine.batch import (
+    Batch,
+    bounded_on_cpu,
+    find_micro_batch,
+    is_out_of_memory,
+    micro_batch_candidates,
+    resolve_batch,
+)
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.meter import Meter
@@ -45,6 +53,13 @@ def train(config: Config, *, resume: bool = False) -> Path:
     world = init_world(config)
     try:
         return Run(config, world, resume=resume).go()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{world.device.type} memory ran out ({str(error).splitlines()[0]}): set train.micro_batch to auto or to a "
+            f"smaller number, or model.checkpoint_activations to true; what was saved continues with --resume"
+        ) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -266,7 +281,8 @@ class Probe:
     """A throw-away model that runs passes and gradients as the engine will, to measure memory.
 
     It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA of each decay,
-    and ZeRO's master copy, each the size of the float32 weights.
+    and ZeRO's master copy, each the size of the float32 weights. On a GPU it spares the share that a plan does, too:
+    NCCL, a decoder on the device and micro-batches read ahead come after it, and fragmentation with time.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
@@ -274,6 +290,9 @@ class Probe:
         self._forward = AutocastForward(model, autocast_dtype(config, device))
         copies = 4 + len(config.optimizer.ema_decays)
         self._engine_state = torch.empty(copies * sum(p.numel() for p in model.parameters()), device=device)
+        if device.type == "cuda":
+            spared = (1 - USABLE_MEMORY) * torch.cuda.mem_get_info(device)[1]
+            self._spared = torch.empty(int(spared), dtype=torch.uint8, device=device)
 
     def __call__(self, phase: str, **inputs):
         return self._forward(phase, **inputs)

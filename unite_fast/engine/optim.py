@@ -129,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["step"] = step  # where Apex keeps it
         for tensor, state in self.state.items():
             if ADAM_STATES[0] in state:
-                state["step"] = torch.tensor(float(step), device=tensor.device)  # where torch keeps it
+                state["step"] = torch.full((), float(step), device=tensor.device)  # where torch keeps it
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -169,9 +169,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for first in range(0, len(indices), together):
                 batch = indices[first : first + together]
                 stacked = torch.stack([matrices[index] for index in batch])
-                result = uk.newton_schulz(stacked, steps=self.newton_schulz_steps, eps=MUON_EPS)
-                scaled = result.to(stacked.dtype) * (0.2 * math.sqrt(max(shape)))
-                for index, update in zip(batch, scaled.unbind()):
+                scale = 0.2 * math.sqrt(max(shape))
+                result = uk.newton_schulz(stacked, steps=self.newton_schulz_steps, eps=MUON_EPS, scale=scale)
+                for index, update in zip(batch, result.unbind()):
                     updates[index] = update
         return updates
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from unite_fast.engine.batch import is_out_of_memory
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.weights import read_tensors, write_tensors
@@ -127,7 +128,9 @@ class Patience:
             size = min(stop - first, self.limit or stop - first)
             try:
                 part = make(first, first + size)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 part = None  # handled outside, where the failed call's tensors are no longer referenced
             if part is None:
                 if size == 1:

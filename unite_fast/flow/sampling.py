@@ -34,7 +34,7 @@ def velocity(
 
     def field(t: Tensor, z: Tensor) -> Tensor:
         guided = guidance != 1.0 and interval[0] < float(t) < interval[1]
-        times = t.to(z.dtype).expand(z.shape[0])
+        times = _times(t, z)
         if guided:
             both = model.denoise(
                 torch.cat([z, z]), torch.cat([times, times]), torch.cat([labels, null]), normalise=normalise
@@ -48,8 +48,18 @@ def velocity(
     return field
 
 
+def _times(t: Tensor, z: Tensor) -> Tensor:
+    """[B] times of latents z [B, K, D], made on their device: a copy from the host would wait for it."""
+    if t.device == z.device:
+        return t.to(z.dtype).expand(z.shape[0])
+    return z.new_full((z.shape[0],), float(t))
+
+
 def integrate(field: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tensor, solver: str) -> Tensor:
-    """Integrate dz/dt = field(t, z) from times[0] to times[-1]: z [B, K, D] -> [B, K, D]."""
+    """Integrate dz/dt = field(t, z) from times[0] to times[-1]: z [B, K, D] -> [B, K, D].
+
+    Times may stay on the host, where reading them does not make it wait for the device; dopri5 wants them beside z.
+    """
     if solver == "dopri5":
         from torchdiffeq import odeint  # 0.3 s to import, used by one of the three solvers
 
@@ -103,14 +113,14 @@ def generate(
     if steps < 2:
         raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
     device = model.latent_norm.weight.device
-    labels = labels.to(device)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
         raise ValueError(f"labels must lie in 0..{model.null_label}, got {int(labels.min())}..{int(labels.max())}")
+    labels = labels.to(device)
     shape = (labels.shape[0], model.config.registers, model.config.latent_dim)
     z = model.latent_noise(labels.shape[0]) if noise is None else noise.to(device)
     if tuple(z.shape) != shape:
         raise ValueError(f"noise must be {list(shape)}, got {list(z.shape)}")
-    times = shifted(torch.linspace(0, 1, steps, device=device), time_shift)
+    times = shifted(torch.linspace(0, 1, steps, device=device if solver == "dopri5" else "cpu"), time_shift)
     field = velocity(model, labels, guidance=guidance, interval=interval, normalise=normalise)
     z = integrate(field, z, times, solver)
     images = model.decode(z).clamp(0, 1)

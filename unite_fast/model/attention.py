@@ -19,6 +19,8 @@ SHORT = 64
 
 
 def _flash3() -> Callable[[Tensor], Tensor]:
+    # Not its qkvpacked form, which would spare a copy of the gradients: until September 2025 it returned one gradient
+    # too few (flash-attention, pull request 1908), and no version number tells.
     function = importlib.import_module("flash_attn_interface").flash_attn_func
 
     def attend(qkv: Tensor) -> Tensor:

@@ -135,5 +135,6 @@ class GenerativeEncoder(nn.Module):
 
     def _run(self, block: Block, arguments: tuple) -> tuple[Tensor, Tensor]:
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
+            # A block draws no random numbers, so their generator's state need not be kept.
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)

@@ -99,7 +99,7 @@ def generate(
         raise ValueError(f"labels must lie in 0..{model.null_label}, got {int(labels.min())}..{int(labels.max())}")
     packed = Packed.of(counts, device=device)
     field = velocity(_Sized(model, packed), labels.to(device), guidance=guidance, interval=interval)
-    times = shifted(torch.linspace(0, 1, steps, device=device), time_shift)
+    times = shifted(torch.linspace(0, 1, steps), time_shift)  # on the host, see `integrate`
     z = integrate(field, noise(model, packed, seed=seed, first=first, stream=NOISE_STREAM), times, solver)
     elements, positions = model.decode(z, packed)
     return Drawn(elements.to(torch.uint8).cpu(), positions.cpu(), counts)
