@@ -10,7 +10,6 @@ Shapes: B molecules, T atoms in all, C width, D latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from unite_fast.analysis.counts import (
@@ -24,6 +23,7 @@ from unite_fast.analysis.counts import (
     linear_op,
     moves_op,
 )
+from unite_fast.analysis.extent import Extent
 from unite_fast.model.blocks import swiglu_hidden
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig, MoleculeObjectiveConfig
 
@@ -41,7 +41,7 @@ class _Batch(NamedTuple):
 def packed_parts(
     model: MoleculeModelConfig,
     objective: MoleculeObjectiveConfig,
-    counts: Sequence[int],
+    extent: Extent,
     *,
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
@@ -50,14 +50,12 @@ def packed_parts(
 
     Args:
         model, objective: sizes and losses.
-        counts: [B] atoms of each molecule.
+        extent: of the micro-batch.
         dtype: what matrix products compute in; the atoms' embedding and the heads stay float32.
         device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
     """
     width = DTYPE_BYTES[dtype]
-    batch = _Batch(
-        len(counts), sum(counts), sum(n * n for n in counts), width, 4 if device == "cuda" else width
-    )
+    batch = _Batch(extent.samples, extent.tokens, extent.pairs, width, 4 if device == "cuda" else width)
     latent = batch.atoms * model.latent_dim
     parts = {
         "tokenize": [
