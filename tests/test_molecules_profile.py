@@ -84,7 +84,9 @@ def test_operations_equal_pytorchs_counter(sizes, options):
 
 def test_bytes_grow_with_the_atoms_and_float32_doubles_them():
     model, goal = MoleculeModelConfig(**SIZES), MoleculeObjectiveConfig()
-    once, twice = (packed_parts(model, goal, extent(counts), dtype="fp32", device="cpu") for counts in (COUNTS, COUNTS * 2))
+    once, twice = (
+        packed_parts(model, goal, extent(counts), dtype="fp32", device="cpu") for counts in (COUNTS, COUNTS * 2)
+    )
     narrow = packed_parts(model, goal, extent(COUNTS), dtype="bf16", device="cpu")
     for name, part in once.items():
         weights = sum(part.width * op.weights for op in part.ops)

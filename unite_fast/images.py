@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from unite_fast.analysis.counts import Dtype, Part, step_parts
-from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
@@ -22,6 +22,9 @@ from unite_fast.objective.two_pass import Objective
 
 if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
+
+
+IMAGENET_IMAGES = 1_281_167
 
 
 class Images:
@@ -60,7 +63,13 @@ class Images:
         side = config.model.image_size
         images = torch.rand(size, 3, side, side, device=device)
         labels = torch.zeros(size, dtype=torch.int64, device=device)
-        return Inputs(images, labels, self._latents(config, size), 1.0, Extent(size))
+        return Inputs(images, labels, self._latents(config, size), 1.0, self.largest(config, size))
+
+    def population(self, config: Config) -> Population:
+        return Population((1,), IMAGENET_IMAGES, f"ImageNet's {IMAGENET_IMAGES:,} images an epoch")
+
+    def largest(self, config: Config, size: int) -> Extent:
+        return Extent(size)
 
     def has_data(self, config: Config) -> bool:
         return Path(config.data.path).is_dir()

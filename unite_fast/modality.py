@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.config import MODALITIES, Config, Sizes, imported
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
@@ -78,6 +78,16 @@ class Modality(Protocol):
 
     def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
         """The largest micro-batch of `size` samples that could come, to measure memory with."""
+
+    def population(self, config: Any) -> Population:
+        """The training samples as a plan takes them: counted from the data where they are there, else as stated.
+
+        Raises:
+            UserError: data that cannot be used.
+        """
+
+    def largest(self, config: Any, size: int) -> Extent:
+        """Of the micro-batch that `probe` makes."""
 
     def has_data(self, config: Any) -> bool:
         """Whether `stream` finds the training data, or makes it itself."""

@@ -212,10 +212,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
         return resolve_batch(train, world.size)
     candidates = micro_batch_candidates(train, world.size)
     if world.device.type == "cuda":
-        if config.modality != "images":
-            raise UserError(f"the micro-batch that fits is predicted for images only: give {config.name} a --micro-batch")
-        room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0]
-        fits = [c for c in candidates if predict(config, micro_batch=c, ranks=world.size).peak <= room]
+        room, largest = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0], modality_of(config).largest
+        fits = [c for c in candidates if predict(config, extent=largest(config, c), ranks=world.size).peak <= room]
         return resolve_batch(train, world.size, max(fits, default=candidates[0]))
     return resolve_batch(train, world.size, candidates[0])
 

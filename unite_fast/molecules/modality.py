@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.report import Report
@@ -71,14 +71,21 @@ class Molecular:
         return Inputs(molecules, labels, shape, micro_batch.weight, Extent.of(micro_batch.counts))
 
     def probe(self, config: MoleculeConfig, size: int, device: torch.device) -> Inputs:
-        counts = torch.full((size,), MAX_ATOMS)
-        packed = Packed.of(counts, device=device)
+        packed = Packed.of(torch.full((size,), MAX_ATOMS), device=device)
         atoms = size * MAX_ATOMS
         elements = torch.ones(atoms, dtype=torch.int64, device=device)
         molecules = Molecules(elements, torch.randn(atoms, 3, device=device), packed)
         shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
         labels = torch.zeros(size, dtype=torch.int64, device=device)
-        return Inputs(molecules, labels, shape, 1.0, Extent.of(counts))
+        return Inputs(molecules, labels, shape, 1.0, self.largest(config, size))
+
+    def population(self, config: MoleculeConfig) -> Population:
+        from unite_fast.molecules.population import population
+
+        return population(config.data)
+
+    def largest(self, config: MoleculeConfig, size: int) -> Extent:
+        return Extent(size, size * MAX_ATOMS, size * MAX_ATOMS**2)
 
     def has_data(self, config: MoleculeConfig) -> bool:
         return config.data.path is None or Path(config.data.path).exists()
