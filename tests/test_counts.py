@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,11 +97,10 @@ def test_operations_equal_pytorchs_counter(sizes, options):
     assert counter.get_total_flops() == expected
 
 
-def peak_saved(model: Unite, goal: Objective, **run) -> int:
-    """Bytes of the storages that autograd held at most at one moment, parameters and images aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    if goal.lpips:
-        own |= {tensor.untyped_storage().data_ptr() for tensor in goal.lpips.parameters()}
+def peak_saved(run: Callable[[], None], *modules: nn.Module | None) -> int:
+    """Bytes of the storages that autograd held at most at one moment of `run`, what the modules hold aside."""
+    held = [tensor for module in modules if module for tensor in (*module.parameters(), *module.buffers())]
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     alive: dict[int, int] = {}
     total = peak = 0
 
@@ -122,13 +124,17 @@ def peak_saved(model: Unite, goal: Objective, **run) -> int:
                 total -= self.tensor.untyped_storage().nbytes()
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        step(model, goal, **run)
+        run()
     return peak
 
 
 def growth(model: Unite, goal: Objective, **run) -> int:
     """Saved bytes of one more image: what a pass holds whatever its batch drops out."""
-    return peak_saved(model, goal, batch=2, **run) - peak_saved(model, goal, batch=1, **run)
+    two, one = (
+        peak_saved(lambda: step(model, goal, batch=batch, **run), model, goal.lpips)
+        for batch in (2, 1)
+    )
+    return two - one
 
 
 @pytest.fixture()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from cli_toy import mistake, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,14 +17,17 @@ from molecule_runs import config, settings
 from test_counts import CPU, Plain
 
 from unite_fast.analysis.counts import repeats
+from unite_fast.analysis.extent import Extent
+from unite_fast.engine import loop
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
-from unite_fast.modality import modality_of
+from unite_fast.modality import counted_operations, modality_of
 from unite_fast.model.packing import Packed
 from unite_fast.molecules.config import MoleculeModelConfig, MoleculeObjectiveConfig
 from unite_fast.molecules.counts import packed_parts
 from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules
+from unite_fast.molecules.report import MoleculeReport
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import two_pass_step
 
@@ -31,9 +35,13 @@ COUNTS = [3, 9, 5, 29, 1]
 SIZES = dict(depth=3, width=48, heads=2, latent_dim=6, num_classes=2, decoder=dict(depth=2, width=32, heads=2))
 
 
+def extent(counts):
+    return Extent.of(torch.tensor(counts))
+
+
 def counted(model, goal, counts):
     """Operations by the configuration, with those that are repeated."""
-    parts = packed_parts(model.config, goal.config, counts, dtype="fp32", device="cpu")
+    parts = packed_parts(model.config, goal.config, extent(counts), dtype="fp32", device="cpu")
     return sum((p.operations + p.recomputed) * repeats(name, goal.config) for name, p in parts.items())
 
 
@@ -76,13 +84,48 @@ def test_operations_equal_pytorchs_counter(sizes, options):
 
 def test_bytes_grow_with_the_atoms_and_float32_doubles_them():
     model, goal = MoleculeModelConfig(**SIZES), MoleculeObjectiveConfig()
-    once, twice = (packed_parts(model, goal, counts, dtype="fp32", device="cpu") for counts in (COUNTS, COUNTS * 2))
-    narrow = packed_parts(model, goal, COUNTS, dtype="bf16", device="cpu")
+    once, twice = (
+        packed_parts(model, goal, extent(counts), dtype="fp32", device="cpu") for counts in (COUNTS, COUNTS * 2)
+    )
+    narrow = packed_parts(model, goal, extent(COUNTS), dtype="bf16", device="cpu")
     for name, part in once.items():
         weights = sum(part.width * op.weights for op in part.ops)
         assert twice[name].forward_bytes(1) - weights == 2 * (part.forward_bytes(1) - weights) > 0
         assert narrow[name].forward_bytes(1) <= part.forward_bytes(1) <= 2 * narrow[name].forward_bytes(1)
     assert narrow["denoise"].forward_bytes(1) < 0.6 * once["denoise"].forward_bytes(1)
+
+
+def test_a_run_records_the_operations_of_its_own_molecules(tmp_path, monkeypatch):
+    """Exact for every record, though its micro-batches differ in size; by a peak that a CPU does not state."""
+    monkeypatch.setattr(MoleculeReport, "finish", lambda self, steps, seconds: None)
+    monkeypatch.setattr(loop, "stated_peak", lambda device, dtype: 1e9)
+    made = config(tmp_path, train={"steps": 8, "global_batch": 8, "accumulation": 2, "log_every": 3})
+    folder = loop.train(made)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 3, 6, 8]
+    model = MoleculeUnite(made.model)
+    goal = MoleculeObjective(made.objective, model.null_label)
+    stream = modality_of(made).stream(made, Batch(4, 2, 8), World(0, 1, 0, CPU), start_step=0)
+    before, sums = 0, []
+    for record in records:
+        steps = record["step"] - before
+        before = record["step"]
+        expected = sum(counted(model, goal, next(stream).counts.tolist()) for _ in range(2 * steps))
+        seconds = steps * 8 / record["molecules_per_second"]
+        assert record["mfu"] * seconds * 1e9 == pytest.approx(expected, rel=1e-12)
+        sums.append(expected / steps)
+    assert len(set(sums)) == len(sums)  # no constant would do
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("mfu")] == [1, 3, 6, 8]
+
+
+def test_counting_sums_is_summing_counts(tmp_path):
+    """The meter adds extents up and counts once a record."""
+    made = config(tmp_path)
+    first, second = extent(COUNTS), extent([7, 7, 2])
+    total = counted_operations(made, first + second)
+    assert total == counted_operations(made, first) + counted_operations(made, second)
 
 
 def written(folder, **sections):
@@ -109,14 +152,14 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     # two that do not count, and after the one that served the parts.
     made, world, batch = config(tmp_path, **sections), World(0, 1, 0, CPU), Batch(4, 2, 8)
     stream = modality_of(made).stream(made, batch, world, start_step=0)
-    counts = [next(stream).counts.tolist() for _ in range(9)]
-    expected = packed_parts(made.model, made.objective, counts[0], dtype="fp32", device="cpu")
+    extents = [Extent.of(next(stream).counts) for _ in range(9)]
+    expected = packed_parts(made.model, made.objective, extents[0], dtype="fp32", device="cpu")
     for name, part in expected.items():
         assert rows[name]["operations"] == 2 * part.operations * repeats(name, made.objective), name
     timed = sum(
         part.operations * repeats(name, made.objective)
-        for sizes in counts[5:]
-        for name, part in packed_parts(made.model, made.objective, sizes, dtype="fp32", device="cpu").items()
+        for found in extents[5:]
+        for name, part in packed_parts(made.model, made.objective, found, dtype="fp32", device="cpu").items()
     )
     per_step = numbers["mfu"] * numbers["step_seconds"] * numbers["matmul_operations_per_second"]
     assert per_step == pytest.approx(timed / 2)

@@ -184,7 +184,9 @@ def test_data_that_cannot_be_used(tmp_path):
 
 
 def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):
-    assert "serves runs on images; " in mistake(capsys, "plan", "--config", finished / "config.json")
+    assert "serves runs on images; " in mistake(
+        capsys, "import", tmp_path / "published.pt", "--config", finished / "config.json"
+    )
 
 
 def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):

@@ -14,6 +14,7 @@ import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.devices import GPUS, Network, find_gpu, recognise, stated_peak
+from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.memory import pass_activations, predict
 from unite_fast.analysis.planning import (
     BROKEN,
@@ -76,7 +77,7 @@ def test_predicted_memory_is_what_a_real_step_allocates(kernels, kind, batch):
         two_pass_step(engine, objective, images, labels, draws, shape=torch.Size((batch, 4, 4)))
         engine.step()
 
-    memory = predict(config, micro_batch=batch, dtype="fp32", device="cpu")
+    memory = predict(config, extent=Extent(batch), dtype="fp32", device="cpu")
     resting = memory.weights + memory.optimizer + memory.ema
     assert (memory.update > memory.activations) is (kind == "muon")
     assert resting + peak_allocated(step, CPU) == pytest.approx(memory.peak, rel=0.1)
@@ -129,7 +130,7 @@ def test_formulas_agree_with_the_simulation_up_to_1024_gpus(preset, stage):
 def test_scaling_breaks_where_communication_does_not_shrink():
     plans = scaling(published("B", draws=3), H100, NODES, stage=1)
     broken, why = breaking_point(plans)
-    each = {p.ranks: p.images_per_second / p.ranks for p in plans}
+    each = {p.ranks: p.samples_per_second / p.ranks for p in plans}
     assert each[broken.ranks] < BROKEN * each[8] <= each[broken.ranks // 2]
     assert "of the lost time is" in why
     slow = breaking_point(scaling(published("B", draws=3), H100, NODES._replace(link=1.25e9), stage=1))
@@ -164,7 +165,7 @@ def test_more_hardware_is_never_slower():
     assert grown.global_batch == 128 * grown.micro_batch and grown.micro_batch in (32, 64)
     fixed = plan(published("L", micro_batch=4), H100, NODES, ranks=64, stage=1)
     assert (fixed.micro_batch, fixed.accumulation) == (4, 4)
-    seconds = step_time(config, H100.rates, NODES, 64, 0, 16, 1, 0.75)
+    seconds = step_time(config, H100.rates, NODES, 64, 0, Extent(16), 1, 0.75)
     assert seconds.exchange == seconds.weights == 0 < seconds.gradients
 
 

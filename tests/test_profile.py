@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from cli_toy import mistake, run
 from runs import config, config_file, image_tree
 
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Op, Part, Rates, image_operations
+from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.profiled_step import _collective_seconds
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch
@@ -100,17 +102,33 @@ def losses() -> StepLosses:
     return StepLosses(one, {"l1": one}, one, torch.randn(4, 2, 3), None)
 
 
-def read(*, peak: float | None) -> dict:
-    meter = Meter(World(0, 1, 0, CPU), Batch(4, 1, 4), 10.0, operations=1000, peak=peak)
+def read(*, peak: float | None, ranks: int = 1) -> dict:
+    def operations(extent):
+        return 1000 * extent.samples + 10 * extent.tokens + extent.pairs
+
+    meter = Meter(World(0, ranks, 0, CPU), Batch(4, 1, 4 * ranks), 10.0, operations=operations, peak=peak)
     meter.begin()
+    for lengths in ([1, 2], [3, 4]):  # two micro-batches
+        meter.count(Extent.of(torch.tensor(lengths)))
     meter.add(losses(), torch.tensor(1.0))
     time.sleep(0.01)
     return meter.read(1, 0.1)
 
 
+def test_mfu_is_the_mean_over_ranks_that_compute_differently(monkeypatch):
+    def all_reduce(values: torch.Tensor) -> None:
+        values.mul_(2)  # another rank with the same numbers
+        values[-1] += 1000  # but more operations
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    record = read(peak=1e9, ranks=2)
+    assert record["mfu"] == pytest.approx(record["images_per_second"] / 8 * (4130 + 500) / 1e9)
+
+
 def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
     record = read(peak=1e9)
-    assert record["mfu"] == pytest.approx(record["images_per_second"] * 1000 / 1e9)
+    # Four samples, ten tokens, 1 + 4 + 9 + 16 pairs.
+    assert record["mfu"] == pytest.approx(record["images_per_second"] / 4 * (4000 + 100 + 30) / 1e9)
     assert 0.01 < record["memory_gb"] < 1000  # this very process
     line = ProgressLine(1, 0, enabled=True, seconds=0.0)
     line.advance(1, record | {"mfu": 0.437, "data_wait": 0.02, "memory_gb": 61.24})

@@ -16,6 +16,7 @@ from engine_unite import unite_config, unite_engine
 from scaling_worker import RUNS, scaling_config
 
 from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.update import FP32, collectives, slice_elements, trained_weights
 from unite_fast.engine.world import World
@@ -103,7 +104,7 @@ def test_what_a_rank_holds_is_predicted(reports, name):
     """When the update begins: within 5 %, tables of positions and DeepSpeed's own small tensors are not counted."""
     stage, kind = RUNS[name]
     config = scaling_config(stage, kind)
-    memory = predict(config, micro_batch=1, ranks=2, dtype="fp32", device="cpu")
+    memory = predict(config, extent=Extent(1), ranks=2, dtype="fp32", device="cpu")
     weights = trained_weights(config.model, kind)
     expected = memory.weights + memory.optimizer + memory.ema
     if stage in (0, 3):  # ZeRO 1 and 2 have dropped the whole gradients by then

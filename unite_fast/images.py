@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from unite_fast.analysis.counts import Dtype, Part, image_operations, step_parts
+from unite_fast.analysis.counts import Dtype, Part, step_parts
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
 
 
+IMAGENET_IMAGES = 1_281_167
+
+
 class Images:
     """Class-folder images; see `unite_fast.modality.Modality`."""
 
-    name, unit, sizes, network = "images", "images", ModelConfig, Unite
+    name, unit, alike, sizes, network = "images", "images", True, ModelConfig, Unite
 
     def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
         return Objective(config.objective, config.model.num_classes, device, autocast)
@@ -52,15 +56,20 @@ class Images:
     def inputs(self, config: Config, micro_batch: MicroBatch, batch: Batch, world: World) -> Inputs:
         images = micro_batch.images.to(world.device, non_blocking=True).float().div_(255)
         labels = micro_batch.labels.to(world.device, non_blocking=True)
-        return Inputs(images, labels, self._latents(config, len(images)), 1 / batch.accumulation)
+        shape = self._latents(config, len(images))
+        return Inputs(images, labels, shape, 1 / batch.accumulation, Extent(len(images)))
 
     def probe(self, config: Config, size: int, device: torch.device) -> Inputs:
         side = config.model.image_size
         images = torch.rand(size, 3, side, side, device=device)
-        return Inputs(images, torch.zeros(size, dtype=torch.int64, device=device), self._latents(config, size), 1.0)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        return Inputs(images, labels, self._latents(config, size), 1.0, self.largest(config, size))
 
-    def operations(self, config: Config) -> int:
-        return image_operations(config.model, config.objective)
+    def population(self, config: Config) -> Population:
+        return Population((1,), IMAGENET_IMAGES, f"ImageNet's {IMAGENET_IMAGES:,} images an epoch")
+
+    def largest(self, config: Config, size: int) -> Extent:
+        return Extent(size)
 
     def has_data(self, config: Config) -> bool:
         return Path(config.data.path).is_dir()
@@ -72,14 +81,11 @@ class Images:
 
         return image_parts(config, model, objective, inputs, draws)
 
-    def extent(self, inputs: Inputs) -> int:
-        return len(inputs.labels)
-
     def counted(
-        self, config: Config, extent: int, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+        self, config: Config, extent: Extent, *, dtype: Dtype, device: Literal["cuda", "cpu"]
     ) -> dict[str, tuple[Part, int]]:
         parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
-        return {name: (part, extent) for name, part in parts.items()}
+        return {name: (part, extent.samples) for name, part in parts.items()}
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
         return Report(config, folder, world, engine, stream.classes, stream.mode)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.config import MODALITIES, Config, Sizes, imported
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
@@ -37,6 +38,7 @@ class Inputs(NamedTuple):
     labels: Tensor  # [B] int64
     shape: torch.Size  # [B, K, D] of the latents
     weight: float  # of this micro-batch in the optimizer step; the weights of a step sum to 1 on average over the ranks
+    extent: Extent  # known on the host without asking the device
 
 
 class Stream(Protocol):
@@ -58,6 +60,7 @@ class Modality(Protocol):
 
     name: str
     unit: str  # what a batch counts, in the plural
+    alike: bool  # whether every sample costs the same
     sizes: type[Sizes]  # configuration class of the network
     network: type[TwoPassModel]
 
@@ -76,8 +79,15 @@ class Modality(Protocol):
     def probe(self, config: Any, size: int, device: torch.device) -> Inputs:
         """The largest micro-batch of `size` samples that could come, to measure memory with."""
 
-    def operations(self, config: Any) -> int | None:
-        """Counted operations of one sample in a step; None where they vary from sample to sample."""
+    def population(self, config: Any) -> Population:
+        """The training samples as a plan takes them: counted from the data where they are there, else as stated.
+
+        Raises:
+            UserError: data that cannot be used.
+        """
+
+    def largest(self, config: Any, size: int) -> Extent:
+        """Of the micro-batch that `probe` makes."""
 
     def has_data(self, config: Any) -> bool:
         """Whether `stream` finds the training data, or makes it itself."""
@@ -87,13 +97,10 @@ class Modality(Protocol):
     ) -> dict[str, Isolated]:
         """The parts of both passes on a micro-batch, each to run alone; "denoise" on that many draws."""
 
-    def extent(self, inputs: Inputs) -> Any:
-        """What `counted` must know of a micro-batch, without its data."""
-
     def counted(
-        self, config: Any, extent: Any, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+        self, config: Any, extent: Extent, *, dtype: Dtype, device: Literal["cuda", "cpu"]
     ) -> dict[str, tuple[Part, int]]:
-        """Of the parts that `isolated` names: counted operators, and how many times a micro-batch is what they count.
+        """Of the parts that `isolated` names: counted operators, and how many times an extent is what they count.
 
         "denoise" counts one draw.
         """
@@ -119,3 +126,15 @@ def modality(name: str) -> Modality:
 def modality_of(config: Config) -> Modality:
     """The modality of a run."""
     return modality(config.modality)
+
+
+def counted_operations(config: Config, extent: Extent) -> int:
+    """Operations of both passes, forward and backward, on micro-batches of this extent in all.
+
+    Exact for any sum of extents, since operations are linear in it; what activation checkpointing repeats is not
+    among them, nor is the optimizer.
+    """
+    from unite_fast.analysis.counts import repeats
+
+    parts = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    return sum(part.operations * times * repeats(name, config.objective) for name, (part, times) in parts.items())

@@ -18,7 +18,6 @@ from unite_fast.config import ModelConfig, ObjectiveConfig
 TIME_FEATURES = 512  # sines and cosines of 256 frequencies (UNITE, condition c)
 # VGG16 up to relu5_3 (Simonyan & Zisserman 2015): channels of each stage's convolutions, a 2×2 pool between stages.
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-VGG_WEIGHTS = 14_710_464  # elements of its convolutions
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 Dtype = Literal["bf16", "fp32"]
 
@@ -40,6 +39,7 @@ class Op(NamedTuple):
         weights: elements it multiplies by, read once a pass for all images.
         trained: whether its backward adds a gradient of the weights.
         block: belongs to a transformer block of the encoder, which activation checkpointing recomputes.
+        wide: computes in float32 whatever the compute dtype, so its weights are not cast.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Op(NamedTuple):
     weights: int = 0
     trained: bool = True
     block: int | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class Part:
         """Bytes that one backward pass must move: a gradient of a weight is read and written in float32."""
         return sum(images * op.backward_bytes + self._weight_bytes(op) for op in self.ops)
 
-    def floor(self, images: int, rates: Rates) -> tuple[float, float]:
+    def floor(self, images: float, rates: Rates) -> tuple[float, float]:
         """Seconds that forward and backward take at least: every operator at the slower of its two limits.
 
         Args:
-            images: of one pass (images times draws in "denoise").
+            images: of one pass (images times draws in "denoise"; of packed molecules 1 times draws).
             rates: of the device.
         """
         forward = backward = 0.0
@@ -207,6 +208,7 @@ def linear_op(
         saved=width * rows * inputs if saves else 0,
         weights=inputs * outputs,
         block=block,
+        wide=width == DTYPE_BYTES["fp32"],
     )
 
 

@@ -28,7 +28,7 @@ def image_parts(
     config: Config, model: Unite, objective: Objective, inputs: Inputs, draws: int
 ) -> dict[str, Isolated]:
     """tokenize, decode (with L1), lpips (where it has a weight), denoise on that many draws."""
-    images, labels, shape, _ = inputs
+    images, labels, shape = inputs.data, inputs.labels, inputs.shape
     seeded = SeededDraws(config.objective, seed=0, step=0, stream=0, device=images.device)
     noise, t, mix, added = seeded.tokenize(shape)
     null = torch.full_like(labels, model.null_label)

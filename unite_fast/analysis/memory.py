@@ -10,11 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from unite_fast.analysis.counts import DTYPE_BYTES, VGG_WEIGHTS, Dtype, Part, step_parts
+from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Part
+from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.update import FP32, Weights, slice_elements, trained_weights
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import BATCH_ELEMENTS
+from unite_fast.modality import modality_of
 
 # Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
 LIVE_ELEMENTS = 10**9
@@ -31,7 +33,7 @@ class Memory:
         gradients: float32, whole under every stage until the step's last backward reduces them.
         optimizer: momentum and moments.
         ema: averaged weights.
-        frozen: LPIPS's network.
+        frozen: weights that are not trained, LPIPS's network.
         buffers: ZeRO's bucket and its slice of the averaged gradients, alive while gradients are reduced.
         casts: weights in the compute dtype, alive during a pass.
         activations: of one micro-batch.
@@ -62,7 +64,7 @@ class Memory:
 def predict(
     config: Config,
     *,
-    micro_batch: int,
+    extent: Extent,
     ranks: int = 1,
     stage: int | None = None,
     dtype: Dtype = "bf16",
@@ -72,15 +74,17 @@ def predict(
 
     Args:
         config: the run; its batch keys are not read.
-        micro_batch: images a rank and backward.
+        extent: of a micro-batch.
         ranks: that share sharded state.
         stage: ZeRO stage; the configuration's if None.
         dtype: what matrix products compute in.
-        device: see `step_parts`.
+        device: see `Modality.counted`.
     """
     stage = config.train.zero_stage if stage is None else stage
     weights = trained_weights(config.model, config.optimizer.kind)
-    parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
+    counted = modality_of(config).counted(config, extent, dtype=dtype, device=device)
+    parts = {name: part for name, (part, _) in counted.items()}
+    kept = {name: pass_activations(part) * times for name, (part, times) in counted.items()}
     total, muon = weights.total, weights.muon
     sharded = stage > 0
     if sharded:
@@ -89,8 +93,8 @@ def predict(
     moments = muon + 2 * (held - muon)
     casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
     chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
-    flow = pass_activations(parts["denoise"]) * micro_batch * chunk
-    reconstruction = sum(pass_activations(part) for name, part in parts.items() if name != "denoise") * micro_batch
+    flow = kept["denoise"] * chunk
+    reconstruction = sum(size for name, size in kept.items() if name != "denoise")
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:
         activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
@@ -104,7 +108,7 @@ def predict(
         gradients=FP32 * total,
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
-        frozen=FP32 * VGG_WEIGHTS if config.objective.lpips.weight else 0,
+        frozen=FP32 * sum(op.weights for part in parts.values() for op in part.ops if not op.trained),
         buffers=FP32 * (min(BUCKET_ELEMENTS, total) + held) if sharded else 0,
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
@@ -113,7 +117,7 @@ def predict(
 
 
 def pass_activations(part: Part) -> int:
-    """Bytes that one image (draw) keeps for the backward of a part, under activation checkpointing if it is on.
+    """Bytes that what a part counts keeps for its backward, under activation checkpointing if it is on.
 
     Then a block keeps its two inputs alone, and the largest block's activations come back one at a time.
     """
@@ -131,8 +135,8 @@ def pass_activations(part: Part) -> int:
 
 
 def _casts(part: Part) -> int:
-    """Weights in bfloat16, kept for the pass; the time embedding's stay float32."""
-    return part.width * sum(op.weights for op in part.ops if not op.name.startswith("time"))
+    """Weights in bfloat16, kept for the pass; those of the time embedding and of the atoms' heads stay float32."""
+    return part.width * sum(op.weights for op in part.ops if not op.wide)
 
 
 def _update_bytes(weights: Weights, muon: int, dtype: Dtype) -> int:

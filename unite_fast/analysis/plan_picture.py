@@ -25,14 +25,17 @@ def plan_picture(
     capacity: int,
     title: str,
     path: str | Path,
+    *,
+    unit: str,
 ) -> None:
-    """Draw memory of a GPU by ZeRO stage, where a step's time goes by number of GPUs, and images/s against them.
+    """Draw memory of a GPU by ZeRO stage, where a step's time goes by number of GPUs, and samples/s against them.
 
     Args:
         plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty.
         simulated: seconds of a step of each of `scaled`.
         broken: where scaling breaks, if it does.
         capacity: bytes of a GPU.
+        unit: what a batch counts, in the plural.
 
     Raises:
         UserError: a path that cannot be written.
@@ -43,25 +46,29 @@ def plan_picture(
     figure = Figure(figsize=(5 * panels, 3.9), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color="#222222")
-    _memory(figure.add_subplot(1, panels, 1), plans, capacity)
+    _memory(figure.add_subplot(1, panels, 1), plans, capacity, unit)
     if scaled:
         _time(figure.add_subplot(1, panels, 2), scaled)
-        _throughput(figure.add_subplot(1, panels, 3), scaled, simulated, broken)
+        _throughput(figure.add_subplot(1, panels, 3), scaled, simulated, broken, unit)
     save_figure(figure, path)
 
 
-def _memory(axes: Any, plans: list[Plan], capacity: int) -> None:
-    names = [f"ZeRO {p.stage}\n{p.micro_batch} images" for p in plans]
+def _memory(axes: Any, plans: list[Plan], capacity: int, unit: str) -> None:
+    names = [f"ZeRO {p.stage}\n{p.micro_batch} {unit}" for p in plans]
     bottom = [0.0] * len(plans)
     for key, colour in zip(MEMORY, PALETTE, strict=True):
         heights = [getattr(p.memory, key) / 2**30 for p in plans]
         if max(heights) > 0:
             axes.bar(names, heights, bottom=bottom, color=colour, label=key if key != "ema" else "EMA", width=0.6)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes.axhline(capacity / 2**30, color="#dc2626", linewidth=1, linestyle="--")
-    axes.text(-0.4, capacity / 2**30, " the GPU's memory", va="bottom", fontsize=8, color="#dc2626")
-    axes.set_ylim(top=max(capacity / 2**30, *bottom) * 1.5)
-    _style(axes, "Memory of a GPU, GiB, and its micro-batch")
+    title, room = "Memory of a GPU, GiB, and its micro-batch", capacity / 2**30
+    if max(bottom) < room / 4:  # beside the whole GPU nothing of the bars could be seen
+        title, room = f"Memory of a GPU, GiB of its {room:.0f}", 0.0
+    else:
+        axes.axhline(room, color="#dc2626", linewidth=1, linestyle="--")
+        axes.text(-0.4, room, " the GPU's memory", va="bottom", fontsize=8, color="#dc2626")
+    axes.set_ylim(top=max(room, *bottom) * 1.5)
+    _style(axes, title)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
 
 
@@ -79,25 +86,29 @@ def _time(axes: Any, plans: list[Plan]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
 
 
-def _throughput(axes: Any, plans: list[Plan], simulated: list[float], broken: tuple[Plan, str] | None) -> None:
+def _throughput(
+    axes: Any, plans: list[Plan], simulated: list[float], broken: tuple[Plan, str] | None, unit: str
+) -> None:
     ranks = [p.ranks for p in plans]
     first = plans[0]
-    axes.plot(ranks, [first.images_per_second * n / first.ranks for n in ranks], color="#9ca3af", linestyle=":",
+    axes.plot(ranks, [first.samples_per_second * n / first.ranks for n in ranks], color="#9ca3af", linestyle=":",
               label="linear")  # fmt: skip
-    axes.plot(ranks, [p.images_per_second for p in plans], color=COLOURS[1], label="predicted", linewidth=1.6)
+    axes.plot(ranks, [p.samples_per_second for p in plans], color=COLOURS[1], label="predicted", linewidth=1.6)
     played = [p.global_batch / seconds for p, seconds in zip(plans, simulated, strict=True)]
     axes.plot(ranks, played, color=COLOURS[3], marker="o", linestyle="none", markersize=4, label="simulated")
     if broken:
         axes.axvline(broken[0].ranks, color="#dc2626", linewidth=1, linestyle="--")
-        axes.text(broken[0].ranks, 0.02, f"below {BROKEN:.0%} a GPU", fontsize=8, color="#dc2626", rotation=90,
-                  va="bottom", ha="right", transform=axes.get_xaxis_transform())  # fmt: skip
+        early = broken[0].ranks**2 < ranks[0] * ranks[-1]  # the curve is below, the legend on the left
+        axes.text(broken[0].ranks, 0.72 if early else 0.02, f"below {BROKEN:.0%} a GPU", fontsize=8, color="#dc2626",
+                  rotation=90, va="top" if early else "bottom", ha="left" if early else "right",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("GPUs", fontsize=9, color="#555555")
-    _style(axes, "Images a second")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _style(axes, f"{unit.capitalize()} a second")
+    axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=8, loc="upper left")
 
 
 def _style(axes: Any, title: str) -> None:

@@ -12,20 +12,21 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 
-from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.analysis.counts import Rates, repeats
 from unite_fast.analysis.devices import Gpu, Network
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import micro_batch_candidates, resolve_batch
 from unite_fast.errors import UserError
+from unite_fast.modality import counted_operations, modality_of
 
 # No training step has been timed on a GPU yet. The project's goals on one H200 (430 images/s for B and 150 for L at
 # S = 3, 165 and 49 at S = 14) are 0.71 to 0.77 of the counted floor, and this is what they ask for.
 ASSUMED_EFFICIENCY = 0.75
 # Left for the CUDA context, NCCL's buffers and the allocator's fragmentation: an assumption.
 USABLE_MEMORY = 0.92
-IMAGENET_IMAGES = 1_281_167
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Plan:
 
     Attributes:
         stage: ZeRO stage. optimizer: "muon", or "adamw" under stage 3.
-        ranks: GPUs. global_batch, micro_batch, accumulation: images, images, micro-batches.
-        memory: of a rank. fits: whether the smallest micro-batch does.
+        ranks: GPUs. global_batch, micro_batch, accumulation: samples, samples, micro-batches.
+        extent: of a micro-batch in the mean.
+        memory: of a rank, on the busiest micro-batch. fits: whether it does.
         seconds: of a step.
         mfu: counted operations a second over the device's stated peak.
     """
@@ -65,30 +67,39 @@ class Plan:
     global_batch: int
     micro_batch: int
     accumulation: int
+    extent: Extent
     memory: Memory
     fits: bool
     seconds: StepTime
     mfu: float
 
     @property
-    def images_per_second(self) -> float:
+    def samples_per_second(self) -> float:
         return self.global_batch / self.seconds.total
 
-    def epoch_hours(self, images: int) -> float:
-        return images / self.images_per_second / 3600
+    def epoch_hours(self, samples: int) -> float:
+        return samples / self.samples_per_second / 3600
 
 
 def plan(
-    config: Config, gpu: Gpu, network: Network, *, ranks: int, stage: int, efficiency: float = ASSUMED_EFFICIENCY
+    config: Config,
+    gpu: Gpu,
+    network: Network,
+    *,
+    ranks: int,
+    stage: int,
+    efficiency: float = ASSUMED_EFFICIENCY,
+    population: Population | None = None,
 ) -> Plan:
     """One line of the plan.
 
     Args:
         config: the run. A global batch that it gives is kept whatever the number of ranks; of micro-batch `auto` the
-            largest that fits is taken.
+            largest that fits is taken, with the largest samples that could come, as the trainer measures it.
         ranks: GPUs.
         stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
         efficiency: of compute and update, as a share of the counted floor.
+        population: its training samples; those of `Modality.population` if None.
 
     Raises:
         UserError: the ranks cannot share the global batch.
@@ -100,17 +111,22 @@ def plan(
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
     else:
         batches = [resolve_batch(train, ranks)]
-    memories = ((b, predict(config, micro_batch=b.micro_batch, ranks=ranks, stage=stage)) for b in batches)
-    batch, memory = next(
-        ((b, m) for b, m in memories if m.peak <= gpu.memory * USABLE_MEMORY),
-        (batches[-1], predict(config, micro_batch=batches[-1].micro_batch, ranks=ranks, stage=stage)),
+    modality = modality_of(config)
+    population = population or modality.population(config)
+
+    def memory(extent: Extent) -> Memory:
+        return predict(config, extent=extent, ranks=ranks, stage=stage)
+
+    room = gpu.memory * USABLE_MEMORY
+    micro, accumulation, total = next(
+        (b for b in batches[:-1] if memory(modality.largest(config, b.micro_batch)).peak <= room), batches[-1]
     )
-    micro, accumulation, total = batch
-    seconds = step_time(config, gpu.rates, network, ranks, stage, micro, accumulation, efficiency)
-    operations = image_operations(config.model, config.objective) * micro * accumulation
-    fits = memory.peak <= gpu.memory * USABLE_MEMORY
+    held = memory(population.busiest(micro))
+    extent = population.mean(micro)
+    seconds = step_time(config, gpu.rates, network, ranks, stage, extent, accumulation, efficiency)
+    operations = counted_operations(config, extent) * accumulation
     return Plan(
-        stage, config.optimizer.kind, ranks, total, micro, accumulation, memory, fits, seconds,
+        stage, config.optimizer.kind, ranks, total, micro, accumulation, extent, held, held.peak <= room, seconds,
         operations / seconds.total / gpu.matmul,
     )  # fmt: skip
 
@@ -121,11 +137,11 @@ def step_time(
     network: Network,
     ranks: int,
     stage: int,
-    micro_batch: int,
+    extent: Extent,
     accumulation: int,
     efficiency: float,
 ) -> StepTime:
-    """Seconds of one optimizer step, by what it does."""
+    """Seconds of one optimizer step of `accumulation` micro-batches of that extent, by what it does."""
     gradients = exchange = weights = 0.0
     for collective in collectives(config, ranks=ranks, accumulation=accumulation, stage=stage):
         seconds = collective_time(collective, ranks, network)
@@ -136,21 +152,22 @@ def step_time(
         else:
             gradients += seconds
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks).floor(1, rates)[0]
-    compute = accumulation * compute_time(config, rates, micro_batch)
+    compute = accumulation * compute_time(config, rates, extent)
     return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency)
 
 
-def compute_time(config: Config, rates: Rates, micro_batch: int) -> float:
+def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
     """Floor of both passes of one micro-batch, seconds."""
     objective = config.objective
     passes = flow_passes(config)
     seconds = 0.0
-    for name, part in step_parts(config.model, objective).items():
+    counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    for name, (part, samples) in counted.items():
         if name == "denoise":
             draws = repeats(name, objective) / passes  # the last chunk may be smaller; the mean costs the same
-            seconds += passes * sum(part.floor(round(micro_batch * draws), rates))
+            seconds += passes * sum(part.floor(samples * draws, rates))
         else:
-            seconds += sum(part.floor(micro_batch, rates))
+            seconds += sum(part.floor(samples, rates))
     return seconds
 
 
@@ -182,18 +199,27 @@ BROKEN = 0.8
 
 
 def scaling(
-    config: Config, gpu: Gpu, network: Network, *, stage: int, efficiency: float = ASSUMED_EFFICIENCY
+    config: Config,
+    gpu: Gpu,
+    network: Network,
+    *,
+    stage: int,
+    efficiency: float = ASSUMED_EFFICIENCY,
+    population: Population | None = None,
 ) -> list[Plan]:
     """The same run on 8 to 1,024 GPUs, as far as they can share its global batch."""
     plans = []
+    population = population or modality_of(config).population(config)
     for ranks in SCALE:
         with suppress(UserError):
-            plans.append(plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency))
+            plans.append(
+                plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency, population=population)
+            )
     return plans
 
 
 LOSSES = {
-    "compute": "small micro-batches, which read all weights for few images",
+    "compute": "small micro-batches, which read all weights for few samples",
     "gradients": "reducing the gradients",
     "exchange": "exchanging matrices for Muon",
     "weights": "gathering the weights",
@@ -204,15 +230,15 @@ LOSSES = {
 def breaking_point(plans: list[Plan]) -> tuple[Plan, str] | None:
     """The first plan whose GPUs do less than BROKEN of the first plan's work each, and what took the time; or None."""
 
-    def an_image(p: Plan, name: str) -> float:
-        """GPU-seconds of an image."""
+    def a_sample(p: Plan, name: str) -> float:
+        """GPU-seconds of a sample."""
         return getattr(p.seconds, name) * p.ranks / p.global_batch
 
     first = plans[0]
     for found in plans[1:]:
-        if an_image(first, "total") / an_image(found, "total") >= BROKEN:
+        if a_sample(first, "total") / a_sample(found, "total") >= BROKEN:
             continue
-        lost = {name: an_image(found, name) - an_image(first, name) for name in LOSSES}
+        lost = {name: a_sample(found, name) - a_sample(first, name) for name in LOSSES}
         worst = max(lost, key=lost.get)
         return found, f"{lost[worst] / sum(lost.values()):.0%} of the lost time is {LOSSES[worst]}"
     return None

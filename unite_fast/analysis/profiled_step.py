@@ -13,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from unite_fast.analysis.allocation import quiet_profiler
+from unite_fast.analysis.extent import Extent
 from unite_fast.config import Config
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
@@ -67,30 +68,29 @@ class ProfiledStep:
     """The real optimizer step on the real engine.
 
     Attributes:
-        extents: of the micro-batches of the newest step, see `Modality.extent`.
+        extent: of the newest step.
     """
 
     def __init__(
         self, config: Config, world: World, objective: TwoPassObjective, model: nn.Module, batch: Batch, feed: Feed,
-        modality: Modality,
     ):  # fmt: skip
         self.config, self.world, self.objective, self.batch = config, world, objective, batch
         self.model = model
         self.engine = Engine(model, config, world, steps_per_epoch=1000, global_batch=batch.global_batch)
-        self.extents: list[Any] = []
-        self._feed, self._modality = feed, modality
+        self.extent = Extent(0)
+        self._feed = feed
 
     def timed(self) -> tuple[float, float, float]:
         """One step: seconds in all, waiting for data, and in the update."""
         device = self.world.device
-        self.extents = []
+        self.extent = Extent(0)
         began, waited = now(device), 0.0
         for index in range(self.batch.accumulation):
             asked = time.perf_counter()
             with record_function("wait for data"):
                 inputs = self._feed.next()
             waited += time.perf_counter() - asked
-            self.extents.append(self._modality.extent(inputs))
+            self.extent += inputs.extent
             self._passes(inputs, index)
         passed = now(device)
         with record_function("optimizer"):

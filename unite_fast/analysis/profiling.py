@@ -18,7 +18,7 @@ from torch import nn
 
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
-from unite_fast.analysis.counts import Part, Rates, repeats
+from unite_fast.analysis.counts import Part, Rates
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
@@ -28,7 +28,7 @@ from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, is_out_of_memory, micro_batch_candidates, resolve_batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.modality import Inputs, Modality, modality_of
+from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
 from unite_fast.objective.two_pass import TwoPassObjective
 
 # Wide enough that launching is a small share of it: 137 GFLOP on a GPU, 0.27 on a CPU core.
@@ -158,17 +158,17 @@ def measure(
     try:
         say(f"measuring the parts on {batch.micro_batch} {modality.unit}")
         # Where samples differ, the data's say what a part costs; where they are alike, a loader would only disturb.
-        inputs = feed.next() if modality.operations(config) is None else feed.made_up()
+        inputs = feed.made_up() if modality.alike else feed.next()
         rows = _parts(config, modality, model, objective, batch, inputs, rates)
         say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} {modality.unit}")
-        step = ProfiledStep(config, world, objective, model, batch, feed, modality)
+        step = ProfiledStep(config, world, objective, model, batch, feed)
         whole, waits, updates, averages, operations = [], [], [], [], []
         for index in range(WARM_UP + steps):
             taken = step.timed()
             if index >= WARM_UP:
                 whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
                 averages += times(step.engine.ema.update, device, 1)
-                operations.append(_operations(config, modality, step.extents, device))
+                operations.append(counted_operations(config, step.extent))
         communication = step.traced(trace)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -180,16 +180,6 @@ def measure(
         feed.close()
     return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None, updates, averages,
                      communication, statistics.mean(operations), modality.unit)  # fmt: skip
-
-
-def _operations(config: Config, modality: Modality, extents: list[Any], device: torch.device) -> int:
-    """Counted operations of a step of these micro-batches; recomputed ones are not among them."""
-    counted = (modality.counted(config, extent, dtype="bf16", device=device.type) for extent in extents)
-    return sum(
-        part.operations * times * repeats(name, config.objective)
-        for parts in counted
-        for name, (part, times) in parts.items()
-    )
 
 
 def _measured(
@@ -224,10 +214,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
         return resolve_batch(train, world.size)
     candidates = micro_batch_candidates(train, world.size)
     if world.device.type == "cuda":
-        if config.modality != "images":
-            raise UserError(f"the micro-batch that fits is predicted for images only: give {config.name} a --micro-batch")
-        room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0]
-        fits = [c for c in candidates if predict(config, micro_batch=c, ranks=world.size).peak <= room]
+        room, largest = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0], modality_of(config).largest
+        fits = [c for c in candidates if predict(config, extent=largest(config, c), ranks=world.size).peak <= room]
         return resolve_batch(train, world.size, max(fits, default=candidates[0]))
     return resolve_batch(train, world.size, candidates[0])
 
@@ -241,7 +229,7 @@ def _parts(
     dtype = autocast_dtype(config, device)
     chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
     counted = modality.counted(
-        config, modality.extent(inputs), dtype="fp32" if dtype is None else "bf16", device=device.type
+        config, inputs.extent, dtype="fp32" if dtype is None else "bf16", device=device.type
     )
     rows = []
     for name, (forward, leaves) in modality.isolated(config, model, objective, inputs, chunk).items():

@@ -44,7 +44,7 @@ def simulate(
     generator = np.random.default_rng(seed)
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
-    clock = planned.accumulation * compute_time(config, rates, planned.micro_batch) / efficiency * slower
+    clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
     slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
     if stage == 0:

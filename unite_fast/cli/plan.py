@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from unite_fast.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from unite_fast.analysis.extent import Population
     from unite_fast.analysis.planning import Plan
     from unite_fast.config import Config
 
@@ -25,7 +27,7 @@ STAGES = (0, 1, 2, 3)
 def plan(
     preset: Annotated[str | None, typer.Option(help="B, M, L or XL with the published recipe.", metavar="NAME")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A configuration, in place of a preset.", metavar="FILE")
+        Path | None, typer.Option(help="A configuration in place of a preset, as for molecules.", metavar="FILE")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE")
@@ -40,8 +42,12 @@ def plan(
         float | None,
         typer.Option(help="Share of the counted floor that compute reaches; `profile` measures it.", min=0.01, max=1),
     ] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Images of an epoch. Default: ImageNet's 1,281,167.", min=1)
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--images", "--molecules", metavar="COUNT", min=1,
+            help="Of an epoch. Default: ImageNet's 1,281,167 images; molecules as in the data, without them as in QM9.",
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option("--out", help="Also draw memory and scaling into this PNG.", metavar="FILE")
@@ -59,34 +65,43 @@ def plan(
     from unite_fast.analysis import planning
     from unite_fast.analysis.devices import Network, find_gpu
     from unite_fast.analysis.simulation import simulate
+    from unite_fast.modality import modality_of
 
     device = find_gpu(gpu)
     links = Network(per_node, device.link, network * 1e9 / 8)
     share = planning.ASSUMED_EFFICIENCY if efficiency is None else efficiency
-    images = images or planning.IMAGENET_IMAGES
-    plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, efficiency=share) for stage in STAGES]
+    modality = modality_of(run)
+    unit, population = modality.unit, modality.population(run)
+    if samples is not None:
+        population = replace(population, samples=samples, source=f"{samples:,} {unit} an epoch, as given")
+    options = {"efficiency": share, "population": population}
+    plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, **options) for stage in STAGES]
     stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
-    scaled = planning.scaling(run, device, links, stage=stage, efficiency=share)
+    scaled = planning.scaling(run, device, links, stage=stage, **options)
     simulated = [simulate(run, p, device.rates, links, efficiency=share) for p in scaled]
     broken = planning.breaking_point(scaled) if scaled else None
-    epochs = run.train.epochs or run.train.steps * plans[0].global_batch / images
+    epochs = run.train.epochs or run.train.steps * plans[0].global_batch / population.samples
     if picture is not None:
         from unite_fast.analysis.plan_picture import plan_picture
 
         label = f"{preset or run.name}, S = {run.objective.flow_draws}, {device.name}"
-        plan_picture(plans, scaled, simulated, broken, device.memory, label, picture)
+        plan_picture(plans, scaled, simulated, broken, device.memory, label, picture, unit=unit)
     if as_json:
-        rows = [_row(p, images, epochs) for p in plans]
-        line = [_row(p, images, epochs) | {"simulated_step_seconds": s} for p, s in zip(scaled, simulated, strict=True)]
+        rows = [_row(p, population, epochs, unit) for p in plans]
+        line = [
+            _row(p, population, epochs, unit) | {"simulated_step_seconds": s}
+            for p, s in zip(scaled, simulated, strict=True)
+        ]
         why = {"gpus": broken[0].ranks, "why": broken[1]} if broken else None
-        typer.echo(json.dumps({"gpu": device._asdict(), "plans": rows, "scaling": line, "breaks": why}, indent=2))
+        numbers = {"gpu": device._asdict(), "population": vars(population)}
+        typer.echo(json.dumps(numbers | {"plans": rows, "scaling": line, "breaks": why}, indent=2))
     else:
-        title = preset or run.name
-        _print_stages(plans, f"{title}, S = {run.objective.flow_draws}, on {gpus} × {device.name}", images, epochs)
+        title = f"{preset or run.name}, S = {run.objective.flow_draws}, on {gpus} × {device.name}"
+        _print_stages(plans, title, population, epochs, unit)
         if scaled:
-            _print_scaling(scaled, simulated, stage)
+            _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
-        _print_assumptions(device, links, share, efficiency is None)
+        _print_assumptions(device, links, share, efficiency is None, population)
         if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
 
@@ -97,9 +112,7 @@ def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Conf
     if (preset is None) == (path is None):
         raise UserError("give one of --preset (B, M, L, XL with the published recipe) and --config FILE")
     if path is not None:
-        loaded = Config.load(path, overrides)
-        loaded.require_images("unite-fast plan")
-        return loaded
+        return Config.load(path, overrides)
     if preset not in ENCODER_PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(ENCODER_PRESETS)}")
     values = {
@@ -113,15 +126,15 @@ def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Conf
     return Config.parse(values, source=f"preset {preset} with --set")
 
 
-def _row(p: Plan, images: int, epochs: float) -> dict:
-    hours = p.epoch_hours(images)
+def _row(p: Plan, population: Population, epochs: float, unit: str) -> dict:
+    hours = p.epoch_hours(population.samples)
     return {
         "zero_stage": p.stage, "optimizer": p.optimizer, "gpus": p.ranks, "fits": p.fits,
         "micro_batch": p.micro_batch, "accumulation": p.accumulation, "global_batch": p.global_batch,
         "memory_bytes": vars(p.memory) | {"peak": p.memory.peak},
         "step_seconds": vars(p.seconds) | {"total": p.seconds.total},
         "communication_share": p.seconds.communication / p.seconds.total,
-        "images_per_second": p.images_per_second, "mfu": p.mfu,
+        f"{unit}_per_second": p.samples_per_second, "mfu": p.mfu,
         "epoch_hours": hours, "gpu_hours": hours * epochs * p.ranks,
     }  # fmt: skip
 
@@ -137,13 +150,16 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> None:
+def _print_stages(plans: list[Plan], title: str, population: Population, epochs: float, unit: str) -> None:
     total = f"GPU-h, {_short(epochs)} epochs"
+    shortest = min(p.epoch_hours(population.samples) for p in plans)
+    # The largest unit that leaves a whole tenth of it.
+    name, in_an_hour = next(((n, many) for n, many in (("h", 1), ("min", 60)) if shortest * many >= 0.1), ("s", 3600))
     table = _table(
-        title, ("ZeRO", "memory GiB", "batch", "step ms", "images /s", "MFU", "comm.", "epoch h", total)
+        title, ("ZeRO", "memory GiB", "batch", "step ms", f"{unit} /s", "MFU", "comm.", f"epoch {name}", total)
     )
     for p in plans:
-        hours = p.epoch_hours(images)
+        hours = p.epoch_hours(population.samples)
         table.add_row(
             f"{p.stage}\u00a0{p.optimizer}",
             f"{'' if p.fits else '>'}{_short(p.memory.peak / 2**30)}",
@@ -151,10 +167,10 @@ def _print_stages(plans: list[Plan], title: str, images: int, epochs: float) -> 
                 (
                     f"{p.micro_batch}×{p.accumulation}×{p.ranks}",
                     _short(p.seconds.total * 1e3),
-                    f"{p.images_per_second:.0f}",
+                    f"{p.samples_per_second:.0f}",
                     f"{p.mfu:.1%}",
                     f"{p.seconds.communication / p.seconds.total:.1%}",
-                    _short(hours),
+                    _short(hours * in_an_hour),
                     _short(hours * epochs * p.ranks),
                 )
                 if p.fits
@@ -169,11 +185,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> None:
+def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: str) -> None:
     shares = ("com- pute", "gradi- ents", "Muon", "weights", "update")
     table = _table(
         f"the same run on more GPUs, ZeRO {stage}",
-        ("GPUs", "batch", "step ms", "simul. ms", "images /s a GPU", *shares),
+        ("GPUs", "batch", "step ms", "simul. ms", f"{unit} /s a GPU", *shares),
     )
     for p, seconds in zip(plans, simulated, strict=True):
         parts = (p.seconds.compute, p.seconds.gradients, p.seconds.exchange, p.seconds.weights, p.seconds.update)
@@ -182,7 +198,7 @@ def _print_scaling(plans: list[Plan], simulated: list[float], stage: int) -> Non
             f"{p.micro_batch}×{p.accumulation}",
             _short(p.seconds.total * 1e3),
             _short(seconds * 1e3),
-            f"{p.images_per_second / p.ranks:.1f}",
+            f"{p.samples_per_second / p.ranks:.1f}",
             *(f"{value / p.seconds.total:.1%}" for value in parts),
         )
     out().print(table)
@@ -202,10 +218,11 @@ def _print_break(plans: list[Plan], broken: tuple[Plan, str] | None) -> None:
     out().print(text, markup=False, soft_wrap=True)
 
 
-def _print_assumptions(device, links, efficiency: float, assumed: bool) -> None:
+def _print_assumptions(device, links, efficiency: float, assumed: bool, population: Population) -> None:
     matmul, copy = device.rates
     source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
     lines = (
+        f"data: {population.source}",
         f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
         f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
         f"efficiency: {efficiency:g} of the floor that these rates set"
@@ -218,7 +235,9 @@ def _print_assumptions(device, links, efficiency: float, assumed: bool) -> None:
         f"links, as stated: {links.node_link / 1e9:.0f} GB/s a GPU inside a node of {links.per_node}, "
         f"{links.link * 8 / 1e9:.0f} Gbit/s a GPU between nodes; assumed: {links.share:.0%} of that is reached, "
         f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
-        "memory: bf16 compute with float32 weights and the fused operators, at most 92 % of the device (assumed)",
+        "memory: bf16 compute with float32 weights and the fused operators, on the largest micro-batch that a long run "
+        "draws; at most 92 % of the device (assumed)",
+        "launching is not counted: where a step takes a few milliseconds, it is what limits",
         "ZeRO 3 trains with AdamW (Muon needs whole matrices); its time is that without any layer kept between passes, "
         "its memory that with all kept",
     )

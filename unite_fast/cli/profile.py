@@ -119,10 +119,10 @@ def _print(measured: Measured, name: str, device: str) -> None:
         if seconds is not None:
             table.add_row(label, "", _ms(seconds), "", f"{seconds / measured.step:.1%}")
     out().print(table)
-    planned = " (`plan --efficiency`)" if measured.unit == "images" else ""
     lines = (
         f"{measured.images / measured.step:.4g} {measured.unit}/s on this rank, {measured.mfu:.1%} of the measured "
-        f"matrix rate (MFU), {measured.efficiency:.1%} of the floor without waiting and communication{planned}",
+        f"matrix rate (MFU), {measured.efficiency:.1%} of the floor without waiting and communication "
+        "(`plan --efficiency`)",
         f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s "
         "copying",
         "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, chec
 from unite_fast.engine.session import changed_samples, record_session
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
-from unite_fast.modality import modality_of
+from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
 from unite_fast.weights import write_text
@@ -125,7 +126,7 @@ class Run:
             self.batch,
             self.stream.steps_per_epoch,
             unit=self.modality.unit,
-            operations=self.modality.operations(config),
+            operations=partial(counted_operations, config),
             peak=stated_peak(self.world.device, autocast_dtype(config, self.world.device)),
         )
         watch = CollapseWatch()
@@ -185,6 +186,7 @@ class Run:
             with meter.waiting():
                 micro_batch = next(self.stream)
             inputs = self.modality.inputs(self.config, micro_batch, self.batch, self.world)
+            meter.count(inputs.extent)
             draws = SeededDraws(
                 self.config.objective,
                 seed=self.config.train.seed,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unite_fast.analysis.extent import Extent
 from unite_fast.engine.batch import Batch, peak_resident_bytes
 from unite_fast.engine.world import World
 from unite_fast.objective.two_pass import StepLosses
@@ -43,7 +44,7 @@ class Meter:
     Args:
         world, batch, steps_per_epoch: of the run.
         unit: what a batch counts, in the plural.
-        operations: counted, of one sample in a step; None where they vary, and then no MFU is recorded.
+        operations: counts those of an extent, see `counted_operations`; None counts nothing, and no MFU is recorded.
         peak: operations a second that the device states for the compute dtype; None where it is not known, and then
             no MFU is recorded. A CPU states none, and one measured beside busy neighbours would be another number
             every time; `unite-fast profile` measures it.
@@ -56,7 +57,7 @@ class Meter:
         steps_per_epoch: float,
         *,
         unit: str = "images",
-        operations: int | None = None,
+        operations: Callable[[Extent], int] | None = None,
         peak: float | None = None,
     ):
         self.seconds = 0.0
@@ -95,6 +96,10 @@ class Meter:
         if self._began is not None:  # else no step has begun since the last reading, and nothing counts yet
             self._began += time.monotonic() - began
 
+    def count(self, extent: Extent) -> None:
+        """Both passes on a micro-batch of this extent."""
+        self._extent += extent
+
     def add(self, losses: StepLosses, grad_norm: Tensor) -> None:
         """Take one optimizer step's losses in, without waiting for the device."""
         values = torch.stack([losses.total, *losses.terms.values(), losses.flow, grad_norm]).float()
@@ -103,17 +108,18 @@ class Meter:
 
     def read(self, step: int, lr: float) -> dict[str, float]:
         """The means since the last reading, over all ranks. Waits for the device."""
-        values = torch.cat([self._sums / self._steps, latent_statistics(self._last.z0, self._last.mask)])
+        counted = None not in (self._operations, self._peak)
+        operations = self._sums.new_tensor([self._operations(self._extent) if counted else 0], dtype=torch.float64)
+        latents = latent_statistics(self._last.z0, self._last.mask)
+        values = torch.cat([self._sums / self._steps, latents, operations])
         if self._world.size > 1:
             dist.all_reduce(values)
             values /= self._world.size
-        total, *terms, flow, grad_norm, z0_std, z0_rank = values.tolist()
+        total, *terms, flow, grad_norm, z0_std, z0_rank, operations = values.tolist()
         elapsed = time.monotonic() - self._began
         waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
         self.seconds += elapsed
         rate = self._steps * self._batch.global_batch / elapsed
-        counted = None not in (self._operations, self._peak)
-        mfu = rate / self._world.size * self._operations / self._peak if counted else None
         record = {
             "step": step,
             "epoch": step / self._steps_per_epoch,
@@ -126,7 +132,7 @@ class Meter:
             "z0_std": z0_std,
             "z0_rank": z0_rank,
             f"{self._unit}_per_second": rate,
-            **({} if mfu is None else {"mfu": mfu}),
+            **({"mfu": operations / elapsed / self._peak} if counted else {}),
             "data_wait": waited / elapsed,
             "memory_gb": self._memory() / 1e9,
             "time": time.time(),
@@ -143,6 +149,7 @@ class Meter:
     def _reset(self) -> None:
         self._sums: Tensor | None = None
         self._last: StepLosses | None = None
+        self._extent = Extent(0)
         self._steps, self._began, self._waited = 0, None, 0.0
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -1,16 +1,15 @@
-"""Operations and bytes of a training step on one packed micro-batch of molecules, counted from its atom counts.
+"""Operations, bytes and saved activations of a training step on one packed micro-batch of molecules.
 
 As `unite_fast.analysis.counts`, which has the rules, with one difference: an operator is counted for the whole
 micro-batch (in the denoising pass: for one draw of it), since molecules differ. Attention counts the pairs of tokens
-within molecules, which is all that FlashAttention computes; a CPU computes padded pairs beside them. Saved activations
-are not counted.
+within molecules, which is all that FlashAttention computes; a CPU computes padded pairs beside them, and keeps padded
+copies, of which only the real tokens are counted here.
 
 Shapes: B molecules, T atoms in all, C width, D latent channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from unite_fast.analysis.counts import (
@@ -24,6 +23,7 @@ from unite_fast.analysis.counts import (
     linear_op,
     moves_op,
 )
+from unite_fast.analysis.extent import Extent
 from unite_fast.model.blocks import swiglu_hidden
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig, MoleculeObjectiveConfig
 
@@ -36,12 +36,13 @@ class _Batch(NamedTuple):
     pairs: int  # Σ n² of the molecules' atoms
     width: int  # bytes of a number in the compute dtype
     norm_width: int  # bytes of a number in the decoder's LayerNorms
+    pads: bool  # attention by way of padding, as on a CPU
 
 
 def packed_parts(
     model: MoleculeModelConfig,
     objective: MoleculeObjectiveConfig,
-    counts: Sequence[int],
+    extent: Extent,
     *,
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
@@ -50,32 +51,32 @@ def packed_parts(
 
     Args:
         model, objective: sizes and losses.
-        counts: [B] atoms of each molecule.
+        extent: of the micro-batch.
         dtype: what matrix products compute in; the atoms' embedding and the heads stay float32.
         device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
     """
     width = DTYPE_BYTES[dtype]
-    batch = _Batch(
-        len(counts), sum(counts), sum(n * n for n in counts), width, 4 if device == "cuda" else width
-    )
+    cuda = device == "cuda"
+    batch = _Batch(extent.samples, extent.tokens, extent.pairs, width, 4 if cuda else width, not cuda)
     latent = batch.atoms * model.latent_dim
+    # A mask and a time an atom beside the latents, and the latents once more on their way to the padding.
+    noised = 8 * latent + 5 * batch.atoms
     parts = {
         "tokenize": [
             *_encoder(batch, model, objective, tokenize=True),
-            moves_op("latent norm, noise", latent, 4, forward=4, backward=4),
+            moves_op("latent norm, noise", latent, 4, forward=4, backward=4)._replace(saved=noised),
         ],
         "decode": _decoder(batch, model),
         "loss": _loss(batch),
         "denoise": [
             *_encoder(batch, model, objective, tokenize=False),
             moves_op("flow noise", latent, 4, forward=2, backward=0),
-            moves_op("latent norm, loss", latent, 4, forward=4, backward=2),
+            moves_op("latent norm, loss", latent, 4, forward=4, backward=2, saved=2),
         ],
     }
     return {
         name: Part(
-            name, tuple(op._replace(saved=0) for op in ops),
-            model.checkpoint_activations and name in ("tokenize", "denoise"), width,
+            name, tuple(ops), model.checkpoint_activations and name in ("tokenize", "denoise"), width
         )
         for name, ops in parts.items()
     }  # fmt: skip
@@ -88,38 +89,65 @@ def _encoder(
     channels, width, rows = model.width, batch.width, batch.molecules
     hidden, atoms = swiglu_hidden(channels), batch.atoms
     tokens, pairs = (2 * atoms, 4 * batch.pairs) if tokenize else (atoms, batch.pairs)
+    # In float32 all modulations read the one condition that is kept, in bfloat16 each a copy of its own.
+    copy = width * channels if width < 4 else 0
+
+    def modulation(outputs: int) -> Op:
+        made = linear_op("modulation", rows, channels, outputs, width)
+        return made._replace(saved=rows * (copy + width * outputs))
+
     ops = [
         linear_op("time lift", rows, TIME_FEATURES, channels, 4, input_grad=False),
         linear_op("time project", rows, channels, channels, 4),
-        *(linear_op("modulation", rows, channels, 6 * channels, width) for _ in range(model.depth)),
-        linear_op("modulation", rows, channels, 2 * channels, width),
+        moves_op("condition", rows * channels, 4, forward=5, backward=4, saved=2 if copy else 3),
+        *(modulation(6 * channels) for _ in range(model.depth)),
+        modulation(2 * channels),
     ]
     if tokenize:
         ops += [
             linear_op("atom lift", atoms, 3, channels, 4, input_grad=False),
-            moves_op("SiLU", atoms * channels, 4, forward=2, backward=3),
+            moves_op("SiLU", atoms * channels, 4, forward=2, backward=3, saved=1),
             linear_op("atom project", atoms, channels, channels, 4),
-            moves_op("element, index", atoms * channels, 4, forward=4, backward=2),
+            _indexed(moves_op("element, index", atoms * channels, 4, forward=4, backward=2), atoms),
         ]
     reads_gradient = not tokenize and not objective.stop_gradient
     ops += [
         linear_op("registers", atoms, model.latent_dim, channels, width, input_grad=reads_gradient),
-        moves_op("positions", atoms * channels, width, forward=3, backward=1),
+        _indexed(moves_op("positions", atoms * channels, width, forward=3, backward=1), atoms),
     ]
     if tokenize:
-        ops.append(moves_op("join patches", tokens * channels, width, forward=4, backward=4))
-    ops.append(moves_op("opening norm", tokens * channels, width, forward=2, backward=3))
+        ops.append(_indexed(moves_op("join patches", tokens * channels, width, forward=4, backward=4), tokens))
+    head = channels // model.heads
+    ops += [
+        moves_op("rotary tables", tokens * head, 4, forward=2, backward=0, saved=1),
+        moves_op("opening norm", tokens * channels, width, forward=2, backward=3, saved=1),
+    ]
     for index in range(model.depth):
         kept = atoms if index + 1 == model.depth else tokens
         ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width, pairs)
+        if batch.pads:
+            ops.append(_padding(tokens, channels, width, index, unpacks=kept == tokens))
     return [*ops, linear_op("final", atoms, channels, model.latent_dim, width)]
+
+
+def _indexed(op: Op, rows: int) -> Op:
+    """The same, keeping beside what it keeps the rows that it picked."""
+    return op._replace(saved=op.saved + INDEX_BYTES * rows)
+
+
+def _padding(tokens: int, channels: int, width: int, block: int | None = None, *, unpacks: bool = True) -> Op:
+    """What a CPU keeps for attention beside the packed qkv: it padded, the mask, and the output packed again."""
+    kept = moves_op("padding", tokens * channels, width, forward=0, backward=0, saved=3 + unpacks, block=block)
+    return _indexed(kept._replace(saved=kept.saved + width * tokens), tokens)
 
 
 def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
     decoder, width, atoms = model.decoder, batch.width, batch.atoms
     channels = decoder.width
     size = atoms * channels
-    norm = moves_op("norm", size, batch.norm_width, forward=2, backward=3)
+    # Keeps its input as wide as it reads it, and two float32 a row.
+    norm = moves_op("norm", size, batch.norm_width, forward=2, backward=3, saved=1)
+    norm = norm._replace(saved=norm.saved + 8 * atoms)
     ops = [
         linear_op("lift", atoms, model.latent_dim, channels, width),
         moves_op("positions", size, width, forward=3, backward=1),
@@ -129,19 +157,20 @@ def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
             norm,
             linear_op("qkv", atoms, channels, 3 * channels, width),
             attention_op(atoms, channels, decoder.heads, width, pairs=batch.pairs),
-            linear_op("attention out", atoms, channels, channels, width),
+            *([_padding(atoms, channels, width)] if batch.pads else []),
+            linear_op("attention out", atoms, channels, channels, width, saves=False),
             moves_op("add", size, width, forward=3, backward=2),
             norm,
             linear_op("mlp in", atoms, channels, 4 * channels, width),
-            moves_op("GELU", 4 * size, width, forward=2, backward=3),
+            moves_op("GELU", 4 * size, width, forward=2, backward=3, saved=1),
             linear_op("mlp out", atoms, 4 * channels, channels, width),
             moves_op("add", size, width, forward=3, backward=2),
         ]
     return ops + [
-        moves_op("norm", size, 4, forward=2, backward=3),
+        moves_op("norm", size, 4, forward=2, backward=3)._replace(saved=4 * size + 8 * atoms),
         linear_op("positions", atoms, channels, 3, 4),
-        linear_op("elements", atoms, channels, ELEMENTS, 4),
-        moves_op("centre", 3 * atoms, 4, forward=2, backward=2),
+        linear_op("elements", atoms, channels, ELEMENTS, 4, saves=False),
+        _indexed(moves_op("centre", 3 * atoms, 4, forward=2, backward=2, saved=1), 2 * atoms),
     ]
 
 
@@ -151,7 +180,7 @@ def _loss(batch: _Batch) -> list[Op]:
     return [
         Op(
             "cross-entropy", forward_bytes=atoms * (4 * ELEMENTS + INDEX_BYTES),
-            backward_bytes=atoms * (8 * ELEMENTS + INDEX_BYTES),
+            backward_bytes=atoms * (8 * ELEMENTS + INDEX_BYTES), saved=atoms * (4 * ELEMENTS + INDEX_BYTES),
         ),
-        moves_op("position error", 3 * atoms, 4, forward=2, backward=3),
+        moves_op("position error", 3 * atoms, 4, forward=2, backward=3, saved=1),
     ]  # fmt: skip

@@ -17,7 +17,7 @@ def molecule_parts(
     config: MoleculeConfig, model: MoleculeUnite, objective: MoleculeObjective, inputs: Inputs, draws: int
 ) -> dict[str, Isolated]:
     """tokenize, decode, loss, and denoise on that many draws."""
-    data, labels, shape, _ = inputs
+    data, labels, shape = inputs.data, inputs.labels, inputs.shape
     elements, positions, packed = data
     device = positions.device
     seeded = SeededDraws(config.objective, seed=0, step=0, stream=0, device=device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from unite_fast.analysis.extent import Extent, Population
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.report import Report
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class Molecular:
     """Molecules with coordinates; see `unite_fast.modality.Modality`."""
 
-    name, unit, sizes, network = "molecules", "molecules", MoleculeModelConfig, MoleculeUnite
+    name, unit, alike, sizes, network = "molecules", "molecules", False, MoleculeModelConfig, MoleculeUnite
 
     def objective(
         self, config: MoleculeConfig, device: torch.device, autocast: torch.dtype | None
@@ -66,7 +67,8 @@ class Molecular:
             stream = world.rank * batch.accumulation + micro_batch.micro_batch
             molecules = rotate(molecules, seed=config.train.seed, step=micro_batch.step, stream=stream)
         shape = torch.Size((*micro_batch.elements.shape, config.model.latent_dim))
-        return Inputs(molecules, micro_batch.labels.to(device, non_blocking=True), shape, micro_batch.weight)
+        labels = micro_batch.labels.to(device, non_blocking=True)
+        return Inputs(molecules, labels, shape, micro_batch.weight, Extent.of(micro_batch.counts))
 
     def probe(self, config: MoleculeConfig, size: int, device: torch.device) -> Inputs:
         packed = Packed.of(torch.full((size,), MAX_ATOMS), device=device)
@@ -74,11 +76,16 @@ class Molecular:
         elements = torch.ones(atoms, dtype=torch.int64, device=device)
         molecules = Molecules(elements, torch.randn(atoms, 3, device=device), packed)
         shape = torch.Size((size, MAX_ATOMS, config.model.latent_dim))
-        return Inputs(molecules, torch.zeros(size, dtype=torch.int64, device=device), shape, 1.0)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        return Inputs(molecules, labels, shape, 1.0, self.largest(config, size))
 
-    def operations(self, config: MoleculeConfig) -> None:
-        """None: they grow with the atoms of each molecule."""
-        return None
+    def population(self, config: MoleculeConfig) -> Population:
+        from unite_fast.molecules.population import population
+
+        return population(config.data)
+
+    def largest(self, config: MoleculeConfig, size: int) -> Extent:
+        return Extent(size, size * MAX_ATOMS, size * MAX_ATOMS**2)
 
     def has_data(self, config: MoleculeConfig) -> bool:
         return config.data.path is None or Path(config.data.path).exists()
@@ -90,15 +97,12 @@ class Molecular:
 
         return molecule_parts(config, model, objective, inputs, draws)
 
-    def extent(self, inputs: Inputs) -> torch.Tensor:
-        return inputs.data.packed.counts
-
     def counted(
-        self, config: MoleculeConfig, extent: torch.Tensor, *, dtype: Dtype, device: Literal["cuda", "cpu"]
+        self, config: MoleculeConfig, extent: Extent, *, dtype: Dtype, device: Literal["cuda", "cpu"]
     ) -> dict[str, tuple[Part, int]]:
         from unite_fast.molecules.counts import packed_parts
 
-        parts = packed_parts(config.model, config.objective, extent.tolist(), dtype=dtype, device=device)
+        parts = packed_parts(config.model, config.objective, extent, dtype=dtype, device=device)
         return {name: (part, 1) for name, part in parts.items()}
 
     def report(

@@ -74,7 +74,7 @@ def sample_set(
     """
     if count < 1:
         raise UserError(f"a sample set needs at least one molecule, {count} were asked for")
-    path = None if cache is None else Path(cache) / f"sample_v{VERSION}_{count}_seed{seed}.npz"
+    path = None if cache is None else stored(count, seed, cache=cache)
     if path is not None and path.exists():
         try:
             return read_npz(path)
@@ -84,6 +84,11 @@ def sample_set(
     if path is not None:
         write_npz(molecules, path)
     return molecules
+
+
+def stored(count: int, seed: int = 0, *, cache: str | Path) -> Path:
+    """Where `sample_set` keeps the set, whether it is there or not."""
+    return Path(cache) / f"sample_v{VERSION}_{count}_seed{seed}.npz"
 
 
 def _make(count: int, seed: int, processes: int | None) -> MoleculeSet:
