@@ -26,6 +26,7 @@ from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
+from unite_fast.engine.compiling import check_compile, compiled
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, modality_of
@@ -145,6 +146,7 @@ def measure(
         UserError: batch keys that do not fit, missing LPIPS weights, memory, a path that cannot be written.
     """
     device = world.device
+    check_compile(config, device)
     uk.set_backend(config.train.kernels)
     dtype = autocast_dtype(config, device)
     say(f"measuring the {device.type}'s rates")
@@ -156,7 +158,8 @@ def measure(
     model = modality.network(config.model).to(device)
     feed = Feed(config, world, batch, modality)
     try:
-        say(f"measuring the parts on {batch.micro_batch} {modality.unit}")
+        first = ", after compiling each" if config.train.compile else ""
+        say(f"measuring the parts on {batch.micro_batch} {modality.unit}{first}")
         # Where samples differ, the data's say what a part costs; where they are alike, a loader would only disturb.
         inputs = feed.next() if modality.operations(config) is None else feed.made_up()
         rows = _parts(config, modality, model, objective, batch, inputs, rates)
@@ -243,6 +246,8 @@ def _parts(
     )
     rows = []
     for name, (forward, leaves) in modality.isolated(config, model, objective, inputs, chunk).items():
+        if config.train.compile:
+            forward = compiled(forward, config)
         part, samples = counted[name]
         calls = batch.accumulation * (flow_passes(config) if name == "denoise" else 1)
         samples *= chunk if name == "denoise" else 1

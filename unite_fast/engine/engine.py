@@ -13,6 +13,7 @@ from torch import Tensor
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, Backend, PlainBackend, autocast_dtype
 from unite_fast.engine.batch import resolve_batch
+from unite_fast.engine.compiling import compiled_passes
 from unite_fast.engine.ema import Ema
 from unite_fast.engine.optim import MuonAdamW, lr_factor, parameter_groups, peak_lr
 from unite_fast.engine.world import World
@@ -64,7 +65,8 @@ class Engine:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(model, config.optimizer.kind)
         self.optimizer = MuonAdamW(groups, config.optimizer, self.peak_lr)
-        forward = AutocastForward(model, autocast_dtype(config, world.device))
+        passes = compiled_passes(model, config) if config.train.compile else None
+        forward = AutocastForward(model, autocast_dtype(config, world.device), passes)
         if world.size == 1 and config.train.zero_stage == 0:
             self.backend: Backend = PlainBackend(forward, groups, self.optimizer, config)
         else:
@@ -75,7 +77,7 @@ class Engine:
         self.ema = Ema(self.backend.layout, config.optimizer.ema_decay, config.optimizer.ema_decays)
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
-        """`model(phase, **inputs)`, under bf16 autocast where the configuration asks for it."""
+        """`model(phase, **inputs)`, under bf16 autocast and torch.compile where the configuration asks for them."""
         return self.backend.forward(phase, inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:

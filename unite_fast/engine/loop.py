@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.compiling import check_compile, watched
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
@@ -67,6 +69,7 @@ class Run:
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
         check_wandb(config.train.wandb)
+        check_compile(config, world.device)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
@@ -115,8 +118,11 @@ class Run:
         )
         watch = CollapseWatch()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        compiling = ExitStack()
         try:
             self._announce(line)
+            if config.train.compile:
+                compiling.enter_context(watched(meter.paused, line.paused, say=line.say))
             while engine.step_count < self.total and not self._stopping():
                 meter.begin()
                 losses = self._micro_batches(meter)
@@ -154,6 +160,7 @@ class Run:
                 )
                 return self.folder
         finally:
+            compiling.close()
             line.close()
             if records:
                 records.close()
