@@ -62,6 +62,8 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
     # A float that differs from call to call is not known here; as a symbol it would reach the operators as fp64, and
     # Dynamo of torch 2.13 fails on it inside of an autograd.Function.
     torch._dynamo.config.specialize_float = True
+    # Sizes that are equal by chance in the first batch, such as molecules and heads, would be taken for one size.
+    torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(function, backend=BACKEND, dynamic=config.modality != "images")
 
 
