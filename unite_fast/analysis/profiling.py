@@ -27,6 +27,7 @@ from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.compiling import check_compile, compiled
+from unite_fast.engine.fp8 import check_fp8, use_fp8
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, modality_of
@@ -147,6 +148,7 @@ def measure(
     """
     device = world.device
     check_compile(config, device)
+    check_fp8(config, device)
     uk.set_backend(config.train.kernels)
     dtype = autocast_dtype(config, device)
     say(f"measuring the {device.type}'s rates")
@@ -156,6 +158,8 @@ def measure(
     batch = _batch(config, world, micro_batch)
     torch.manual_seed(config.train.seed)
     model = modality.network(config.model).to(device)
+    if config.train.fp8:
+        use_fp8(model, device)
     feed = Feed(config, world, batch, modality)
     try:
         first = ", after compiling each" if config.train.compile else ""

@@ -20,6 +20,7 @@ from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, mic
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.compiling import check_compile, watched
 from unite_fast.engine.engine import Engine
+from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
 from unite_fast.engine.session import changed_samples, record_session
@@ -70,6 +71,7 @@ class Run:
             )
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
+        check_fp8(config, world.device)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
