@@ -9,10 +9,10 @@ from engine_unite import unite_config
 from unite_fast.config import Config
 
 
-def compile_config(*, stage: int = 0, **train: Any) -> Config:
-    """A block each, three draws in chunks of two and one, compiled unless `train` says otherwise."""
+def compile_config(*, stage: int = 0, draws: int = 3, **train: Any) -> Config:
+    """A block each, draws in chunks of two and what is left, compiled unless `train` says otherwise."""
     values = unite_config(stage=stage, kind="adamw" if stage == 3 else "muon", stop_gradient=True).model_dump()
     values["model"] |= dict(depth=1, context_start=0)
-    values["objective"] |= dict(flow_draws=3, draws_per_chunk=2)
+    values["objective"] |= dict(flow_draws=draws, draws_per_chunk=2)
     values["train"] |= dict(compile=True) | train
     return Config.parse(values)

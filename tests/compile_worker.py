@@ -26,7 +26,7 @@ def main(folder: Path, stages: list[int]) -> None:
     counters, report = torch._dynamo.utils.counters, {}
     for stage in stages:
         counters.clear()
-        engine = unite_engine(compile_config(stage=stage), world)
+        engine = unite_engine(compile_config(stage=stage, draws=1), world)
         norms = [unite_step(engine, step).item() for step in range(2)]
         with engine.weights(ema=True) as model:
             evaluated = model.tokenize(torch.zeros(1, 3, 8, 8), noise=torch.ones(1, 4, 6), t=torch.zeros(1))
