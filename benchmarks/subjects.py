@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
-from unite_fast.engine.compiling import compiled_passes
+from unite_fast.engine.compiling import compile_perceptual, compiled_passes
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import CHANNELS, STAGES
-from unite_fast.objective.two_pass import two_pass_step
+from unite_fast.objective.two_pass import TwoPassObjective, two_pass_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # B's blocks at a quarter of its width and depth, 64 × 64 pixels: everything a full step has, in a second.
@@ -145,9 +146,16 @@ class Trainers:
         """Our passes under torch.compile."""
         return CompiledPasses(self.engine)
 
+    @functools.cached_property
+    def compiled_objective(self) -> TwoPassObjective:
+        """Our losses with LPIPS under torch.compile; the eager one keeps its own."""
+        objective = copy.deepcopy(self.objective)
+        compile_perceptual(objective)
+        return objective
+
     def our_step(self, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
         """Tokenize, reconstruct, denoise, backward, optimizer, EMA: what the loop does between two batches."""
         shape = self.shape(images.shape[0])
-        engine = self.compiled if compiled else self.engine
-        two_pass_step(engine, self.objective, images, labels, self.draws(), shape=shape)
+        engine, objective = (self.compiled, self.compiled_objective) if compiled else (self.engine, self.objective)
+        two_pass_step(engine, objective, images, labels, self.draws(), shape=shape)
         self.engine.step()

@@ -98,6 +98,7 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
     return result, statistics.median((wall if on_gpu else process)[contest.OURS])
 
 
+@pytest.mark.timeout(3600)  # compiling takes minutes
 @pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.benchmark(timer=measure.CLOCK)
 def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weights, request):
@@ -119,6 +120,7 @@ def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weigh
     results.append(result)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", MOLECULE_SUBJECTS)
 @pytest.mark.benchmark(timer=measure.CLOCK)
 def test_molecule_step(name, benchmark, results, request):

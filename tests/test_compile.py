@@ -30,7 +30,8 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import two_pass_step
+from unite_fast.objective.perceptual import Lpips
+from unite_fast.objective.two_pass import Objective, two_pass_step
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SHALLOW = {"depth": 1, "context_len": 0}
@@ -205,6 +206,25 @@ def test_what_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
         train(broken)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install triton" in compiling.missing_for_compile(torch.device("cuda"))
+
+
+def test_lpips_is_compiled_where_it_is_trained_with(traced):
+    made = compile_config()
+    objective = Objective(made.objective, made.model.num_classes)
+    compiling.compile_perceptual(objective)  # without the term there is nothing to do
+    torch.manual_seed(0)
+    objective.lpips = Lpips()
+    names, images = list(objective.lpips.state_dict()), torch.rand(2, 1, 3, 16, 16)
+    found = []
+    for on in (False, True):
+        if on:
+            compiling.compile_perceptual(objective)
+        image = images[1].clone().requires_grad_()
+        objective.lpips(images[0], image).backward()
+        found.append(image.grad)
+    torch.testing.assert_close(found[0], found[1])
+    assert COUNTERS["stats"]["unique_graphs"] == 1 and not COUNTERS["graph_break"]
+    assert list(objective.lpips.state_dict()) == names
 
 
 def test_a_profile_compiles_the_parts(traced, tmp_path, capsys):

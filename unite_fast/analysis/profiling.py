@@ -26,7 +26,7 @@ from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
-from unite_fast.engine.compiling import check_compile, compiled
+from unite_fast.engine.compiling import check_compile, compile_perceptual, compiled
 from unite_fast.engine.fp8 import check_fp8, use_fp8
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
@@ -155,6 +155,8 @@ def measure(
     rates = measure_rates(device, dtype or torch.float32)
     modality = modality_of(config)
     objective = modality.objective(config, device, dtype)
+    if config.train.compile:
+        compile_perceptual(objective)
     batch = _batch(config, world, micro_batch)
     torch.manual_seed(config.train.seed)
     model = modality.network(config.model).to(device)
@@ -250,7 +252,7 @@ def _parts(
     )
     rows = []
     for name, (forward, leaves) in modality.isolated(config, model, objective, inputs, chunk).items():
-        if config.train.compile:
+        if config.train.compile and name != "lpips":  # which is compiled already
             forward = compiled(forward, config)
         part, samples = counted[name]
         calls = batch.accumulation * (flow_passes(config) if name == "denoise" else 1)

@@ -18,7 +18,7 @@ from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
-from unite_fast.engine.compiling import check_compile, watched
+from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.meter import Meter
@@ -85,6 +85,8 @@ class Run:
         self.engine = Engine(
             model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
         )
+        if config.train.compile:
+            compile_perceptual(self.objective)
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch))
         self._seconds_before = 0.0  # of training, in the sessions that this one resumes
         self.samples = self.modality.samples(self.stream) if world.is_main else None
