@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 OURS = "ours"
+OURS_COMPILED = "ours-compiled"  # a rival of OURS like any other: below 1 it is the faster one
 NORMAL_MAD = 1.4826  # standard deviation of a normal law over its median absolute deviation
 FEWEST_ROUNDS = 5  # whose scatter says something
 MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, √(π/2)

@@ -100,10 +100,11 @@ class MoleculeTrainers(Trainers):
             tensors = [tensor.pin_memory() for tensor in tensors]
         return (MoleculeBatch(*tensors, weight=1.0, step=0, micro_batch=0),)
 
-    def our_step(self, batch: MoleculeBatch) -> None:
+    def our_step(self, batch: MoleculeBatch, *, compiled: bool = False) -> None:
         """What the loop does between two batches; packing the molecules is part of it."""
         size = len(batch.counts)
         inputs = Molecular().inputs(self.config, batch, Batch(size, 1, size), self.world)
         shape, weight = inputs.shape, inputs.weight
-        two_pass_step(self.engine, self.objective, inputs.data, inputs.labels, self.draws(), shape=shape, weight=weight)
+        engine = self.compiled if compiled else self.engine
+        two_pass_step(engine, self.objective, inputs.data, inputs.labels, self.draws(), shape=shape, weight=weight)
         self.engine.step()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import measure
 import torch
@@ -13,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.compiling import compile_perceptual, compiled_passes
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import CHANNELS, STAGES
-from unite_fast.objective.two_pass import two_pass_step
+from unite_fast.objective.two_pass import TwoPassObjective, two_pass_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # B's blocks at a quarter of its width and depth, 64 × 64 pixels: everything a full step has, in a second.
@@ -84,6 +87,19 @@ def load(subject: Subject, weights: dict[str, Path]) -> Config:
     return Config.load(CONFIGS / subject.file, [*subject.overrides, *paths])
 
 
+class CompiledPasses:
+    """Our engine's passes under torch.compile, as `train.compile` runs them, on the same weights and optimizer."""
+
+    def __init__(self, engine: Engine):
+        self.backward = engine.backward
+        self.forward = AutocastForward(
+            engine.model, autocast_dtype(engine.config, engine.world.device), compiled_passes(engine.model, engine.config)
+        )
+
+    def __call__(self, phase: str, **inputs: Any) -> Any:
+        return self.forward(phase, **inputs)
+
+
 class Trainers:
     """Ours and the rival from the same weights, on the device.
 
@@ -125,8 +141,21 @@ class Trainers:
             self.config.objective, seed=0, step=self.engine.step_count, stream=0, device=self.device
         )
 
-    def our_step(self, images: Tensor, labels: Tensor) -> None:
+    @functools.cached_property
+    def compiled(self) -> CompiledPasses:
+        """Our passes under torch.compile."""
+        return CompiledPasses(self.engine)
+
+    @functools.cached_property
+    def compiled_objective(self) -> TwoPassObjective:
+        """Our losses with LPIPS under torch.compile; the eager one keeps its own."""
+        objective = copy.deepcopy(self.objective)
+        compile_perceptual(objective)
+        return objective
+
+    def our_step(self, images: Tensor, labels: Tensor, *, compiled: bool = False) -> None:
         """Tokenize, reconstruct, denoise, backward, optimizer, EMA: what the loop does between two batches."""
         shape = self.shape(images.shape[0])
-        two_pass_step(self.engine, self.objective, images, labels, self.draws(), shape=shape)
+        engine, objective = (self.compiled, self.compiled_objective) if compiled else (self.engine, self.objective)
+        two_pass_step(engine, objective, images, labels, self.draws(), shape=shape)
         self.engine.step()

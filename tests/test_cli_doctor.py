@@ -11,7 +11,7 @@ from unite_fast import doctor
 
 EXPECTED = {
     "PyTorch", "CUDA", "bfloat16", "Triton", "C compiler", "FlashAttention", "DALI", "NVIDIA Apex", "DeepSpeed",
-    "DeepSpeed ops",
+    "DeepSpeed ops", "torch.compile", "FP8",
 }  # fmt: skip
 
 
@@ -105,6 +105,17 @@ def test_old_torch_is_not_enough(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.4.1+cu121")
     finding = doctor._examine(next(part for part in doctor.PARTS if part.name == "PyTorch"))
     assert not finding.active and "2.4.1+cu121 is older than 2.11" in finding.detail
+
+
+def test_whether_torch_compile_can_work_is_told(monkeypatch):
+    part = next(part for part in doctor.PARTS if part.name == "torch.compile")
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(doctor.Path(__file__).parent)})
+    assert "Python's headers are missing" in doctor._examine(part).detail
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding = doctor._examine(part)
+    assert not finding.active and "no C++ compiler no-such-compiler" in finding.detail and "g++" in finding.remedy
 
 
 def test_compiler_follows_the_environment(monkeypatch, tmp_path):

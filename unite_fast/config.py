@@ -231,6 +231,8 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
+    compile: bool = Field(False, description="training passes under torch.compile: the first step takes minutes, the others less; needs a C++ compiler, not for ZeRO 3")
+    fp8: bool = Field(False, description="matrix products of the blocks in FP8 (extra `fp8`, GPU of capability 8.9 or newer; a CPU emulates it, slowly); not for ZeRO 3")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
 
     @model_validator(mode="after")
@@ -320,6 +322,20 @@ class Config(Section):
             raise ValueError(
                 "Muon needs whole matrices and ZeRO 3 shards them: "
                 "set train.zero_stage to 2 or optimizer.kind to adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_weights(self):
+        if self.train.compile and self.train.zero_stage == 3:
+            raise ValueError(
+                "torch.compile cannot trace ZeRO 3, which fetches and empties every layer's weights around its forward: "
+                "set train.compile to false or train.zero_stage to 2"
+            )
+        if self.train.fp8 and self.train.zero_stage == 3:
+            raise ValueError(
+                "FP8 keeps a layer's whole weight from its forward to its backward, which ZeRO 3 is there to avoid: "
+                "set train.fp8 to false or train.zero_stage to 2"
             )
         return self
 

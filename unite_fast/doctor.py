@@ -142,6 +142,30 @@ def _compiler() -> str:
     raise Missing("none of $CC, cc, gcc, clang is on the PATH")
 
 
+def _compile() -> str:
+    torch = _import("torch")
+    from unite_fast.engine.compiling import missing_for_compile
+
+    cuda = torch.cuda.is_available()
+    missing = missing_for_compile(torch.device("cuda" if cuda else "cpu"))
+    if missing:
+        raise Missing(missing)
+    return f"train.compile can work here: it writes {'Triton' if cuda else 'C++'} and builds it in the first step"
+
+
+def _fp8() -> str:
+    from unite_fast.engine.fp8 import MIN_CAPABILITY, torchao_float8
+
+    _import("torchao")
+    torchao_float8()
+    version, torch = metadata.version("torchao"), _import("torch")
+    if not torch.cuda.is_available():
+        raise Missing(f"torchao {version} only emulates FP8 on a CPU, and that is slow: needs a CUDA device")
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        raise Missing(f"torchao {version} is installed but idle: the device has no FP8 products")
+    return f"torchao {version}, for train.fp8"
+
+
 def _flash() -> str:
     if not _import("torch").cuda.is_available():
         raise Missing("needs a CUDA device; attention uses torch's scaled_dot_product_attention")
@@ -253,6 +277,18 @@ PARTS = (
         _compiler,
         "Triton and torch.compile cannot build their launchers, DeepSpeed cannot build its operators",
         "apt install build-essential, or dnf install gcc gcc-c++; or point CC at one",
+    ),
+    Part(
+        "torch.compile",
+        _compile,
+        "train.compile is refused: the passes run operator by operator",
+        "apt install g++ python3-dev, or dnf install gcc-c++ python3-devel; on CUDA pip install triton",
+    ),
+    Part(
+        "FP8",
+        _fp8,
+        "matrix products run in bfloat16; train.fp8 is refused, or emulated on a CPU",
+        "pip install 'unite_fast[fp8]' and a GPU of capability 8.9 or newer (RTX 40, H100, H200)",
     ),
     Part(
         "FlashAttention",

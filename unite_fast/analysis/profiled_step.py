@@ -127,9 +127,11 @@ class ProfiledStep:
 
     @contextmanager
     def _named(self):
-        """Ranges of the parts in the trace, from hooks that go away again."""
+        """Ranges of the parts in the trace, from hooks that go away again; compiled passes run no hooks."""
         lpips = getattr(self.objective, "lpips", None)  # of images
-        modules = {"encoder": self.model.encoder, "decoder": self.model.decoder, "lpips": lpips}
+        modules = {"lpips": lpips}
+        if not self.config.train.compile:
+            modules |= {"encoder": self.model.encoder, "decoder": self.model.decoder}
         open_ranges: list[record_function] = []
 
         def enter(name: str) -> Callable[..., None]:

@@ -26,6 +26,8 @@ from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, is_out_of_memory, micro_batch_candidates, resolve_batch
+from unite_fast.engine.compiling import check_compile, compile_perceptual, compiled
+from unite_fast.engine.fp8 import check_fp8, use_fp8
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
@@ -145,18 +147,25 @@ def measure(
         UserError: batch keys that do not fit, missing LPIPS weights, memory, a path that cannot be written.
     """
     device = world.device
+    check_compile(config, device)
+    check_fp8(config, device)
     uk.set_backend(config.train.kernels)
     dtype = autocast_dtype(config, device)
     say(f"measuring the {device.type}'s rates")
     rates = measure_rates(device, dtype or torch.float32)
     modality = modality_of(config)
     objective = modality.objective(config, device, dtype)
+    if config.train.compile:
+        compile_perceptual(objective)
     batch = _batch(config, world, micro_batch)
     torch.manual_seed(config.train.seed)
     model = modality.network(config.model).to(device)
+    if config.train.fp8:
+        use_fp8(model, device)
     feed = Feed(config, world, batch, modality)
     try:
-        say(f"measuring the parts on {batch.micro_batch} {modality.unit}")
+        first = ", after compiling each" if config.train.compile else ""
+        say(f"measuring the parts on {batch.micro_batch} {modality.unit}{first}")
         # Where samples differ, the data's say what a part costs; where they are alike, a loader would only disturb.
         inputs = feed.made_up() if modality.alike else feed.next()
         rows = _parts(config, modality, model, objective, batch, inputs, rates)
@@ -233,6 +242,8 @@ def _parts(
     )
     rows = []
     for name, (forward, leaves) in modality.isolated(config, model, objective, inputs, chunk).items():
+        if config.train.compile and name != "lpips":  # which is compiled already
+            forward = compiled(forward, config)
         part, samples = counted[name]
         calls = batch.accumulation * (flow_passes(config) if name == "denoise" else 1)
         samples *= chunk if name == "denoise" else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -38,16 +38,25 @@ class Backend(Protocol):
 
 
 class AutocastForward(nn.Module):
-    """The model under autocast, inside the wrapper, so that plain PyTorch and DeepSpeed compute alike."""
+    """The model under autocast, inside the wrapper, so that plain PyTorch and DeepSpeed compute alike.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+    Args:
+        model: whose forward runs.
+        dtype: of autocast, None for none.
+        compiled: the model's forward under torch.compile, to run in its place. The model itself stays as it is: what
+            evaluation calls, its names and its state dict.
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, compiled: Callable[..., Any] | None = None
+    ):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self._compiled = model, dtype, compiled
 
     def forward(self, phase: str, **inputs: Any) -> Any:
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.model(phase, **inputs)
+            return (self._compiled or self.model)(phase, **inputs)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

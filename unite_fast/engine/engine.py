@@ -13,7 +13,9 @@ from torch import Tensor
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, Backend, PlainBackend, autocast_dtype
 from unite_fast.engine.batch import resolve_batch
+from unite_fast.engine.compiling import compiled_passes
 from unite_fast.engine.ema import Ema
+from unite_fast.engine.fp8 import use_fp8, without_fp8
 from unite_fast.engine.optim import MuonAdamW, lr_factor, parameter_groups, peak_lr
 from unite_fast.engine.world import World
 
@@ -58,13 +60,16 @@ class Engine:
             global_batch = resolve_batch(config.train, world.size).global_batch
         self.config, self.world, self.steps_per_epoch = config, world, steps_per_epoch
         self.model = model.to(world.device)
+        if config.train.fp8:
+            use_fp8(model, world.device)
         self.step_count = 0
         self.last_lr = 0.0
         self.peak_lr = peak_lr(config.optimizer, global_batch)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(model, config.optimizer.kind)
         self.optimizer = MuonAdamW(groups, config.optimizer, self.peak_lr)
-        forward = AutocastForward(model, autocast_dtype(config, world.device))
+        passes = compiled_passes(model, config) if config.train.compile else None
+        forward = AutocastForward(model, autocast_dtype(config, world.device), passes)
         if world.size == 1 and config.train.zero_stage == 0:
             self.backend: Backend = PlainBackend(forward, groups, self.optimizer, config)
         else:
@@ -75,7 +80,7 @@ class Engine:
         self.ema = Ema(self.backend.layout, config.optimizer.ema_decay, config.optimizer.ema_decays)
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
-        """`model(phase, **inputs)`, under bf16 autocast where the configuration asks for it."""
+        """`model(phase, **inputs)`, under bf16 autocast and torch.compile where the configuration asks for them."""
         return self.backend.forward(phase, inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -99,14 +104,14 @@ class Engine:
     def weights(self, *, ema: bool) -> Iterator[nn.Module]:
         """The model with its EMA weights (or the trained ones), whole on every rank, in evaluation mode, no gradients.
 
-        Collective under ZeRO; training goes on unchanged afterwards.
+        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards.
         """
         training = self.model.training
         if ema:
             self._swap()
         self.model.eval()
         try:
-            with self.backend.gathered(), torch.no_grad():
+            with self.backend.gathered(), without_fp8(self.model), torch.no_grad():
                 yield self.model
         finally:
             self.model.train(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from unite_fast.engine.batch import (
     resolve_batch,
 )
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
+from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
 from unite_fast.engine.session import changed_samples, record_session
@@ -83,6 +86,8 @@ class Run:
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
         check_wandb(config.train.wandb)
+        check_compile(config, world.device)
+        check_fp8(config, world.device)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
@@ -96,6 +101,8 @@ class Run:
         self.engine = Engine(
             model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
         )
+        if config.train.compile:
+            compile_perceptual(self.objective)
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch))
         self._seconds_before = 0.0  # of training, in the sessions that this one resumes
         self.samples = self.modality.samples(self.stream) if world.is_main else None
@@ -131,8 +138,11 @@ class Run:
         )
         watch = CollapseWatch()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        compiling = ExitStack()
         try:
             self._announce(line)
+            if config.train.compile:
+                compiling.enter_context(watched(meter.paused, line.paused, say=line.say))
             while engine.step_count < self.total and not self._stopping():
                 meter.begin()
                 losses = self._micro_batches(meter)
@@ -170,6 +180,7 @@ class Run:
                 )
                 return self.folder
         finally:
+            compiling.close()
             line.close()
             if records:
                 records.close()

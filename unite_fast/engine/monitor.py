@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +190,13 @@ class ProgressLine:
             self._printed = now
             left = (now - self._began) / max(1, step - self._first) * (self._total - step)
             self._console.print(f"step {step}/{self._total}  {text}  left {left // 60:.0f}:{left % 60:02.0f}")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that says nothing about the steps that are left."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
 
     def say(self, message: str) -> None:
         """Print a message above the line."""

@@ -5,13 +5,29 @@ Shapes: B sequences, N padded length, T real tokens in all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unite_kernels import Spans
+
+
+class once:
+    """A property computed at its first use, and then an attribute of the object.
+
+    `functools.cached_property` holds a lock on Python 3.11, which torch.compile cannot trace.
+    """
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self.compute, self.name = compute, compute.__name__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        value = self.compute(instance)
+        object.__setattr__(instance, self.name, value)
+        return value
 
 
 @dataclass(frozen=True)
@@ -41,33 +57,33 @@ class Packed:
         """The same sequences `times` over, as a batch of times · B."""
         return Packed(self.counts.repeat(times), times * self.total, self.longest, self.length)
 
-    @cached_property
+    @once
     def _starts(self) -> Tensor:
         """[B + 1] int64, tokens before each sequence."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
-    @cached_property
+    @once
     def sequence(self) -> Tensor:
         """[T] int64, the sequence of each token."""
         rows = torch.arange(len(self.counts), device=self.counts.device)
         return rows.repeat_interleave(self.counts, output_size=self.total)
 
-    @cached_property
+    @once
     def position(self) -> Tensor:
         """[T] int64, the place of each token in its sequence."""
         return torch.arange(self.total, device=self.counts.device) - self._starts[self.sequence]
 
-    @cached_property
+    @once
     def spans(self) -> Spans:
         """The sequences as the operators take them."""
         return Spans(self._starts.int(), self.longest)
 
-    @cached_property
+    @once
     def mask(self) -> Tensor:
         """[B, N] bool, the real tokens."""
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
-    @cached_property
+    @once
     def _rows(self) -> Tensor:
         """[T] int64, row of each token in the flattened padding [B·N]."""
         return self.sequence * self.length + self.position
@@ -88,7 +104,7 @@ class Packed:
         """
         return (self.pad(packed).sum(1) / self.counts[:, None]).index_select(0, self.sequence)
 
-    @cached_property
+    @once
     def pairs(self) -> Pairs:
         """The sequences [first tokens, second tokens], twice as long."""
         first = torch.arange(self.total, device=self.counts.device) + self._starts[self.sequence]
