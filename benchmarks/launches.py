@@ -22,6 +22,7 @@ from profile_table import COUNTED, H200, README
 from subjects import CONFIGS
 
 from unite_fast.analysis.counts import repeats
+from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.update import trained_weights, update_part
 from unite_fast.config import Config
 from unite_fast.data.loader import MicroBatch
@@ -33,7 +34,6 @@ from unite_fast.engine.world import World
 from unite_fast.modality import modality_of
 from unite_fast.molecules.stream import MoleculeBatch
 from unite_fast.objective.perceptual import Lpips
-
 
 BEGIN, END = "<!-- launches: written by launches.py -->\n", "<!-- end of launches -->\n"
 # Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
@@ -158,9 +158,9 @@ class Counted:
 
 def step_floor(config: Config, samples: int) -> float:
     """Seconds that a step on so many images, or molecules of typical sizes, takes at least; as in profile_table.py."""
-    modality = modality_of(config)
-    extent = samples if modality.name == "images" else torch.from_numpy(typical_counts(samples))
-    parts = modality.counted(config, extent, dtype="bf16", device="cuda").items()
+    images = config.modality == "images"
+    extent = Extent(samples) if images else Extent.of(torch.from_numpy(typical_counts(samples)))
+    parts = modality_of(config).counted(config, extent, dtype="bf16", device="cuda").items()
     passes = sum(repeats(name, config.objective) * sum(part.floor(times, H200)) for name, (part, times) in parts)
     return passes + sum(update_part(config.model, config.optimizer).floor(1, H200))
 

@@ -6,9 +6,22 @@ thread: the tensors are small, and on shared cores waiting threads cost far more
 
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture()
+def gpu_memory(monkeypatch):
+    """What is kept for a backward is what a GPU keeps: the kernels' tensors, and no matrix of attention's scores."""
+    import unite_kernels
+    from unite_fast.model import attention
+
+    monkeypatch.setattr(attention, "SHORT", 0)
+    unite_kernels.set_backend("triton")
+    yield
+    unite_kernels.set_backend("auto")

@@ -10,10 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import unite_kernels as uk
 from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
 from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
-from unite_fast.model import attention
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import Lpips
@@ -137,18 +135,9 @@ def growth(model: Unite, goal: Objective, **run) -> int:
     return two - one
 
 
-@pytest.fixture()
-def kernels(monkeypatch):
-    """What a GPU computes with: the kernels, and attention that keeps no matrix of scores."""
-    monkeypatch.setattr(attention, "SHORT", 0)
-    uk.set_backend("triton")
-    yield
-    uk.set_backend("auto")
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("lpips", [False, True], ids=["plain", "lpips"])
-def test_saved_activations_are_what_autograd_keeps(kernels, dtype, lpips):
+def test_saved_activations_are_what_autograd_keeps(gpu_memory, dtype, lpips):
     """Within 1 %: labels, times and masks are not counted."""
     model = Unite(ModelConfig(**SMALL | (dict(image_size=16) if lpips else {})))
     goal = objective(model, lpips=lpips, flow_draws=1, dtype=dtype)
@@ -157,7 +146,7 @@ def test_saved_activations_are_what_autograd_keeps(kernels, dtype, lpips):
     assert growth(model, goal, dtype=dtype) == pytest.approx(max(passes), rel=0.01)
 
 
-def test_the_larger_pass_may_be_the_second(kernels):
+def test_the_larger_pass_may_be_the_second(gpu_memory):
     model = Unite(ModelConfig(**SMALL))
     goal = objective(model, flow_draws=4, draws_per_chunk=4)
     parts = step_parts(model.config, goal.config, dtype="fp32", device="cpu")

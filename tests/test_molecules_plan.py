@@ -16,7 +16,6 @@ pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fa
 
 from molecule_runs import config, settings, small_set
 
-import unite_kernels as uk
 from unite_fast import Config
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.devices import Network, find_gpu
@@ -43,13 +42,6 @@ SIZES = dict(depth=2, width=48, heads=2, latent_dim=6, num_classes=2, decoder=di
 H100 = find_gpu("h100-80")
 NODES = Network(per_node=8, node_link=H100.link, link=50e9)
 QM9_S = Path(__file__).parent.parent / "configs" / "qm9_s.json"
-
-
-@pytest.fixture()
-def kernels():
-    uk.set_backend("triton")
-    yield
-    uk.set_backend("auto")
 
 
 def passes(engine, goal, counts, latent_dim):
@@ -79,7 +71,7 @@ def kept(parts, draws):
     ],
     ids=["first pass in bf16", "second pass in fp32", "additive"],
 )
-def test_saved_activations_are_what_autograd_keeps(kernels, dtype, options):
+def test_saved_activations_are_what_autograd_keeps(gpu_memory, dtype, options):
     """Within 1 %, of one molecule more; what a pass keeps whatever its batch, such as cast weights, drops out."""
     model = MoleculeUnite(MoleculeModelConfig(**SIZES))
     goal = MoleculeObjective(MoleculeObjectiveConfig(**options), model.null_label)
@@ -94,7 +86,7 @@ def test_saved_activations_are_what_autograd_keeps(kernels, dtype, options):
         assert two - one == pytest.approx(kept(parts, goal.config.flow_draws), rel=0.01), atoms
 
 
-def test_molecules_of_different_sizes_keep_their_own_atoms(kernels):
+def test_molecules_of_different_sizes_keep_their_own_atoms(gpu_memory):
     """On a CPU attention alone keeps padding beside them, on a GPU nothing does."""
     model = MoleculeUnite(MoleculeModelConfig(**SIZES))
     goal = MoleculeObjective(MoleculeObjectiveConfig(flow_draws=1), model.null_label)
@@ -114,7 +106,7 @@ def test_molecules_of_different_sizes_keep_their_own_atoms(kernels):
 @pytest.mark.parametrize(
     ("kind", "width", "batch", "atoms"), [("muon", 96, 2, 2), ("adamw", 64, 6, 4)], ids=["update", "activations"]
 )
-def test_predicted_memory_is_what_a_real_step_allocates(kernels, tmp_path, kind, width, batch, atoms):
+def test_predicted_memory_is_what_a_real_step_allocates(gpu_memory, tmp_path, kind, width, batch, atoms):
     """The real engine on this CPU, within 10 %; once the update is the peak, once the activations are."""
     sizes = {"depth": 2, "width": width, "heads": 2, "latent_dim": 8}
     sizes["decoder"] = {"depth": 1, "width": width // 2, "heads": 2}

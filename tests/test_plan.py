@@ -50,15 +50,8 @@ def published(preset: str = "L", *, draws: int = 14, **train) -> Config:
     )
 
 
-@pytest.fixture()
-def kernels():
-    uk.set_backend("triton")
-    yield
-    uk.set_backend("auto")
-
-
 @pytest.mark.parametrize(("kind", "batch"), [("muon", 2), ("adamw", 16)], ids=["update", "activations"])
-def test_predicted_memory_is_what_a_real_step_allocates(kernels, kind, batch):
+def test_predicted_memory_is_what_a_real_step_allocates(gpu_memory, kind, batch):
     """The real engine on this CPU, within 10 %; once the update is the peak, once the activations are."""
     values = toy_config(kind=kind).model_dump()
     values["model"] = dict(
