@@ -1,6 +1,6 @@
-"""What each rank does in test_compile.py: optimizer steps of a small UNITE under torch.compile, by ZeRO stage.
+"""What each rank does in test_compile.py and test_fp8.py: optimizer steps of a small UNITE, by ZeRO stage.
 
-Usage: compile_worker.py FOLDER STAGE …
+Usage: compile_worker.py FOLDER compile|fp8 STAGE …
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from unite_fast.engine import compiling
 from unite_fast.engine.world import init_world
 
 
-def main(folder: Path, stages: list[int]) -> None:
+def main(folder: Path, option: str, stages: list[int]) -> None:
     world = init_world(toy_config())
     compiling.BACKEND = "aot_eager"  # the passes are traced and cut the same way, without minutes of a C++ compiler
     counters, report = torch._dynamo.utils.counters, {}
     for stage in stages:
         counters.clear()
-        engine = unite_engine(compile_config(stage=stage, draws=1), world)
+        engine = unite_engine(compile_config(stage=stage, draws=1, **{"compile": False, option: True}), world)
         norms = [unite_step(engine, step).item() for step in range(2)]
         with engine.weights(ema=True) as model:
             evaluated = model.tokenize(torch.zeros(1, 3, 8, 8), noise=torch.ones(1, 4, 6), t=torch.zeros(1))
@@ -44,4 +44,4 @@ def main(folder: Path, stages: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(stage) for stage in sys.argv[2:]])
+    main(Path(sys.argv[1]), sys.argv[2], [int(stage) for stage in sys.argv[3:]])

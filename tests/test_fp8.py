@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from compile_toy import compile_config
+from compile_toy import compile_config, run_ranks
 from engine_unite import unite_engine, unite_step
 
 from unite_fast.analysis.counts import repeats, step_parts
@@ -15,7 +15,7 @@ from unite_fast.config import Config, DecoderConfig, ModelConfig, ObjectiveConfi
 from unite_fast.engine import checkpoint, compiling, fp8
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import parameter_groups
-from unite_fast.engine.world import World, init_world
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
@@ -166,7 +166,7 @@ def test_weights_names_and_evaluation_are_those_of_the_model_without_it(tmp_path
 
 
 @needs_torchao
-def test_it_works_under_torch_compile_and_under_zero(monkeypatch):
+def test_it_works_under_torch_compile(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -177,18 +177,15 @@ def test_it_works_under_torch_compile_and_under_zero(monkeypatch):
         norms[name] = [unite_step(engine, step).item() for step in range(2)]
     assert norms["compiled"] == pytest.approx(norms["eager"], rel=1e-3)
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
+@needs_torchao
+def test_it_works_under_zero(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    config = compile_config(stage=2, fp8=True, compile=False)
-    world = init_world(config)
-    try:
-        engine = unite_engine(config, world)
-        assert [unite_step(engine, step).item() for step in range(2)] == pytest.approx(norms["eager"], rel=1e-3)
-    finally:
-        torch.distributed.destroy_process_group()
+    alone = unite_engine(compile_config(draws=1, fp8=True, compile=False), ALONE)
+    norms = [unite_step(alone, step).item() for step in range(3)]
+    (report,) = run_ranks(tmp_path, "fp8", ranks=1, stages=["2"])
+    assert report["2"]["norms"] == pytest.approx(norms, rel=1e-3)
 
 
 def test_what_it_lacks_is_said(monkeypatch):
