@@ -54,7 +54,7 @@ def _draw_class(axis: plt.Axes, device_class: str, runs: list[dict]) -> None:
     axis.set_title(f"{device_class}: {runs[-1].get('device', '')}")
     labels = [f"{run['date'][5:16].replace('T', ' ')}\n{(run.get('commit') or '')[:7]}" for run in runs]
     shown = range(0, len(runs), -(-len(runs) // 10))
-    axis.set_xticks([*shown], [labels[number] for number in shown], fontsize=7)
+    axis.set_xticks([*shown], [labels[number] for number in shown], fontsize=7, rotation=30, ha="right")
     axis.set_xlim(-0.5, len(runs) - 0.5)
     axis.grid(axis="y", color="0.92")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
