@@ -163,7 +163,7 @@ def test_two_ranks_make_the_same_numbers(finished, again):
                "-m", "unite_fast", "evaluate", again, "--name", "ranks", "--device", "cpu"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     ranks, (own,) = records(again)["ranks"], records(finished).values()
     assert ranks["protocol"]["environment"]["ranks"] == 2
     assert ranks["metrics"] == pytest.approx(own["metrics"], rel=1e-6)
