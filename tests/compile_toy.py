@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from engine_unite import unite_config
+from ranks import TESTS, torchrun
 
 from unite_fast.config import Config
 
@@ -26,16 +23,6 @@ def compile_config(*, stage: int = 0, draws: int = 3, **train: Any) -> Config:
 
 def run_ranks(folder: Path, option: str, *, ranks: int, stages: list[str]) -> list[dict[str, Any]]:
     """Steps under those ZeRO stages in processes of their own, see compile_worker.py: each rank's report by stage."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port),
-         str(here / "compile_worker.py"), str(folder), option, *stages],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=300, cwd=folder,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    program = [TESTS / "compile_worker.py", folder, option, *stages]
+    torchrun(program, ranks=ranks, cwd=folder, DS_ACCELERATOR="cpu")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]

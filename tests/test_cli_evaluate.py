@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 from cli_toy import mistake, picture, read, run, save_toy, toy_model
 from inception_toy import inception_weights
+from ranks import torchrun
 from runs import config, image_tree
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -225,16 +225,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(files):
 
 def test_two_ranks_make_the_same_numbers(files):
     alone = evaluate(files, metrics="is,psnr", name="alone")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-               "-m", "unite_fast", "evaluate", files / "model", "--metrics", "is,psnr", "--count", str(COUNT),
-               "--batch", "5", "--inception", files / "inception.pth", "--data", files / "val", "--name", "ranks",
-               "--device", "cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-8000:]
+    torchrun(["-m", "unite_fast", "evaluate", files / "model", "--metrics", "is,psnr", "--count", str(COUNT),
+              "--batch", "5", "--inception", files / "inception.pth", "--data", files / "val", "--name", "ranks",
+              "--device", "cpu"])  # fmt: skip
     ranks = json.loads((files / "model" / "evaluations" / "ranks.json").read_text())
     assert ranks["protocol"]["environment"]["ranks"] == 2
     assert ranks["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from engine_toy import float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
 from engine_unite import unite_config, unite_engine, unite_step
 from engine_worker import UNITE
+from ranks import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -88,12 +88,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single: dict[str, Engine]) 
             if step == 2:
                 checkpoint.save(engine, folder / f"single_{kind}", {})
         single[kind] = engine
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     assert launcher, "the deepspeed launcher is not beside the interpreter"
-    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(port)]
+    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port())]
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cli_toy import mistake, run
+from ranks import torchrun
 
 pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fast[molecules]'")
 
@@ -23,8 +20,6 @@ from unite_fast.engine.loop import train
 from unite_fast.evaluation.molecules import MoleculeJudge
 from unite_fast.molecules import evaluation as evaluation_module
 from unite_fast.molecules.evaluation import PICTURES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +151,7 @@ def test_an_interruption_loses_nothing_and_the_next_call_goes_on(again, monkeypa
 
 
 def test_two_ranks_make_the_same_numbers(finished, again):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-               "-m", "unite_fast", "evaluate", again, "--name", "ranks", "--device", "cpu"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-8000:]
+    torchrun(["-m", "unite_fast", "evaluate", again, "--name", "ranks", "--device", "cpu"])
     ranks, (own,) = records(again)["ranks"], records(finished).values()
     assert ranks["protocol"]["environment"]["ranks"] == 2
     assert ranks["metrics"] == pytest.approx(own["metrics"], rel=1e-6)

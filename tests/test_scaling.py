@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from engine_unite import unite_config, unite_engine
+from ranks import TESTS, torchrun
 from scaling_worker import RUNS, scaling_config
 
 from unite_fast.analysis.allocation import peak_allocated
@@ -23,7 +19,6 @@ from unite_fast.engine.world import World
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import Objective, two_pass_step
 
-TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
 MICRO_BATCHES = 2  # of a rank in the worker
 KIND = {
@@ -41,16 +36,7 @@ needs_deepspeed = pytest.mark.skipif(
 def reports(tmp_path_factory) -> list[dict]:
     """What two ranks counted under every stage; one launch, since starting costs more than the steps."""
     folder = tmp_path_factory.mktemp("scaling")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [*command, str(TESTS / "scaling_worker.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun([TESTS / "scaling_worker.py", folder], timeout=500)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
