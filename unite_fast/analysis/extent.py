@@ -54,6 +54,10 @@ class Population:
     def mean_length(self) -> float:
         return self._moment(1)
 
+    @property
+    def longest(self) -> int:
+        return max(length for length, count in enumerate(self.histogram) if count)
+
     def mean(self, samples: int) -> Extent:
         """A micro-batch of that many samples, on average."""
         return self._extent(samples, 0.0)
@@ -63,13 +67,11 @@ class Population:
         return self._extent(samples, BUSIEST)
 
     def _extent(self, samples: int, deviations: float) -> Extent:
-        longest = max(length for length, count in enumerate(self.histogram) if count)
-
         def total(power: int) -> int:
             mean = self._moment(power)
             deviation = math.sqrt(max(0.0, self._moment(2 * power) - mean**2))
             found = samples * mean + deviations * deviation * math.sqrt(samples)
-            return round(min(found, samples * longest**power))
+            return round(min(found, samples * self.longest**power))
 
         return Extent(samples, total(1), total(2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,5 @@ def _as_qm9(samples: int, why: str) -> Population:
 
 def _population(histogram: tuple[int, ...], samples: int, source: str) -> Population:
     made = Population(histogram, samples, source)
-    longest = max(atoms for atoms, count in enumerate(histogram) if count)
-    about = f"{samples:,} molecules an epoch, {made.mean_length:.1f} atoms each, at most {longest}"
-    return Population(histogram, samples, f"{about} ({source})")
+    about = f"{samples:,} molecules an epoch, {made.mean_length:.1f} atoms each, at most {made.longest}"
+    return replace(made, source=f"{about} ({source})")
