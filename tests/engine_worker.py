@@ -15,7 +15,7 @@ from engine_toy import toy_batch, toy_config, toy_model, toy_step
 from engine_unite import unite_config, unite_engine, unite_step
 from safetensors.torch import save_file
 
-from unite_fast.engine import checkpoint, deepspeed_backend
+from unite_fast.engine import checkpoint, deepspeed_backend, optim
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World, init_world
 
@@ -80,6 +80,7 @@ def main(folder: Path) -> None:
     world = init_world(toy_config())
     counter = Counter()  # before DeepSpeed starts, which keeps references to some of them
     deepspeed_backend.BUCKET_ELEMENTS = 50  # many buckets, with windows that begin and end inside of parameters
+    optim.STAGE_ELEMENTS = 50  # and all the stages
     report: dict = {}
     for stage, kind in ((0, "muon"), (1, "muon"), (2, "muon"), (3, "adamw")):
         config = toy_config(stage=stage, kind=kind)
@@ -105,7 +106,7 @@ def main(folder: Path) -> None:
             "collectives": first["collectives"],
             "state_bytes": state_bytes,
             "ema_bytes": sum(shadow.numel() * 4 for shadow in engine.ema.shadows),
-            "straddling": len(engine.optimizer.exchange.straddling) if engine.optimizer.exchange else 0,
+            "straddling": [len(exchange.straddling) for exchange in engine.optimizer.exchanges.values()],
             "trunk": value,
         }
     for name, (kind, stop_gradient) in UNITE.items():

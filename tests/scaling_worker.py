@@ -17,7 +17,7 @@ from engine_toy import toy_config
 from engine_unite import unite_config, unite_engine, unite_step
 
 from unite_fast.config import Config
-from unite_fast.engine import deepspeed_backend
+from unite_fast.engine import deepspeed_backend, optim
 from unite_fast.engine.world import init_world
 
 # Whether the whole tensor of a collective is its first argument, or that of the name.
@@ -36,6 +36,7 @@ KEEP_NOTHING = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+STAGE_ELEMENTS = 1000  # the small model's matrices too are reduced in stages
 RUNS = {"zero0": (0, "muon"), "zero1": (1, "muon"), "zero2": (2, "muon"), "zero3": (3, "adamw")}
 
 
@@ -84,6 +85,7 @@ def live_bytes() -> int:
 
 
 def main(folder: Path) -> None:
+    optim.STAGE_ELEMENTS = STAGE_ELEMENTS
     world = init_world(toy_config())
     volume = Volume()  # before DeepSpeed starts, which keeps references to some of them
     original = deepspeed_backend.deepspeed_config

@@ -15,7 +15,7 @@ from runs import config, config_file, image_tree
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Op, Part, Rates, image_operations
 from unite_fast.analysis.extent import Extent
-from unite_fast.analysis.profiled_step import _collective_seconds
+from unite_fast.analysis.profiled_step import seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
@@ -97,6 +97,27 @@ def test_what_no_part_explains_is_other():
     assert part.floor(1, Rates(1, 2)) == (4, 0)
 
 
+class Event:
+    """Of a profiler."""
+
+    def __init__(self, name, start, end, *, cuda=False, annotation=False):
+        self.name, self.is_user_annotation = name, annotation
+        self.time_range = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+        self.device_type = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+
+
+def test_communication_counts_where_nothing_is_computed():
+    reductions = [Event("gloo:all_reduce", 1, 4), Event("gloo:all_reduce", 3, 6), Event("gloo:all_gather", 10, 11)]
+    computing = [Event("aten::mm", 0, 3), Event("aten::add", 2, 4.5), Event("step", 0, 20), Event("c10d::allreduce_", 5, 6)]
+    assert seconds_of_collectives_alone(reductions) == pytest.approx(6)
+    assert seconds_of_collectives_alone(reductions + computing) == pytest.approx(1.5 + 1)
+    on_gpu = [
+        Event("ncclDevKernel_ReduceScatter", 1, 4, cuda=True), Event("nccl:_reduce_scatter", 1, 9, cuda=True),
+        Event("gemm", 0, 2, cuda=True), Event("step", 0, 20, cuda=True, annotation=True), Event("Memcpy DtoD", 3, 5, cuda=True),
+    ]  # fmt: skip
+    assert seconds_of_collectives_alone(on_gpu) == pytest.approx(1)
+
+
 def losses() -> StepLosses:
     one = torch.tensor(1.0)
     return StepLosses(one, {"l1": one}, one, torch.randn(4, 2, 3), None)
@@ -138,15 +159,3 @@ def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
     assert "mfu" not in unknown
     line.advance(1, unknown)
     assert "MFU" not in capsys.readouterr().err
-
-
-def test_a_collective_on_a_gpu_counts_once():
-    """NCCL's kernel, and not the range around it that the device's timeline shows as well."""
-    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    events = [
-        SimpleNamespace(name="ncclDevKernel_AllReduce_Sum_f32_RING_LL", device_type=cuda, device_time=3e6, cpu_time=0),
-        SimpleNamespace(name="nccl:all_reduce", device_type=cuda, device_time=3e6, cpu_time=0),
-        SimpleNamespace(name="nccl:all_reduce", device_type=cpu, device_time=3e6, cpu_time=1e6),
-        SimpleNamespace(name="gloo:all_reduce", device_type=cpu, device_time=0, cpu_time=2e6),
-    ]
-    assert [_collective_seconds(event) for event in events] == [3.0, 0.0, 0.0, 2.0]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from engine_unite import unite_config, unite_engine
 from ranks import TESTS, torchrun
-from scaling_worker import RUNS, scaling_config
+from scaling_worker import RUNS, STAGE_ELEMENTS, scaling_config
 
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.memory import predict
-from unite_fast.analysis.update import FP32, collectives, slice_elements, trained_weights
+from unite_fast.analysis.update import FP32, collectives, exchange_elements, exchanges, flat_slices, trained_weights
+from unite_fast.engine import optim
 from unite_fast.engine.world import World
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import Objective, two_pass_step
@@ -30,6 +31,17 @@ KIND = {
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
+
+
+@pytest.fixture(autouse=True)
+def in_stages(monkeypatch):
+    """What is predicted is of as many stages as the worker's."""
+    monkeypatch.setattr(optim, "STAGE_ELEMENTS", STAGE_ELEMENTS)
+    for cached in (exchanges, exchange_elements):
+        cached.cache_clear()
+    yield
+    for cached in (exchanges, exchange_elements):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,9 @@ def test_sharding_costs_one_reduce_scatter_and_one_all_gather(reports, name):
     config = scaling_config(*RUNS[name])
     psi = trained_weights(config.model, "muon").total
     sent = counted(reports, name)
-    padding = 2 * (2 * 2 - 1)  # both groups are padded to an even number of elements a rank
+    groups = len(flat_slices(trained_weights(config.model, "muon"), 2))
+    assert groups > 2
+    padding = groups * (2 * 2 - 1)  # each is padded to an even number of elements a rank
     for kind in ("reduce_scatter_tensor", "all_gather_into_tensor"):
         assert psi <= sent[kind] / 2 <= psi + padding
     assert sent["all_reduce"] == 2  # the norm
@@ -96,7 +110,7 @@ def test_what_a_rank_holds_is_predicted(reports, name):
     if stage in (0, 3):  # ZeRO 1 and 2 have dropped the whole gradients by then
         expected += memory.gradients
     if stage:
-        expected += FP32 * (slice_elements(weights.muon, 2) + slice_elements(weights.adamw, 2))
+        expected += FP32 * sum(flat_slices(weights, 2))
     assert reports[0][name]["held"] == pytest.approx(expected, rel=0.05)
 
 

@@ -12,10 +12,11 @@ from typing import Literal
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Part
 from unite_fast.analysis.extent import Extent
-from unite_fast.analysis.update import FP32, Weights, slice_elements, trained_weights
+from unite_fast.analysis.update import FP32, Weights, flat_slices, slice_elements, trained_weights
 from unite_fast.config import Config
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements
 from unite_fast.engine.optim import BATCH_ELEMENTS
+from unite_fast.engine.reduction import IN_FLIGHT
 from unite_fast.modality import modality_of
 
 # Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
@@ -34,9 +35,10 @@ class Memory:
         optimizer: momentum and moments.
         ema: averaged weights.
         frozen: weights that are not trained, LPIPS's network.
-        buffers: ZeRO's bucket and its slice of the averaged gradients, alive while gradients are reduced.
+        buffers: what gradients are reduced through and ZeRO's slice of the mean, alive in the last backward and after it.
         casts: weights in the compute dtype, alive during a pass.
         activations: of one micro-batch.
+        last: casts and activations of the last backward of a step, with which the buffers are alive.
         update: working tensors of the optimizer.
     """
 
@@ -48,6 +50,7 @@ class Memory:
     buffers: int
     casts: int
     activations: int
+    last: int
     update: int
 
     @property
@@ -57,8 +60,8 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is allocated at one moment: in a pass, while reducing, or in the update."""
-        return self.state + max(self.casts + self.activations, self.buffers, self.update)
+        """The most that is allocated at one moment: in a pass, in the last backward, or in the update."""
+        return self.state + max(self.casts + self.activations, self.last + self.buffers, self.update)
 
 
 def predict(
@@ -87,9 +90,10 @@ def predict(
     kept = {name: pass_activations(part) * times for name, (part, times) in counted.items()}
     total, muon = weights.total, weights.muon
     sharded = stage > 0
+    held = total
     if sharded:
-        muon = slice_elements(muon, ranks)
-    held = muon + (slice_elements(weights.adamw, ranks) if sharded else weights.adamw)
+        held = sum(flat_slices(weights, ranks))
+        muon = held - (slice_elements(weights.adamw, ranks) if weights.adamw else 0)
     moments = muon + 2 * (held - muon)
     casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
     chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
@@ -97,9 +101,11 @@ def predict(
     reconstruction = sum(size for name, size in kept.items() if name != "denoise")
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:
+        last = flow + casts["denoise"]
         activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
     else:  # the first pass's graph waits for the gradient that the second sends into it
         activations, cast = reconstruction + flow, reconstruction_casts + casts["denoise"]
+        last = reconstruction + reconstruction_casts
     # ZeRO 1 and 2: whole weights and a slice to step; ZeRO 3: its piece, the same to step, and what it has gathered.
     slices = {0: 0, 1: held, 2: held, 3: 2 * held}[stage]
     whole = total if stage < 3 else min(total, LIVE_ELEMENTS)
@@ -109,11 +115,29 @@ def predict(
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
         frozen=FP32 * sum(op.weights for part in parts.values() for op in part.ops if not op.trained),
-        buffers=FP32 * (min(BUCKET_ELEMENTS, total) + held) if sharded else 0,
+        buffers=FP32 * _buffers(weights, ranks, stage),
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
+        last=round(last * (1 + WORKING_SHARE)),
         update=_update_bytes(weights, muon, dtype),
     )
+
+
+def _buffers(weights: Weights, ranks: int, stage: int) -> int:
+    """Elements that gradients are reduced through, and of the slice that comes out."""
+    if stage == 3:
+        held = slice_elements(weights.muon, ranks) + slice_elements(weights.adamw, ranks)
+        return min(BUCKET_ELEMENTS, weights.total) + held
+    if stage == 0 and ranks == 1:
+        return 0
+    groups = [ranks * size for size in flat_slices(weights, ranks)] if stage else [weights.muon, weights.adamw]
+    windows = [window for size in groups for window in _windows(size, bucket_elements(ranks, weights.total))]
+    return min(IN_FLIGHT, len(windows)) * max(windows) + (sum(groups) // ranks if stage else 0)
+
+
+def _windows(size: int, bucket: int) -> list[int]:
+    full, rest = divmod(size, bucket)
+    return [bucket] * full + [rest] * (rest > 0)
 
 
 def pass_activations(part: Part) -> int:

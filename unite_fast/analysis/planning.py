@@ -1,7 +1,7 @@
 """Predicts a run before it starts: memory, micro-batch, seconds a step, epochs, GPU-hours, share of communication.
 
-A step is compute, then communication, then the update: nothing overlaps, since one reduction stands behind the last
-backward of a step. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
+A step is compute, then communication, then the update. Only gradients overlap: under ZeRO 0 to 2 they travel in windows
+while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
 tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the same step message by
 message.
 """
@@ -16,6 +16,7 @@ from unite_fast.analysis.counts import Rates, repeats
 from unite_fast.analysis.devices import Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.memory import Memory, predict
+from unite_fast.analysis.overlap import departures
 from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import micro_batch_candidates, resolve_batch
@@ -31,7 +32,7 @@ USABLE_MEMORY = 0.92
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide."""
 
     compute: float
     gradients: float
@@ -143,7 +144,12 @@ def step_time(
 ) -> StepTime:
     """Seconds of one optimizer step of `accumulation` micro-batches of that extent, by what it does."""
     gradients = exchange = weights = 0.0
+    if ranks > 1 and stage < 3:
+        backward = last_backward(config, rates, extent) / efficiency
+        gradients = left_of_reduction(config, network, ranks, stage, backward)
     for collective in collectives(config, ranks=ranks, accumulation=accumulation, stage=stage):
+        if stage < 3 and collective.what == "gradients":
+            continue
         seconds = collective_time(collective, ranks, network)
         if collective.kind == "all_to_all":
             exchange += seconds
@@ -169,6 +175,31 @@ def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
         else:
             seconds += sum(part.floor(samples, rates))
     return seconds
+
+
+def last_backward(config: Config, rates: Rates, extent: Extent) -> float:
+    """Floor of the last backward of an optimizer step, seconds: of a chunk of draws, or of pass one where it comes last."""
+    counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    if not config.objective.stop_gradient:
+        return sum(part.floor(samples, rates)[1] for name, (part, samples) in counted.items() if name != "denoise")
+    part, samples = counted["denoise"]
+    return part.floor(samples * repeats("denoise", config.objective) / flow_passes(config), rates)[1]
+
+
+def gradient_windows(config: Config, ranks: int, stage: int) -> list[tuple[float, Collective]]:
+    """(share of the last backward after which it can leave, collective) of the windows of gradients, ZeRO 0 to 2."""
+    phase = "flow" if config.objective.stop_gradient else "reconstruct"
+    kind = "reduce_scatter" if stage else "all_reduce"
+    leaving = departures(config.model, config.optimizer.kind, ranks=ranks, stage=stage, phase=phase)
+    return [(after, Collective(kind, "gradients", elements, elements)) for after, elements in leaving]
+
+
+def left_of_reduction(config: Config, network: Network, ranks: int, stage: int, backward: float) -> float:
+    """Seconds that the reduction of the gradients goes on after a last backward of so many."""
+    done = 0.0
+    for after, window in gradient_windows(config, ranks, stage):
+        done = max(done, after * backward) + collective_time(window, ranks, network)
+    return done - backward
 
 
 def collective_time(collective: Collective, ranks: int, network: Network) -> float:
@@ -220,7 +251,7 @@ def scaling(
 
 LOSSES = {
     "compute": "small micro-batches, which read all weights for few samples",
-    "gradients": "reducing the gradients",
+    "gradients": "reducing the gradients behind the last backward",
     "exchange": "exchanging matrices for Muon",
     "weights": "gathering the weights",
     "update": "the update, whose largest matrix one rank orthogonalises alone",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class ProfiledStep:
         )  # fmt: skip
 
     def traced(self, path: Path | None) -> float:
-        """Seconds a step inside collectives, from a trace of two steps that is also written to `path`."""
+        """Seconds a step in collectives alone, from a trace of two steps that is also written to `path`."""
         if path is None and self.world.size == 1:
             return 0.0
         activities = [ProfilerActivity.CPU]
@@ -123,7 +124,7 @@ class ProfiledStep:
                     self.timed()
         if path is not None and self.world.is_main:
             _write_trace(recorded, path)
-        return sum(_collective_seconds(event) for event in recorded.events()) / 2
+        return seconds_of_collectives_alone(recorded.events()) / 2
 
     @contextmanager
     def _named(self):
@@ -155,13 +156,35 @@ class ProfiledStep:
                 hook.remove()
 
 
-def _collective_seconds(event: Any) -> float:
-    """Of a profiler event that is a collective: NCCL's kernels on GPUs, gloo's ranges on CPUs."""
-    name = event.name
-    # "nccl:all_reduce" and the like are ranges around the kernels, on the device's timeline too.
-    if name.startswith("nccl") and ":" not in name and event.device_type == torch.autograd.DeviceType.CUDA:
-        return event.device_time / 1e6
-    return event.cpu_time / 1e6 if name.startswith("gloo:") else 0.0
+def seconds_of_collectives_alone(events: Iterable[Any]) -> float:
+    """Seconds in which collectives of a profiler's events run and nothing is computed: what overlap does not hide."""
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        collective = _is_collective(event)
+        if collective is not None:
+            spans[collective].append((event.time_range.start, event.time_range.end))
+    together = _covered(spans[True] + spans[False])
+    return (together - _covered(spans[False])) / 1e6
+
+
+def _is_collective(event: Any) -> bool | None:
+    """Of a profiler event: NCCL's kernels on a GPU, gloo's ranges on a CPU; None of what is neither that nor computing."""
+    if event.device_type == torch.autograd.DeviceType.CUDA:
+        # "nccl:all_reduce" and the like are ranges around the kernels, on the device's timeline too, as all named ranges.
+        named_range = event.is_user_annotation or event.name.startswith("nccl:")
+        return None if named_range else event.name.startswith("nccl")
+    if event.name.startswith("gloo:"):
+        return True
+    return False if event.name.startswith("aten::") and not torch.cuda.is_available() else None
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of spans (start, end)."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def _write_trace(recorded: profile, path: Path) -> None:

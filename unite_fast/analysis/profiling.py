@@ -75,7 +75,7 @@ class Measured:
         rows: the parts, the optimizer, EMA.
         step: median seconds of a whole optimizer step, waiting included.
         waiting: seconds of it spent waiting for data; None with made-up data.
-        communication: seconds of it inside collectives; on one rank 0.
+        communication: seconds of it inside collectives while nothing is computed; on one rank 0.
         images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate.
         unit: what a batch counts, in the plural.

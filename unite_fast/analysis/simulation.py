@@ -13,17 +13,9 @@ import numpy as np
 
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
-from unite_fast.analysis.planning import Plan, compute_time, tree_time
-from unite_fast.analysis.update import (
-    FP32,
-    newton_schulz_operations,
-    slice_elements,
-    trained_weights,
-    update_part,
-)
+from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, tree_time
+from unite_fast.analysis.update import FP32, exchanges, flat_slices, newton_schulz_operations, trained_weights, update_part
 from unite_fast.config import Config
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
-from unite_fast.engine.sharding import MatrixExchange, windows
 
 
 def simulate(
@@ -46,14 +38,8 @@ def simulate(
     slower = 1 + jitter * generator.standard_normal(ranks)
     clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
-    slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
-    if stage == 0:
-        for bucket in _buckets(weights.total):
-            clock = _all_reduce(clock, FP32 * bucket, network)
-    else:
-        for piece in slices:
-            for _, length in windows(piece, ranks, BUCKET_ELEMENTS):
-                clock = _ring(clock, FP32 * length, ranks - 1, network)
+    if ranks > 1:
+        clock = _reduced(config, planned, clock, last_backward(config, rates, planned.extent) / efficiency * slower, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
     orthogonal = sum(
         max(op.forward / rates.matmul, op.forward_bytes / rates.copy)
@@ -67,14 +53,25 @@ def simulate(
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
     clock = clock + rest / efficiency
-    for piece in slices:
+    for piece in flat_slices(weights, ranks):
         clock = _ring(clock, FP32 * piece, ranks - 1, network)
     return float(clock.max())
 
 
-def _buckets(elements: int) -> list[int]:
-    full, rest = divmod(elements, BUCKET_ELEMENTS)
-    return [BUCKET_ELEMENTS] * full + [rest] * (rest > 0)
+def _reduced(
+    config: Config, planned: Plan, clock: np.ndarray, backward: np.ndarray, network: Network
+) -> np.ndarray:
+    """When each rank has its gradients: `clock` is the end of its last backward, which takes it `backward` seconds."""
+    ranks = len(clock)
+    sent = np.zeros(ranks)
+    for after, window in gradient_windows(config, ranks, planned.stage):
+        sent = np.maximum(sent, clock - (1 - after) * backward)
+        size = FP32 * window.elements
+        if window.kind == "all_reduce":
+            sent = _all_reduce(sent, size, network)
+        else:
+            sent = _ring(sent, size / ranks, ranks - 1, network)
+    return np.maximum(clock, sent)
 
 
 def _all_reduce(clock: np.ndarray, size: float, network: Network) -> np.ndarray:
@@ -112,20 +109,18 @@ def _muon(
 ) -> np.ndarray:
     """Pieces to their owners, orthogonalisation there, pieces back."""
     ranks = len(clock)
-    partition = slice_elements(sum(rows * columns for rows, columns in matrices), ranks)
-    owners = MatrixExchange(list(matrices), partition, 0, ranks).owners
-    messages, begin = [], 0
-    for owner, (rows, columns) in zip(owners, matrices, strict=True):
-        end = begin + rows * columns
-        for holder in range(begin // partition, (end - 1) // partition + 1):
-            if holder != owner:
-                piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                messages.append((holder, owner, FP32 * piece))
-        begin = end
+    messages, busy = [], np.zeros(ranks)
+    for exchange in exchanges(matrices, ranks):
+        partition, begin = exchange.partition, 0
+        for owner, (rows, columns) in zip(exchange.owners, exchange.shapes, strict=True):
+            end = begin + rows * columns
+            for holder in range(begin // partition, (end - 1) // partition + 1):
+                if holder != owner:
+                    piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
+                    messages.append((holder, owner, FP32 * piece))
+            busy[owner] += newton_schulz_operations(rows, columns, steps) / rates.matmul / efficiency
+            begin = end
     clock = _deliver(clock, messages, network)
-    busy = np.zeros(ranks)
-    for owner, (rows, columns) in zip(owners, matrices, strict=True):
-        busy[owner] += newton_schulz_operations(rows, columns, steps) / rates.matmul / efficiency
     back = [(owner, holder, size) for holder, owner, size in messages]
     return _deliver(clock + busy, back, network)
 

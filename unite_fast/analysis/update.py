@@ -12,12 +12,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Op, Part
 from unite_fast.config import Config, OptimizerConfig, Sizes
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
-from unite_fast.engine.optim import matrix_shape, parameter_groups
-from unite_fast.engine.sharding import MatrixExchange, windows
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements
+from unite_fast.engine.optim import matrix_shape, parameter_groups, stages
+from unite_fast.engine.reduction import spans
+from unite_fast.engine.sharding import MatrixExchange
 from unite_fast.modality import modality
 from unite_kernels.optim import GRAM_FROM
 
@@ -30,7 +32,7 @@ class Weights(NamedTuple):
     """The trained parameters of a model.
 
     Attributes:
-        matrices: [rows, columns] of what Muon updates, in the engine's flat order; empty under AdamW alone.
+        matrices: [rows, columns] of what Muon updates, in the model's order; empty under AdamW alone.
         adamw: elements of the rest.
         without_gradient: elements among them that no pass reads (published checkpoints carry them).
         reconstruct, flow: elements of each parameter that a pass of this name reads.
@@ -56,24 +58,32 @@ class Weights(NamedTuple):
         return self.muon + self.adamw
 
 
+def network_of(model: Sizes) -> nn.Module:
+    """The network of these sizes without memory for its weights."""
+    with torch.device("meta"):
+        return modality(model.modality).network(model)
+
+
+def reads(model: Sizes, phase: str, name: str) -> bool:
+    """Whether the pass "reconstruct" or "flow" reads the parameter of this name."""
+    if phase == "reconstruct":
+        return not name.startswith("denoiser")
+    return name.startswith(("encoder.", "latent_norm.") if model.shared else ("denoiser.", "denoiser_norm."))
+
+
 @functools.cache
 def trained_weights(model: Sizes, kind: str) -> Weights:
     """Sizes of a model's parameters under the optimizer `kind`, "muon" or "adamw"; allocates none."""
-    with torch.device("meta"):
-        built = modality(model.modality).network(model)
+    built = network_of(model)
     groups = parameter_groups(built, kind)
     sizes = {name: p.numel() for name, p in built.named_parameters()}
-    denoiser = ("encoder.", "latent_norm.") if model.shared else ("denoiser.", "denoiser_norm.")
-    reads = {
-        "reconstruct": [name for name in sizes if not name.startswith("denoiser")],
-        "flow": [name for name in sizes if name.startswith(denoiser)],
-    }
-    layers = {phase: len({name.rpartition(".")[0] for name in names}) for phase, names in reads.items()}
+    read = {phase: [name for name in sizes if reads(model, phase, name)] for phase in ("reconstruct", "flow")}
+    layers = {phase: len({name.rpartition(".")[0] for name in names}) for phase, names in read.items()}
     return Weights(
         tuple(matrix_shape(p.shape) for p in groups.get("muon", {}).values()),
         sum(p.numel() for p in groups.get("adamw", {}).values()),
         sum(size for name, size in sizes.items() if name.endswith("time.special")),
-        *(tuple(sizes[name] for name in names) for names in reads.values()),
+        *(tuple(sizes[name] for name in names) for names in read.values()),
         *layers.values(),
     )
 
@@ -95,6 +105,12 @@ def slice_elements(elements: int, ranks: int) -> int:
     return math.ceil(elements / (ranks * SLICE_ALIGNMENT)) * SLICE_ALIGNMENT
 
 
+def flat_slices(weights: Weights, ranks: int) -> list[int]:
+    """Elements of a rank's slice of each flat group of ZeRO 1 and 2."""
+    found = [exchange.partition for exchange in exchanges(weights.matrices, ranks)] if weights.matrices else []
+    return found + ([slice_elements(weights.adamw, ranks)] if weights.adamw else [])
+
+
 def update_part(
     model: Sizes, optimizer: OptimizerConfig, *, stage: int = 0, ranks: int = 1, dtype: Dtype = "bf16"
 ) -> Part:
@@ -103,8 +119,8 @@ def update_part(
     share = 1 if stage == 0 else ranks
     mine, held = list(weights.matrices), weights.muon
     if share > 1 and weights.matrices:
-        held = slice_elements(weights.muon, ranks)
-        mine = _busiest(weights.matrices, held, ranks)
+        held = sum(exchange.partition for exchange in exchanges(weights.matrices, ranks))
+        mine = _busiest(weights.matrices, ranks)
     adamw = math.ceil(weights.adamw / share)
     ops = [Op("clip", forward_bytes=3 * FP32 * (held + adamw))]
     if weights.matrices:
@@ -121,11 +137,28 @@ def update_part(
     return Part("update", tuple(ops), False, width)
 
 
-def _busiest(matrices: tuple[tuple[int, int], ...], partition: int, ranks: int) -> list[tuple[int, int]]:
+def _busiest(matrices: tuple[tuple[int, int], ...], ranks: int) -> list[tuple[int, int]]:
     owned: dict[int, list[tuple[int, int]]] = {}
-    for owner, shape in zip(MatrixExchange(list(matrices), partition, 0, ranks).owners, matrices, strict=True):
-        owned.setdefault(owner, []).append(shape)
+    for exchange in exchanges(matrices, ranks):
+        for owner, shape in zip(exchange.owners, exchange.shapes, strict=True):
+            owned.setdefault(owner, []).append(shape)
     return max(owned.values(), key=lambda shapes: sum(newton_schulz_operations(*shape, 1) for shape in shapes))
+
+
+def flat_matrices(matrices: tuple[tuple[int, int], ...]) -> list[list[tuple[int, int]]]:
+    """The matrices of each flat group of ZeRO 1 and 2, in flat order."""
+    groups = stages([rows * columns for rows, columns in matrices])
+    return [[matrices[index] for index in group] for group in groups]
+
+
+@functools.cache
+def exchanges(matrices: tuple[tuple[int, int], ...], ranks: int) -> tuple[MatrixExchange, ...]:
+    """Which rank orthogonalises which matrix, for each flat group."""
+    load, found = [0] * ranks, []
+    for group in flat_matrices(matrices):
+        partition = slice_elements(sum(rows * columns for rows, columns in group), ranks)
+        found.append(MatrixExchange(group, partition, 0, ranks, load))
+    return tuple(found)
 
 
 class Collective(NamedTuple):
@@ -170,7 +203,8 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
         return []
     with_gradient = weights.total - weights.without_gradient
     if stage == 0:
-        return [_whole("all_reduce", "gradients", weights.total)]
+        calls = sum(math.ceil(group / bucket_elements(ranks, weights.total)) for group in (weights.muon, weights.adamw))
+        return [_whole("all_reduce", "gradients", weights.total, calls)]
     norm = _whole("all_reduce", "gradient norm", 1)
     if stage == 3:
         passes = [weights.reconstruct] + [weights.flow] * flow_passes(config)
@@ -181,9 +215,9 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
             _whole("reduce_scatter", "gradients", with_gradient),
             norm,
         ]
-    groups = [size for size in (weights.muon, weights.adamw) if size]
-    flat = sum(slice_elements(group, ranks) * ranks for group in groups)
-    calls = sum(len(windows(slice_elements(group, ranks), ranks, BUCKET_ELEMENTS)) for group in groups)
+    partitions = flat_slices(weights, ranks)
+    flat = ranks * sum(partitions)
+    calls = sum(len(spans(partition, ranks, bucket_elements(ranks, weights.total))) for partition in partitions)
     found = [_whole("reduce_scatter", "gradients", flat, calls), norm]
     if weights.matrices:
         total, busiest, messages = exchange_elements(weights.matrices, ranks)
@@ -192,7 +226,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
                 Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages)
                 for way in ("to their owner", "back")
             ]
-    found.append(_whole("all_gather", "updated weights", flat, len(groups)))  # straight into the weights, no buffer
+    found.append(_whole("all_gather", "updated weights", flat, len(partitions)))  # straight into the weights, no buffer
     return found
 
 
@@ -211,18 +245,17 @@ def exchange_elements(matrices: tuple[tuple[int, int], ...], ranks: int) -> tupl
     """(all, busiest rank's, its messages): elements of matrices that leave their holder for the one rank that
     orthogonalises them. The way back is the same, with senders and receivers exchanged.
     """
-    partition = slice_elements(sum(rows * columns for rows, columns in matrices), ranks)
-    owners = MatrixExchange(list(matrices), partition, 0, ranks).owners
     sent, received, messages = [0] * ranks, [0] * ranks, [0] * ranks
-    begin = 0
-    for owner, (rows, columns) in zip(owners, matrices, strict=True):
-        end = begin + rows * columns
-        for holder in range(begin // partition, (end - 1) // partition + 1):
-            if holder != owner:
-                piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                sent[holder] += piece
-                received[owner] += piece
-                messages[holder] += 1
-                messages[owner] += 1
-        begin = end
+    for exchange in exchanges(matrices, ranks):
+        partition, begin = exchange.partition, 0
+        for owner, (rows, columns) in zip(exchange.owners, exchange.shapes, strict=True):
+            end = begin + rows * columns
+            for holder in range(begin // partition, (end - 1) // partition + 1):
+                if holder != owner:
+                    piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
+                    sent[holder] += piece
+                    received[owner] += piece
+                    messages[holder] += 1
+                    messages[owner] += 1
+            begin = end
     return sum(sent), max(*sent, *received), max(messages)

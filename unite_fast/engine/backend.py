@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.engine.optim import MuonAdamW
+from unite_fast.engine.optim import Groups, MuonAdamW
 from unite_fast.engine.sharding import Layout
 
 
@@ -71,14 +71,14 @@ class PlainBackend:
     def __init__(
         self,
         forward: AutocastForward,
-        groups: dict[str, dict[str, nn.Parameter]],
+        groups: Groups,
         optimizer: MuonAdamW,
         config: Config,
     ):
         self._forward, self._optimizer, self._clip = forward, optimizer, config.optimizer.clip_norm
-        self._parameters = [p for group in groups.values() for p in group.values()]
-        self.masters = {kind: list(group.values()) for kind, group in groups.items()}
-        self.layout = Layout.whole({name: p for group in groups.values() for name, p in group.items()})
+        self._parameters = [p for _, group in groups for p in group.values()]
+        self.masters = {kind: list(group.values()) for kind, group in groups}
+        self.layout = Layout.whole({name: p for _, group in groups for name, p in group.items()})
 
     def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
         return self._forward(phase, **inputs)

@@ -16,16 +16,23 @@ from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, clip
-from unite_fast.engine.optim import MuonAdamW, matrix_shape
-from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, MeanScatter, flat_fragments
+from unite_fast.engine.optim import MAX_STAGES, Groups, MuonAdamW, matrix_shape
+from unite_fast.engine.reduction import GradientMean
+from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fragments
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
-# Elements of the buffer that gradients are averaged through: 200 MB in float32 keeps NVLink busy; DeepSpeed's default
-# of 5e8 would take 2 GB.
-BUCKET_ELEMENTS = 50_000_000
+# Elements of a buffer that gradients are averaged through, of which IN_FLIGHT exist: 100 MB in float32 keep NVLink busy,
+# and take 2.5 ms on a 400 Gbit/s adapter, beside which the hops of 32 ranks' ring, some 6 µs each, are little. From
+# there on it grows with the ranks, whose micro-batches leave the memory for it, up to a stage of the reduction.
+BUCKET_ELEMENTS, BUCKET_RANKS = 25_000_000, 32
 # ZeRO 3 steps a group in pieces of this many elements; one piece a group, since Apex counts calls as steps.
 UNDIVIDED = 10**12
+
+
+def bucket_elements(ranks: int, elements: int) -> int:
+    """Elements of a buffer through which so many ranks average gradients of so many in all."""
+    return max(BUCKET_ELEMENTS, min(BUCKET_ELEMENTS * ranks // BUCKET_RANKS, elements // MAX_STAGES))
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -60,25 +67,26 @@ class DeepSpeedBackend:
     handed to it as a client optimizer; under ZeRO 1 and 2 it sees one flat slice a group and puts matrices together
     through a `MatrixExchange`.
 
-    A step's backward passes add gradients locally. The last one averages them, once: parameters that only earlier
-    passes use would otherwise be missed by DeepSpeed's hooks. Under ZeRO 1 and 2 a `MeanScatter` does it, since
-    DeepSpeed 0.19 has no reduce-scatter there: whatever `reduce_scatter` says, it all-reduces every bucket (twice the
-    traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times n - 1 hops;
-    B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
+    A step's backward passes add gradients locally. The last one averages them, once, and under ZeRO 0 to 2 while it
+    runs: a `GradientMean` does it, as DeepSpeed's hooks would miss parameters that only earlier passes use, and as
+    DeepSpeed 0.19 has no reduce-scatter under ZeRO 1 and 2: whatever `reduce_scatter` says, it all-reduces every bucket
+    (twice the traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times
+    n - 1 hops; B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
     """
 
     def __init__(
         self,
         forward: AutocastForward,
-        groups: dict[str, dict[str, nn.Parameter]],
+        groups: Groups,
         optimizer: MuonAdamW,
         config: Config,
         world: World,
     ):
         deepspeed = import_deepspeed(world.device)
         self._stage, self._clip, self._world = config.train.zero_stage, config.optimizer.clip_norm, world
+        places = {name: place for place, (name, _) in enumerate(forward.model.named_parameters())}
         self._gathered_parameters = deepspeed.zero.GatheredParameters
-        self._parameters = {name: p for group in groups.values() for name, p in group.items()}
+        self._parameters = {name: p for _, group in groups for name, p in group.items()}
         shapes = {name: p.shape for name, p in self._parameters.items()}  # ZeRO 3 empties the parameters
         self._accumulation: ExitStack | None = None
         elements = sum(shape.numel() for shape in shapes.values())
@@ -88,35 +96,42 @@ class DeepSpeedBackend:
             config=deepspeed_config(self._stage, self._clip, elements),
         )
         self._zero = self._engine.optimizer
-        kinds = {name: kind for kind, group in groups.items() for name in group}
+        kinds = {name: kind for kind, group in groups for name in group}
+        self.masters = {kind: [] for kind, _ in groups}
         if self._stage == 0:
             self.layout = Layout.whole(self._parameters)
-            self.masters = {kind: list(group.values()) for kind, group in groups.items()}
+            self.masters = {kind: list(group.values()) for kind, group in groups}
         elif self._stage < 3:
             masters = [group["params"][0] for group in optimizer.param_groups]
-            self.masters = {kind: [master] for kind, master in zip(groups, masters)}
             fragments = []
-            self._scatters: list[tuple[MeanScatter, list[nn.Parameter]]] = []
-            for index, group in enumerate(groups.values()):
-                sizes, partition = {name: shapes[name] for name in group}, masters[index].numel()
-                fragments += flat_fragments(sizes, index, partition, world.rank)
-                counts = [shape.numel() for shape in sizes.values()]
-                scatter = MeanScatter(counts, partition, world.size, BUCKET_ELEMENTS)
-                self._scatters.append((scatter, list(group.values())))
+            load = [0] * world.size
+            for index, ((kind, group), master) in enumerate(zip(groups, masters, strict=True)):
+                self.masters[kind].append(master)
+                sizes = {name: shapes[name] for name in group}
+                fragments += flat_fragments(sizes, index, master.numel(), world.rank)
+                if kind == "muon":
+                    matrices = [matrix_shape(shape) for shape in sizes.values()]
+                    exchange = MatrixExchange(matrices, master.numel(), world.rank, world.size, load)
+                    optimizer.exchanges[master] = exchange
             self.layout = Layout(masters, fragments, sharded=True)
             self._check_layout()
-            if "muon" in groups:
-                matrices = [matrix_shape(shapes[name]) for name in groups["muon"]]
-                partition = self.masters["muon"][0].numel()
-                optimizer.exchange = MatrixExchange(matrices, partition, world.rank, world.size)
         else:
             masters = list(self._zero.fp32_partitioned_groups_flat)
             self.layout = Layout(masters, self._pieces(shapes, masters), sharded=True)
             self._check_layout()
-            self.masters = {kind: [] for kind in groups}
             for index, master in enumerate(masters):
                 name = next(f.name for f in self.layout.fragments if f.master == index)
                 self.masters[kinds[name]].append(master)
+        self._mean = None
+        if self._stage < 3:
+            self._mean = GradientMean(
+                [list(group.values()) for _, group in groups],
+                [master.numel() for master in self.layout.masters] if self._stage else None,
+                [[-places[name] for name in group] for _, group in groups],
+                ranks=world.size,
+                bucket=bucket_elements(world.size, elements),
+                like=self.layout.masters[0],
+            )
 
     def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
         return self._engine(phase, **inputs)
@@ -127,16 +142,20 @@ class DeepSpeedBackend:
             self._accumulation.enter_context(
                 self._engine.no_sync() if self._stage == 0 else self._engine.coalesce_grad_reduction()
             )
+        if last and self._mean is not None:
+            self._mean.begin(loss)
         self._engine.backward(loss)
-        if last:
-            means = self._scatter_gradients() if self._stage in (1, 2) else {}
-            self._accumulation.close()
-            self._accumulation = None
-            if self._stage == 0:
-                self._engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
-            # DeepSpeed found no gradients to reduce and put zeros here.
-            for index, mean in means.items():
-                self._zero.averaged_gradients[index] = [mean]
+        if not last:
+            return
+        means = [] if self._mean is None else self._mean.finish()
+        if means:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        self._accumulation.close()
+        self._accumulation = None
+        # DeepSpeed found no gradients to reduce and put zeros here.
+        for index, mean in enumerate(means):
+            self._zero.averaged_gradients[index] = [mean]
 
     def update(self) -> Tensor:
         if self._stage == 3:
@@ -172,15 +191,6 @@ class DeepSpeedBackend:
                 yield
             finally:
                 offload._register_deepspeed_module(offload.module)
-
-    def _scatter_gradients(self) -> dict[int, Tensor]:
-        """Group of ZeRO 1 and 2 -> this rank's slice of its averaged gradients; the parameters' own are dropped."""
-        means = {}
-        for index, (scatter, parameters) in enumerate(self._scatters):
-            means[index] = scatter.reduce([p.grad for p in parameters], like=self.layout.masters[index])
-            for parameter in parameters:
-                parameter.grad = None
-        return means
 
     def _clip_partitions(self) -> Tensor:
         """Clip ZeRO 1's and 2's averaged gradients in place; the global norm before.
@@ -233,7 +243,7 @@ def deepspeed_config(stage: int, clip_norm: float | None, elements: int) -> dict
     Args:
         stage: ZeRO stage.
         clip_norm: used by ZeRO 3 alone; below it we clip.
-        elements: trained parameters, which bound its buffers.
+        elements: trained parameters, which bound ZeRO 3's buffer.
     """
     bucket = min(BUCKET_ELEMENTS, elements + elements % 2)
     zero: dict[str, Any] = {

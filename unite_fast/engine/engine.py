@@ -16,7 +16,7 @@ from unite_fast.engine.batch import resolve_batch
 from unite_fast.engine.compiling import compiled_passes
 from unite_fast.engine.ema import Ema
 from unite_fast.engine.fp8 import use_fp8, without_fp8
-from unite_fast.engine.optim import MuonAdamW, lr_factor, parameter_groups, peak_lr
+from unite_fast.engine.optim import MuonAdamW, in_stages, lr_factor, parameter_groups, peak_lr
 from unite_fast.engine.world import World
 
 
@@ -66,7 +66,9 @@ class Engine:
         self.last_lr = 0.0
         self.peak_lr = peak_lr(config.optimizer, global_batch)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = parameter_groups(model, config.optimizer.kind)
+        groups = list(parameter_groups(model, config.optimizer.kind).items())
+        if config.train.zero_stage in (1, 2):
+            groups = in_stages(groups)
         self.optimizer = MuonAdamW(groups, config.optimizer, self.peak_lr)
         passes = compiled_passes(model, config) if config.train.compile else None
         forward = AutocastForward(model, autocast_dtype(config, world.device), passes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -18,9 +18,14 @@ from unite_fast.engine.sharding import MatrixExchange
 # Matrices of one shape are orthogonalised together; this many elements at most, 256 MiB in float32, because the
 # iteration holds about four tensors of that size.
 BATCH_ELEMENTS = 2**26
+# ZeRO 1 and 2 reduce Muon's gradients in at most so many stages, each of at least so many elements: 100 MB in float32.
+# More would hide little more of the reduction, and cut more matrices in two, which then travel to be orthogonalised.
+MAX_STAGES, STAGE_ELEMENTS = 4, 25_000_000
 MUON_EPS = 1e-6  # floor of the norm that Newton-Schulz divides by, as published
 MUON_STATE = "momentum_buffer"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
+Groups = Sequence[tuple[str, Mapping[str, nn.Parameter]]]  # (kind, parameters by name)
 
 
 def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Parameter]]:
@@ -39,6 +44,39 @@ def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Para
         if parameter.requires_grad:
             groups["muon" if name in matrices else "adamw"][name] = parameter
     return {kind: group for kind, group in groups.items() if group}
+
+
+def stages(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices of a group's parameters, cut where ZeRO 1 and 2 cut the group into flat ones, last parameter first.
+
+    A backward finishes gradients last parameter first, and each rank owns a slice of each flat group: so the first group
+    can be reduced, by all ranks' links at once, while the backward is still at the others.
+
+    Args:
+        sizes: elements of the parameters in the model's order.
+    """
+    cut = max(sum(sizes) / MAX_STAGES, STAGE_ELEMENTS)
+    found: list[list[int]] = [[]]
+    held = 0
+    for index in reversed(range(len(sizes))):
+        if held >= cut * len(found):
+            found.append([])
+        found[-1].append(index)
+        held += sizes[index]
+    return found
+
+
+def in_stages(groups: Groups) -> Groups:
+    """The groups as ZeRO 1 and 2 lay them out flat: Muon's in `stages`, the rest, which is small, as it is."""
+    found: list[tuple[str, Mapping[str, nn.Parameter]]] = []
+    for kind, group in groups:
+        if kind != "muon":
+            found.append((kind, group))
+            continue
+        names = list(group)
+        for indices in stages([parameter.numel() for parameter in group.values()]):
+            found.append((kind, {names[index]: group[names[index]] for index in indices}))
+    return found
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -86,17 +124,17 @@ class MuonAdamW(torch.optim.Optimizer):
     AdamW is Apex's FusedAdam on CUDA where NVIDIA's Apex is installed, torch's fused AdamW otherwise.
 
     Args:
-        groups: as `parameter_groups` returns.
+        groups: items of what `parameter_groups` returns; Muon's may be several.
         config: betas, eps, decay, momentum, Newton–Schulz steps.
         lr: learning rate until `set_lr`.
     """
 
-    def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]], config: OptimizerConfig, lr: float):
-        self.exchange: MatrixExchange | None = None
+    def __init__(self, groups: Groups, config: OptimizerConfig, lr: float):
+        self.exchanges: dict[Tensor, MatrixExchange] = {}  # by this rank's slice of a flat group of Muon's
         self.newton_schulz_steps = config.newton_schulz_steps
         self._adamw: torch.optim.Optimizer | None = None
         param_groups = []
-        for kind, parameters in groups.items():
+        for kind, parameters in groups:
             if kind == "muon":
                 group = {"params": list(parameters.values()), "lr": lr}
                 group |= {"momentum": config.momentum, "weight_decay": config.weight_decay}
@@ -109,7 +147,7 @@ class MuonAdamW(torch.optim.Optimizer):
             self._adamw.state = self.state
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step, both groups; a Python number, so no device is waited for."""
+        """Learning rate of the next step, all groups; a Python number, so no device is waited for."""
         for group in self.param_groups:
             group["lr"] = lr
 
@@ -149,11 +187,12 @@ class MuonAdamW(torch.optim.Optimizer):
         momenta = [self.state[parameter][MUON_STATE] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         means = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        if self.exchange is None:
+        exchange = self.exchanges.get(parameters[0])
+        if exchange is None:
             matrices = [mean.view(matrix_shape(mean.shape)) for mean in means]
             updates = [u.view_as(p) for u, p in zip(self._orthogonalise(matrices), parameters)]
         else:
-            updates = [self.exchange.apply(mean, self._orthogonalise) for mean in means]
+            updates = [exchange.apply(mean, self._orthogonalise) for mean in means]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])

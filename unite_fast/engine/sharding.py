@@ -7,7 +7,7 @@ that checkpoints, EMA and Muon do not care.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -105,69 +105,6 @@ def flat_fragments(parameters: Mapping[str, torch.Size], master: int, partition:
     return fragments
 
 
-def windows(partition: int, ranks: int, bucket: int) -> list[tuple[int, int]]:
-    """(offset, length) of the windows of a slice that are reduced one after the other; all ranks' share a bucket."""
-    width = max(bucket // ranks, 1)
-    return [(low, min(width, partition - low)) for low in range(0, partition, width)]
-
-
-class MeanScatter:
-    """Each rank's slice of the mean of a flat group's gradients, by reduce-scatter (ZeRO 1 and 2).
-
-    Buffers of `bucket` elements go over the links one after the other; each holds the same window of every rank's
-    slice, so that all links work for each. A rank sends (ranks - 1) / ranks of the group, half of an all-reduce
-    (Thakur et al. 2005), if the back end reduces by scattering, as NCCL does; gloo all-reduces inside.
-
-    Args:
-        sizes: elements of the group's parameters in flat order.
-        partition: elements of a rank's slice.
-        ranks: of the process group that shares the flat group.
-        bucket: elements of the buffer, at least one a rank.
-    """
-
-    def __init__(self, sizes: Sequence[int], partition: int, ranks: int, bucket: int):
-        self.partition, self.ranks = partition, ranks
-        # The group is padded to whole slices.
-        padded = [*sizes, ranks * partition - sum(sizes)]
-        begins = list(accumulate(padded, initial=0))
-        # (offset in the slice, width, for each rank the (parameter, start, length) that its part is made of).
-        self._windows: list[tuple[int, int, list[list[tuple[int, int, int]]]]] = []
-        for low, length in windows(partition, ranks, bucket):
-            parts = []
-            for first in range(low, ranks * partition, partition):
-                pieces, at = [], first
-                while at < first + length:
-                    index = bisect_right(begins, at) - 1
-                    end = min(begins[index + 1], first + length)
-                    pieces.append((index, at - begins[index], end - at))
-                    at = end
-                parts.append(pieces)
-            self._windows.append((low, length, parts))
-
-    def reduce(self, gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """[partition] of this rank; collective.
-
-        Args:
-            gradients: of the parameters in flat order; None counts as zeros.
-            like: of the dtype and device to reduce in.
-        """
-        nothing = like.new_zeros(1)
-        flat = [None if gradient is None else gradient.detach().reshape(-1) for gradient in (*gradients, None)]
-        mean = like.new_empty(self.partition)
-        widest = max((length for _, length, _ in self._windows), default=0)
-        buffer = like.new_empty(self.ranks * widest)
-        for low, length, parts in self._windows:
-            sent = buffer[: self.ranks * length]
-            held = (
-                nothing.expand(count) if flat[index] is None else flat[index].narrow(0, start, count)
-                for pieces in parts
-                for index, start, count in pieces
-            )
-            torch.cat(list(held), out=sent)
-            dist.reduce_scatter_tensor(mean[low : low + length], sent)
-        return mean.div_(self.ranks)
-
-
 class MatrixExchange:
     """Applies a function of whole matrices to a flat group that is cut into equal partitions.
 
@@ -179,9 +116,13 @@ class MatrixExchange:
         shapes: [rows, columns] of the group's matrices in flat order.
         partition: elements of a rank's slice.
         rank, size: of the process group that shares the flat group.
+        load: operations that other groups' matrices have brought each rank already, none if None; this group's are
+            added in place.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]], partition: int, rank: int, size: int):
+    def __init__(
+        self, shapes: list[tuple[int, int]], partition: int, rank: int, size: int, load: list[int] | None = None
+    ):
         self.shapes, self.partition, self.rank, self.size = shapes, partition, rank, size
         self._begins = list(accumulate((rows * columns for rows, columns in shapes), initial=0))
         # Per matrix: rank -> the range of the flattened matrix that it holds.
@@ -191,11 +132,10 @@ class MatrixExchange:
             self._pieces.append(
                 {r: (max(0, r * partition - begin), min(end, (r + 1) * partition) - begin) for r in holders}
             )
-        self.owners = self._assign()
+        self.owners = self._assign([0] * size if load is None else load)
         self.straddling = [i for i, pieces in enumerate(self._pieces) if len(pieces) > 1]
 
-    def _assign(self) -> list[int]:
-        load = [0] * self.size
+    def _assign(self, load: list[int]) -> list[int]:
         owners = [next(iter(pieces)) if len(pieces) == 1 else -1 for pieces in self._pieces]
         # A Newton-Schulz step costs about rows · columns · min(rows, columns) multiply-adds.
         costs = [rows * columns * min(rows, columns) for rows, columns in self.shapes]
