@@ -25,9 +25,10 @@ def torchrun(
 ) -> None:
     """Run a script, or `-m` and a module, with its arguments on so many ranks of one thread each; they must succeed."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    # Its agent chooses the port and holds it from then on; one that was found free before may be gone when it starts.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     done = subprocess.run(
-        [*launcher, "--master-port", str(free_port()), *program],
+        [*launcher, "--nproc-per-node", str(ranks), *program],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True, text=True, timeout=timeout, cwd=cwd,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def run(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], ste
 
 
 def ours(kind: str, named: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> MuonAdamW:
-    optimizer = MuonAdamW({kind: named}, config, config.lr)
+    optimizer = MuonAdamW([(kind, named)], config, config.lr)
     optimizer.initialise_state({kind: list(named.values())})
     return optimizer
 
