@@ -185,7 +185,9 @@ def test_it_works_under_zero(tmp_path):
     alone = unite_engine(compile_config(draws=1, fp8=True, compile=False), ALONE)
     norms = [unite_step(alone, step).item() for step in range(3)]
     (report,) = run_ranks(tmp_path, "fp8", ranks=1, stages=["2"])
-    assert report["2"]["norms"] == pytest.approx(norms, rel=1e-3)
+    # What rounds the other way to eight bits moved the third norm by 0.2 % on one kind of CPU; without FP8 they differ by
+    # 3, 5 and 49 %.
+    assert report["2"]["norms"] == pytest.approx(norms, rel=0.01)
 
 
 def test_what_it_lacks_is_said(monkeypatch):
