@@ -58,7 +58,12 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is allocated at one moment: in a pass, while reducing, or in the update."""
-        return self.state + max(self.casts + self.activations, self.buffers, self.update)
+        return self.state + max(self.passes, self.buffers, self.update)
+
+    @property
+    def passes(self) -> int:
+        """What a micro-batch's larger pass needs beside the state."""
+        return self.casts + self.activations
 
 
 def predict(
@@ -73,7 +78,7 @@ def predict(
     """Memory of one rank with the fused operators (train.kernels = triton).
 
     Args:
-        config: the run; its batch keys are not read.
+        config: the run, with a number of draws a chunk; its batch keys are not read.
         extent: of a micro-batch.
         ranks: that share sharded state.
         stage: ZeRO stage; the configuration's if None.
@@ -92,8 +97,7 @@ def predict(
     held = muon + (slice_elements(weights.adamw, ranks) if sharded else weights.adamw)
     moments = muon + 2 * (held - muon)
     casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
-    chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
-    flow = kept["denoise"] * chunk
+    flow = kept["denoise"] * config.objective.chunk
     reconstruction = sum(size for name, size in kept.items() if name != "denoise")
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:

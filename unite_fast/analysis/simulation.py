@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
 from unite_fast.analysis.planning import Plan, compute_time, tree_time
@@ -44,7 +45,7 @@ def simulate(
     generator = np.random.default_rng(seed)
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
-    clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
+    clock = planned.accumulation * compute_time(with_chunk(config, planned.draws_per_chunk), rates, planned.extent) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
     slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
     if stage == 0:
