@@ -98,7 +98,9 @@ def predict(
     moments = muon + 2 * (held - muon)
     casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
     flow = kept["denoise"] * config.objective.chunk
-    reconstruction = sum(size for name, size in kept.items() if name != "denoise")
+    rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
+    # A recomputed block comes back when the decoder's activations are gone.
+    reconstruction = kept["tokenize"] + rest - min(rest, recomputed_activations(parts["tokenize"]) * counted["tokenize"][1])
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:
         activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
@@ -128,14 +130,20 @@ def pass_activations(part: Part) -> int:
     if not part.recomputes:
         return part.saved
     outside = sum(op.saved for op in part.ops if op.block is None)
+    # The row of qkv keeps h, [N, C]; the residual stream beside it has the same size.
+    inputs = sum(2 * op.saved for op in part.ops if op.name == "qkv" and op.block is not None)
+    return outside + inputs + recomputed_activations(part)
+
+
+def recomputed_activations(part: Part) -> int:
+    """Bytes of them that come back in the backward pass alone: the largest block's, 0 without checkpointing."""
+    if not part.recomputes:
+        return 0
     blocks: dict[int, int] = {}
-    inputs = 0
     for op in part.ops:
         if op.block is not None:
             blocks[op.block] = blocks.get(op.block, 0) + op.saved
-            # The row of qkv keeps h, [N, C]; the residual stream beside it has the same size.
-            inputs += 2 * op.saved if op.name == "qkv" else 0
-    return outside + inputs + max(blocks.values())
+    return max(blocks.values())
 
 
 def _casts(part: Part) -> int:
