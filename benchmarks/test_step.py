@@ -157,7 +157,7 @@ def floor(config, batch: int, dtype: str, rates: Rates, seconds: float) -> dict:
     moved = update.forward_bytes(1)
     for name, part in parts.items():
         passes = flow_passes(config) if name == "denoise" else 1
-        images = batch * repeats(name, config.objective) / passes  # the last chunk may be smaller; the mean costs the same
+        images = batch * repeats(name, config.objective) / passes  # in the mean: the last chunk may be smaller
         least += passes * sum(part.floor(images, rates))
         moved += passes * (part.forward_bytes(images) + part.backward_bytes(images))
     return {

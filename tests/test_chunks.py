@@ -39,7 +39,7 @@ def small(modality: str, *, model: dict | None = None, **objective) -> Config:
 
 
 def passes(config: Config, size: int):
-    """(model, both passes on the largest micro-batch of a size, from the same draws every time); gradients are there."""
+    """A model with gradients, and both passes on the largest micro-batch of a size, from the same draws every time."""
     modality = modality_of(config)
     torch.manual_seed(0)
     model = modality.network(config.model)
@@ -118,7 +118,8 @@ def test_another_value_is_one_error(value):
 def large(**train) -> Config:
     """B with 14 draws, of which 3 share a chunk at no cost."""
     values = {"global_batch": 1024, "micro_batch": "auto", "accumulation": None} | train
-    return Config.load(CONFIGS / "b_h100.json", [f"train.{key}={'null' if v is None else v}" for key, v in values.items()])
+    overrides = [f"train.{key}={'null' if value is None else value}" for key, value in values.items()]
+    return Config.load(CONFIGS / "b_h100.json", overrides)
 
 
 def fitted(config: Config, *, memory: float, ranks: int = 8, device: str = "cuda"):

@@ -27,9 +27,8 @@ def chunk_sizes(draws: int) -> list[int]:
 
 def with_chunk(config: Config, chunk: int) -> Config:
     """The run with that many draws a chunk."""
-    return config.model_copy(
-        update={"objective": config.objective.model_copy(update={"draws_per_chunk": chunk})}
-    )
+    objective = config.objective.model_copy(update={"draws_per_chunk": chunk})
+    return config.model_copy(update={"objective": objective})
 
 
 def resolve_chunk(
@@ -41,8 +40,8 @@ def resolve_chunk(
 ) -> Config:
     """The run with a number of draws a chunk: the given one, or what `auto` stands for.
 
-    That is the neutral chunk, the largest that is predicted to need no more memory than single draws do: pass one, whose
-    activations and casts are gone when the draws run, has needed as much already. Where its graph waits for the flow's
+    That is the neutral chunk, the largest that is predicted to need no more memory than single draws do: pass one,
+    whose activations and casts are gone when the draws run, has needed as much already. Where its graph waits for the flow's
     gradient instead (stop_gradient off), every further draw costs memory, and the neutral chunk is one draw.
 
     Args:

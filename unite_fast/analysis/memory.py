@@ -100,7 +100,8 @@ def predict(
     flow = kept["denoise"] * config.objective.chunk
     rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
     # A recomputed block comes back when the decoder's activations are gone.
-    reconstruction = kept["tokenize"] + rest - min(rest, recomputed_activations(parts["tokenize"]) * counted["tokenize"][1])
+    block = recomputed_activations(parts["tokenize"]) * counted["tokenize"][1]
+    reconstruction = kept["tokenize"] + rest - min(rest, block)
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:
         activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)

@@ -47,7 +47,7 @@ class Row:
     """One part of a step.
 
     Attributes:
-        calls: times a step.
+        calls: times a step; the last of "denoise" may have fewer draws, and counts as their share of one.
         forward, backward: measured seconds of all calls; backward is 0 where there is none.
         floor: seconds that counted operations and bytes need at least, at the device's measured rates; None where
             nothing is counted.

@@ -45,7 +45,8 @@ def simulate(
     generator = np.random.default_rng(seed)
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
-    clock = planned.accumulation * compute_time(with_chunk(config, planned.draws_per_chunk), rates, planned.extent) / efficiency * slower
+    passes = compute_time(with_chunk(config, planned.draws_per_chunk), rates, planned.extent)
+    clock = planned.accumulation * passes / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
     slices = [slice_elements(group, ranks) for group in (weights.muon, weights.adamw) if group]
     if stage == 0:

@@ -54,7 +54,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Predict memory, micro-batch, step and epoch time, GPU-hours and communication, for each ZeRO stage.
+    """Predict memory, micro-batch, flow draws a chunk, times, GPU-hours and communication, for each ZeRO stage.
 
     From counted operations and bytes, a device's rates and stated link speeds; what is an assumption is named below
     the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and why.
