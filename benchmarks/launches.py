@@ -18,11 +18,12 @@ from unittest import mock
 import torch
 from imagined import Watch, imagined
 from molecule_subjects import QM9_BATCH, typical_counts
-from profile_table import COUNTED, H200, README
+from profile_table import COUNTED, H200, README, on_h200
 from subjects import CONFIGS
 
-from unite_fast.analysis.counts import repeats
+from unite_fast.analysis.chunks import resolve_chunk, with_chunk
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.planning import compute_time
 from unite_fast.analysis.update import trained_weights, update_part
 from unite_fast.config import Config
 from unite_fast.data.loader import MicroBatch
@@ -68,9 +69,11 @@ class ImaginedRun(Run):
     """
 
     def __init__(self, config: Config, device: torch.device, batch: Batch, stream: Iterator[Any]):
-        self.config, self.batch, self.stream = config, batch, stream
         self.world = World(0, 1, 0, device)
         self.modality = modality_of(config)
+        # Nothing can be measured here: of auto the chunk that costs no memory.
+        config = resolve_chunk(config, self.modality.largest(config, batch.micro_batch), device="cuda")
+        self.config, self.batch, self.stream = config, batch, stream
         with mock.patch.object(Lpips, "from_config", _untrained):
             self.objective = self.modality.objective(config, device, torch.bfloat16)
         model = self.modality.network(config.model)
@@ -160,13 +163,11 @@ def step_floor(config: Config, samples: int) -> float:
     """Seconds that a step on so many images, or molecules of typical sizes, takes at least; as in profile_table.py."""
     images = config.modality == "images"
     extent = Extent(samples) if images else Extent.of(torch.from_numpy(typical_counts(samples)))
-    parts = modality_of(config).counted(config, extent, dtype="bf16", device="cuda").items()
-    passes = sum(repeats(name, config.objective) * sum(part.floor(times, H200)) for name, (part, times) in parts)
-    return passes + sum(update_part(config.model, config.optimizer).floor(1, H200))
+    return compute_time(config, H200, extent) + sum(update_part(config.model, config.optimizer).floor(1, H200))
 
 
 def count(config: Config, images: int, device: torch.device) -> Counted:
-    """Launches do not depend on the number of images or molecules, so few are imagined."""
+    """Of a run with a number of draws a chunk. Launches do not depend on the number of samples, so few are imagined."""
     few = 8
     made = images_ahead(config, few, device) if config.modality == "images" else molecules(config, few)
     run = ImaginedRun(config, device, Batch(few, 1, few), made)
@@ -214,15 +215,24 @@ def table(counted: dict[str, Counted]) -> list[str]:
     return lines
 
 
+def chunked(config: Config, samples: int) -> list[Config]:
+    """The run with one draw a chunk, with the neutral chunk, and with the largest that an H200 has room for."""
+    neutral = resolve_chunk(config, modality_of(config).largest(config, samples), device="cuda")
+    runs = [with_chunk(config, 1), neutral, on_h200(config, samples)]
+    return list({run.objective.chunk: run for run in runs}.values())
+
+
 def main() -> None:
     counted = {}
     with imagined() as device:
         for preset, file, _, images in COUNTED:
             for draws in DRAWS:
                 overrides = ["train.zero_stage=0", "train.precision=bf16", f"objective.flow_draws={draws}"]
-                counted[f"{preset} S={draws}"] = count(Config.load(CONFIGS / file, overrides), images, device)
-        config = Config.load(CONFIGS / MOLECULES, overrides[:2])
-        counted[f"qm9_s S={config.objective.flow_draws}"] = count(config, QM9_BATCH, device)
+                for config in chunked(Config.load(CONFIGS / file, overrides), images):
+                    counted[f"{preset} S={draws}, {config.objective.chunk} a chunk"] = count(config, images, device)
+        for config in chunked(Config.load(CONFIGS / MOLECULES, overrides[:2]), QM9_BATCH):
+            objective = config.objective
+            counted[f"qm9_s S={objective.flow_draws}, {objective.chunk} a chunk"] = count(config, QM9_BATCH, device)
     text = README.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

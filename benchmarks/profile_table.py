@@ -15,9 +15,13 @@ from pathlib import Path
 import gate
 from subjects import CONFIGS
 
+from unite_fast.analysis.chunks import chunk_in_room
 from unite_fast.analysis.counts import Part, Rates, repeats, step_parts
-from unite_fast.analysis.update import update_part
+from unite_fast.analysis.devices import find_gpu
+from unite_fast.analysis.planning import USABLE_MEMORY
+from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
+from unite_fast.modality import modality_of
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- profile: written by profile_table.py -->\n", "<!-- end of profile -->\n"
@@ -60,25 +64,32 @@ def measured_table(record: dict) -> list[str]:
     return lines
 
 
+def on_h200(config: Config, samples: int) -> Config:
+    """The run with the draws a chunk that `auto` takes beside so many samples on one H200, predicted."""
+    room = find_gpu("h200").memory * USABLE_MEMORY
+    return chunk_in_room(config, modality_of(config).largest(config, samples), room)
+
+
 def counted_table(preset: str, file: str, draws: int, images: int) -> list[str]:
     """A step of a preset as it must be on an H200, with no time measured yet."""
-    config = Config.load(CONFIGS / file, [f"objective.flow_draws={draws}"])
+    config = on_h200(Config.load(CONFIGS / file, [f"objective.flow_draws={draws}"]), images)
     parts: dict[str, Part] = step_parts(config.model, config.objective)
     lines = [
-        f"**{preset}, S = {draws}, {images} images, one H200** ({H200.matmul / 1e12:.0f} TFLOP/s in bf16 products, "
-        f"{H200.copy / 1e12:.1f} TB/s copied):",
+        f"**{preset}, S = {draws} in chunks of {config.objective.chunk}, {images} images, one H200** "
+        f"({H200.matmul / 1e12:.0f} TFLOP/s in bf16 products, {H200.copy / 1e12:.1f} TB/s copied):",
         "",
         "| part | calls | Top forward | backward | GB forward | backward | floor, ms | measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     total = 0.0
     for name, part in parts.items():
-        calls = repeats(name, config.objective)
-        floor = calls * sum(part.floor(images, H200))
+        calls = flow_passes(config) if name == "denoise" else 1
+        samples = images * repeats(name, config.objective) / calls  # of a call in the mean, as the last may have fewer
+        floor = calls * sum(part.floor(samples, H200))
         total += floor
         lines.append(
-            f"| {name} | {calls} | {images * part.forward / 1e12:.3g} | {images * part.backward / 1e12:.3g} | "
-            f"{part.forward_bytes(images) / 1e9:.3g} | {part.backward_bytes(images) / 1e9:.3g} | {floor * 1e3:.3g} | "
+            f"| {name} | {calls} | {samples * part.forward / 1e12:.3g} | {samples * part.backward / 1e12:.3g} | "
+            f"{part.forward_bytes(samples) / 1e9:.3g} | {part.backward_bytes(samples) / 1e9:.3g} | {floor * 1e3:.3g} | "
             f"not measured yet |"
         )
     update = update_part(config.model, config.optimizer)

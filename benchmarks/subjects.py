@@ -14,6 +14,7 @@ from plain_training import PlainTrainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, autocast_dtype
 from unite_fast.engine.compiling import compile_perceptual, compiled_passes
@@ -79,12 +80,26 @@ def random_perceptual_weights(folder: Path) -> dict[str, Path]:
 
 
 def load(subject: Subject, weights: dict[str, Path]) -> Config:
-    """The subject's configuration, with paths of LPIPS weights where it has the term."""
+    """The subject's configuration, with a number of draws a chunk and paths of LPIPS weights where it has the term."""
     config = Config.load(CONFIGS / subject.file, subject.overrides)
-    if not config.objective.lpips.weight:
-        return config
-    paths = [f"objective.lpips.{name}={path}" for name, path in weights.items()]
-    return Config.load(CONFIGS / subject.file, [*subject.overrides, *paths])
+    if config.objective.lpips.weight:
+        paths = [f"objective.lpips.{name}={path}" for name, path in weights.items()]
+        config = Config.load(CONFIGS / subject.file, [*subject.overrides, *paths])
+    return resolved(config, subject.batch)
+
+
+def resolved(config: Config, batch: int | None) -> Config:
+    """The run with a number of draws a chunk.
+
+    Of `auto` what the trainer takes: the neutral chunk where the batch is the most that fits, else the largest beside
+    the batch, here in half of a GPU's memory, as two contenders share it.
+    """
+    largest = modality_of(config).largest
+    if measure.DEVICE == "cpu" or batch is None:
+        # The neutral chunk is the same for every batch of 4 images or more.
+        return resolve_chunk(config, largest(config, batch or 4), device=measure.DEVICE)
+    room = torch.cuda.get_device_properties(0).total_memory / 2
+    return chunk_in_room(config, largest(config, batch), room)
 
 
 class CompiledPasses:

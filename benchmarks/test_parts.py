@@ -65,7 +65,7 @@ class Bench:
         return self.plain.cast()
 
     def chunk(self) -> int:
-        return self.config.objective.draws_per_chunk
+        return self.config.objective.chunk
 
     # Each part: ours, then the rival's. A part that trains returns the tensor to differentiate.
 
@@ -182,7 +182,7 @@ def counted(part: str, config) -> tuple[Part | None, float]:
         return update_part(config.model, config.optimizer, dtype=DTYPE), 1
     if part == "ema":
         return None, 1
-    chunks = repeats(part, config.objective) / (config.objective.draws_per_chunk if part == "denoise" else 1)
+    chunks = repeats(part, config.objective) / (config.objective.chunk if part == "denoise" else 1)
     return step_parts(config.model, config.objective, dtype=DTYPE, device=measure.DEVICE)[part], chunks
 
 
@@ -196,7 +196,7 @@ def costs(part: str, direction: str, config, images: int, rates: Rates) -> dict:
         count = Part(part, count.ops[:-1], False, count.width)  # its last row is the EMA, a part of its own here
         images = 1
     elif part == "denoise":
-        images *= config.objective.draws_per_chunk
+        images *= config.objective.chunk
     forward, backward = count.floor(images, rates)
     halves = {
         FORWARD: (images * count.forward, count.forward_bytes(images), forward),

@@ -16,11 +16,11 @@ import measure
 import pytest
 import torch
 from molecule_subjects import ATOM_HISTOGRAM, MOLECULE_SUBJECTS, MoleculeTrainers
-from subjects import CONFIGS, SUBJECTS, Trainers, load
+from subjects import CONFIGS, SUBJECTS, Trainers, load, resolved
 
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
-from unite_fast.analysis.update import update_part
+from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import find_micro_batch
 
@@ -133,7 +133,8 @@ def test_step(name, benchmark, bandwidth, matmul_rate, results, perceptual_weigh
 def test_molecule_step(name, benchmark, results, request):
     gc.collect()  # the models of the test before, which cycles may still hold
     subject = MOLECULE_SUBJECTS[name]
-    trainers = MoleculeTrainers(Config.load(CONFIGS / subject.file, subject.overrides), subject.counts)
+    config = resolved(Config.load(CONFIGS / subject.file, subject.overrides), subject.batch)
+    trainers = MoleculeTrainers(config, subject.counts)
     measured, _ = race(trainers, subject.batch, benchmark, request.config.getoption("compile"), "molecules")
     (batch,) = trainers.batch(subject.batch)
     result = {
@@ -154,10 +155,9 @@ def floor(config, batch: int, dtype: str, rates: Rates, seconds: float) -> dict:
     update = update_part(config.model, config.optimizer, dtype=dtype)
     least = sum(update.floor(1, rates))
     moved = update.forward_bytes(1)
-    chunk = config.objective.draws_per_chunk
     for name, part in parts.items():
-        passes = repeats(name, config.objective) / (chunk if name == "denoise" else 1)
-        images = batch * (chunk if name == "denoise" else 1)
+        passes = flow_passes(config) if name == "denoise" else 1
+        images = batch * repeats(name, config.objective) / passes  # in the mean: the last chunk may be smaller
         least += passes * sum(part.floor(images, rates))
         moved += passes * (part.forward_bytes(images) + part.backward_bytes(images))
     return {

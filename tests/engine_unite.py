@@ -21,7 +21,7 @@ def unite_config(*, stage: int, kind: str, stop_gradient: bool) -> Config:
     model = dict(depth=2, width=32, heads=2, image_size=8, patch_size=4, registers=4, latent_dim=6, num_classes=3)
     values = toy_config(stage=stage, kind=kind, lr=0.005).model_dump()
     values["model"] = model | dict(context_len=2, context_start=1, decoder=decoder)
-    values["objective"] = dict(flow_draws=2, lpips=dict(weight=0), stop_gradient=stop_gradient)
+    values["objective"] = dict(flow_draws=2, draws_per_chunk=1, lpips=dict(weight=0), stop_gradient=stop_gradient)
     return Config.parse(values)
 
 

@@ -198,7 +198,9 @@ def test_operators_refuse_what_a_launch_cannot_take():
 
 def test_launches_are_counted_by_what_they_depend_on(tmp_path):
     with imagined.imagined() as device:
-        found = {draws: count(small(tmp_path, objective={"flow_draws": draws}), 5, device) for draws in (1, 2, 4)}
+        losses = {draws: {"flow_draws": draws, "draws_per_chunk": 1} for draws in (1, 2, 4)}
+        found = {draws: count(small(tmp_path, objective=losses[draws]), 5, device) for draws in losses}
+        together = count(small(tmp_path, objective={"flow_draws": 4, "draws_per_chunk": 4}), 5, device)
         one = imagined.Watch()
         x = torch.ones(8, 8, device=device)
         with one:
@@ -212,10 +214,11 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
     assert one.moved["aten::mm"] == 3 * 64 * 4 and one.moved["aten::_to_copy"] == 3 * (4 + 2)
     totals = {draws: each.total for draws, each in found.items()}
     assert totals[4] - totals[2] == 2 * (totals[2] - totals[1]) > 0, "every draw launches the same"
+    assert together.total == totals[1], "and a chunk as much as one draw"
     first = found[1]
     assert first.built > first.fused > 0 and first.host()[1] == 2 * first.host()[0]
     limit = first.limited_below(first.floor(7))
-    assert limit == 7 and first.floor(7) == step_floor(small(tmp_path, objective={"flow_draws": 1}), 7)
+    assert limit == 7 and first.floor(7) == step_floor(small(tmp_path, objective=losses[1]), 7)
     assert len(table({"a": first, "b": found[2]})) == 9
 
 

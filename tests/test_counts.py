@@ -41,6 +41,7 @@ class Plain:
 
 def objective(model: Unite, *, lpips: bool = False, dtype: torch.dtype | None = None, **options) -> Objective:
     """LPIPS without files: the network with random weights."""
+    options = {"draws_per_chunk": 1} | options
     made = Objective(ObjectiveConfig(lpips=dict(weight=0.0), **options), model.null_label, CPU, dtype)
     if lpips:
         torch.manual_seed(1)

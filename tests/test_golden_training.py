@@ -18,7 +18,8 @@ def test_five_steps(tmp_path):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = config(tmp_path, optimizer={"lr": 2e-4, "clip_norm": 3.0}, train={"steps": 5, "global_batch": 2})
     engine = Engine(model, settings, World(0, 1, 0, torch.device("cpu")), steps_per_epoch=1.0)
-    objective = Objective(ObjectiveConfig(flow_draws=FLOW_DRAWS, lpips=LpipsConfig(weight=0.0)), model.null_label)
+    losses = ObjectiveConfig(flow_draws=FLOW_DRAWS, draws_per_chunk=1, lpips=LpipsConfig(weight=0.0))
+    objective = Objective(losses, model.null_label)
     for loss, norm in g["train.loss_and_grad_norm"]:
         losses = two_pass_step(
             engine, objective, g["in.images"], g["in.labels"], recorded_draws(g), shape=g["out.z0"].shape

@@ -62,7 +62,7 @@ class Accumulating:
 
 
 def step_parts(network, data, **options):
-    config = MoleculeObjectiveConfig(**options)
+    config = MoleculeObjectiveConfig(**{"draws_per_chunk": 1} | options)
     draws = SeededDraws(config, seed=1, step=5, stream=0, device=torch.device("cpu"))
     shape = torch.Size((len(data.packed.counts), data.packed.length, network.config.latent_dim))
     labels = torch.arange(len(data.packed.counts)) % (network.null_label + 1)

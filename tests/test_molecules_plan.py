@@ -18,9 +18,10 @@ from molecule_runs import config, settings, small_set
 
 from unite_fast import Config
 from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.devices import Network, find_gpu
 from unite_fast.analysis.extent import Extent, Population
-from unite_fast.analysis.memory import pass_activations, predict
+from unite_fast.analysis.memory import Memory, pass_activations, predict
 from unite_fast.analysis.planning import plan, scaling
 from unite_fast.analysis.profiling import _batch
 from unite_fast.analysis.simulation import simulate
@@ -65,9 +66,9 @@ def kept(parts, draws):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.bfloat16, {"flow_draws": 1}),
+        (torch.bfloat16, {"flow_draws": 1, "draws_per_chunk": 1}),
         (None, {"flow_draws": 4, "draws_per_chunk": 4}),
-        (None, {"flow_draws": 1, "decoder_noise": "additive", "position_loss": "mse"}),
+        (None, {"flow_draws": 1, "draws_per_chunk": 1, "decoder_noise": "additive", "position_loss": "mse"}),
     ],
     ids=["first pass in bf16", "second pass in fp32", "additive"],
 )
@@ -89,7 +90,7 @@ def test_saved_activations_are_what_autograd_keeps(gpu_memory, dtype, options):
 def test_molecules_of_different_sizes_keep_their_own_atoms(gpu_memory):
     """On a CPU attention alone keeps padding beside them, on a GPU nothing does."""
     model = MoleculeUnite(MoleculeModelConfig(**SIZES))
-    goal = MoleculeObjective(MoleculeObjectiveConfig(flow_draws=1), model.null_label)
+    goal = MoleculeObjective(MoleculeObjectiveConfig(flow_draws=1, draws_per_chunk=1), model.null_label)
     counts = [1, 5, 2, 9]
     found = peak_saved(lambda: passes(Plain(model), goal, counts, 6), model)
     extent = Extent.of(torch.tensor(counts))
@@ -169,16 +170,21 @@ def test_auto_takes_what_fits_of_the_largest_molecules(monkeypatch):
     found = plan(made, small, NODES, ranks=1, stage=0)
     largest = modality_of(made).largest
     room = 0.92 * small.memory
-    assert predict(made, extent=largest(made, found.micro_batch)).peak <= room
-    assert predict(made, extent=largest(made, 2 * found.micro_batch)).peak > room
+
+    def predicted(size: int, chunk: int) -> Memory:
+        return predict(with_chunk(made, chunk), extent=largest(made, size))
+
+    assert predicted(found.micro_batch, found.draws_per_chunk).peak <= room
+    assert predicted(2 * found.micro_batch, 1).peak > room
     assert found.fits and found.extent.tokens == round(18.03097 * found.micro_batch)
     # The memory of a plan is that of molecules as they come.
-    assert found.memory.activations < 0.75 * predict(made, extent=largest(made, found.micro_batch)).activations
+    assert found.memory.activations < 0.75 * predicted(found.micro_batch, found.draws_per_chunk).activations
     fixed = Config.load(QM9_S, ["train.accumulation=1", f"train.global_batch={4 * found.micro_batch}"])
     assert not plan(fixed, small, NODES, ranks=1, stage=0).fits
     # `profile` on a GPU takes the same.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (small.memory, small.memory))
-    assert _batch(made, World(0, 1, 0, torch.device("cuda")), None).micro_batch == found.micro_batch
+    batch, run = _batch(made, World(0, 1, 0, torch.device("cuda")), None)
+    assert (batch.micro_batch, run.objective.chunk) == (found.micro_batch, found.draws_per_chunk)
     probe = modality_of(made).probe(made, 3, CPU)
     assert Extent.of(probe.data.packed.counts) == probe.extent == largest(made, 3)
 

@@ -64,10 +64,10 @@ def computed(model, goal, counts):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({}, {}),
+        ({}, {"draws_per_chunk": 1}),
         ({"shared": False}, {"flow_draws": 3, "draws_per_chunk": 2}),
-        ({}, {"stop_gradient": False, "position_loss": "mse"}),
-        ({"checkpoint_activations": True}, {}),
+        ({}, {"draws_per_chunk": 1, "stop_gradient": False, "position_loss": "mse"}),
+        ({"checkpoint_activations": True}, {"draws_per_chunk": 3}),
     ],
     ids=["plain", "separate", "one graph", "recomputed"],
 )
@@ -135,13 +135,13 @@ def written(folder, **sections):
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
-    sections = {"train": {"global_batch": 8, "accumulation": 2}, "objective": {"flow_draws": 4, "draws_per_chunk": 2}}
+    sections = {"train": {"global_batch": 8, "accumulation": 2}, "objective": {"flow_draws": 5, "draws_per_chunk": 2}}
     trace = tmp_path / "trace.json"
     assert run("profile", "--config", written(tmp_path, **sections), "--steps", "2", "--trace", trace, "--json") == 0
     numbers = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in numbers["parts"]}
     assert [(name, row["calls"]) for name, row in rows.items()] == [
-        ("tokenize", 2), ("decode", 2), ("loss", 2), ("denoise", 4), ("optimizer", 1), ("EMA", 1),
+        ("tokenize", 2), ("decode", 2), ("loss", 2), ("denoise", 6), ("optimizer", 1), ("EMA", 1),
     ]  # fmt: skip
     parts = sum(row["forward"] + row["backward"] for row in rows.values())
     rest = numbers["other_seconds"] + numbers["waiting_seconds"] + numbers["communication_seconds"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.devices import GPUS, Network, find_gpu, recognise, stated_peak
 from unite_fast.analysis.extent import Extent
@@ -58,7 +59,7 @@ def test_predicted_memory_is_what_a_real_step_allocates(gpu_memory, kind, batch)
         image_size=8, patch_size=4, registers=4, latent_dim=4, depth=2, width=128, heads=2, num_classes=3,
         context_len=2, context_start=1, decoder=dict(depth=1, width=64, heads=2, inner=24),
     )  # fmt: skip
-    values["objective"] = dict(flow_draws=1, lpips=dict(weight=0.0))
+    values["objective"] = dict(flow_draws=1, draws_per_chunk=1, lpips=dict(weight=0.0))
     config = Config.parse(values)
     before = torch.zeros(0)
     engine = Engine(Unite(config.model), config, World(0, 1, 0, before.device), steps_per_epoch=10)
@@ -158,7 +159,7 @@ def test_more_hardware_is_never_slower():
     assert grown.global_batch == 128 * grown.micro_batch and grown.micro_batch in (32, 64)
     fixed = plan(published("L", micro_batch=4), H100, NODES, ranks=64, stage=1)
     assert (fixed.micro_batch, fixed.accumulation) == (4, 4)
-    seconds = step_time(config, H100.rates, NODES, 64, 0, Extent(16), 1, 0.75)
+    seconds = step_time(with_chunk(config, 1), H100.rates, NODES, 64, 0, Extent(16), 1, 0.75)
     assert seconds.exchange == seconds.weights == 0 < seconds.gradients
 
 

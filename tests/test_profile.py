@@ -39,8 +39,8 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     numbers = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in numbers["parts"]}
     assert list(rows) == ["tokenize", "decode", "denoise", "optimizer", "EMA"]
-    # Two micro-batches of two draws each, a pass a draw.
-    assert [rows[name]["calls"] for name in rows] == [2, 2, 4, 1, 1]
+    # Two micro-batches of two draws each, which auto takes in one pass.
+    assert [rows[name]["calls"] for name in rows] == [2, 2, 2, 1, 1]
     parts = sum(row["forward"] + row["backward"] for row in rows.values())
     rest = numbers["other_seconds"] + numbers["waiting_seconds"] + numbers["communication_seconds"]
     assert parts + rest == pytest.approx(numbers["step_seconds"])

@@ -50,6 +50,7 @@ def test_the_same_data_are_not_remarked(folder, resumed):
     assert "continuing after step 2" in text and WARNING not in text
     sessions = [json.loads(line) for line in (folder / "runs/run/sessions.jsonl").read_text().splitlines()]
     assert [session["samples"] for session in sessions] == [kept(folder)] * 2
+    assert [session["draws_per_chunk"] for session in sessions] == [2, 2] and "2 flow draws in chunks of 2" in text
 
 
 def test_a_removed_image_is_remarked_once_and_training_goes_on(folder, resumed):

@@ -26,6 +26,7 @@ class Accumulating:
 
 
 def objective(model, **options) -> Objective:
+    options = {"draws_per_chunk": 1} | options
     return Objective(ObjectiveConfig(lpips=LpipsConfig(weight=0.0), **options), model.null_label)
 
 

@@ -57,7 +57,8 @@ class Section(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(f"{source} is not valid:\n" + "\n".join(_explain(cls, e) for e in error.errors())) from None
+            lines = [_explain(cls, e) for e in _joined(cls, error.errors())]
+            raise UserError(f"{source} is not valid:\n" + "\n".join(lines)) from None
 
 
 def fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
@@ -157,7 +158,7 @@ class TwoPassConfig(Section):
     """What the two-pass objective of every modality has (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
 
     flow_draws: PositiveInt = Field(3, description="S, flow draws per image and step; their losses are summed")
-    draws_per_chunk: PositiveInt = Field(1, description="draws in one forward and backward; memory grows with it, not with S")
+    draws_per_chunk: PositiveInt | Literal["auto"] = Field("auto", description="draws in one forward and backward; memory grows with it, not with S. auto: of the even shares of S the largest that needs no more memory than the reconstruction does; on CUDA then the largest that fits beside the micro-batch, measured at the start")
     flow_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the flow loss")
     stop_gradient: bool = Field(True, description="detach z0 in the flow loss")
     tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this)")
@@ -170,6 +171,17 @@ class TwoPassConfig(Section):
     mix_probability: Fraction = Field(0.5, description="share of samples that the mix touches")
     mix_t_min: Fraction = Field(0.7, description="mix draws t from U(this, 1)")
     additive_sigma: Annotated[float, Field(ge=0)] = Field(0.7, description="standard deviation of the additive form")
+
+    @property
+    def chunk(self) -> int:
+        """Draws in one forward and backward, at most S.
+
+        Raises:
+            ValueError: draws_per_chunk is auto, which `unite_fast.analysis.chunks.resolve_chunk` turns into a number.
+        """
+        if not isinstance(self.draws_per_chunk, int):
+            raise ValueError("objective.draws_per_chunk is auto: resolve it first")
+        return min(self.draws_per_chunk, self.flow_draws)
 
 
 class ObjectiveConfig(TwoPassConfig):
@@ -429,6 +441,32 @@ def section_of(annotation: Any) -> type[Section] | None:
         if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def _joined(section: type[Section], errors: list[Any]) -> list[Any]:
+    """Validation errors with those of a key's alternatives, such as a number or a word, as one."""
+    found: dict[tuple[str | int, ...], Any] = {}
+    for error in errors:
+        location = error["loc"][: _key_length(section, error["loc"])]
+        if location in found:
+            other = error["msg"].removeprefix("Input should be ")
+            found[location] = found[location] | {"msg": f"{found[location]['msg']}, or {other}"}
+        else:
+            found[location] = dict(error) | {"loc": location}
+    return list(found.values())
+
+
+def _key_length(section: type[Section], location: tuple[str | int, ...]) -> int:
+    """How many parts of an error's location name keys; behind a plain value's key pydantic names the alternative."""
+    for length, part in enumerate(location, 1):
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            break
+        inner = section_of(field.annotation)
+        if inner is None:
+            return length if len(location) > length and isinstance(location[length], str) else len(location)
+        section = inner
+    return len(location)
 
 
 def _explain(section: type[Section], error: Any) -> str:

@@ -61,7 +61,12 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is allocated at one moment: in a pass, in the last backward, or in the update."""
-        return self.state + max(self.casts + self.activations, self.last + self.buffers, self.update)
+        return self.state + max(self.passes, self.last + self.buffers, self.update)
+
+    @property
+    def passes(self) -> int:
+        """What a micro-batch's larger pass needs beside the state."""
+        return self.casts + self.activations
 
 
 def predict(
@@ -76,7 +81,7 @@ def predict(
     """Memory of one rank with the fused operators (train.kernels = triton).
 
     Args:
-        config: the run; its batch keys are not read.
+        config: the run, with a number of draws a chunk; its batch keys are not read.
         extent: of a micro-batch.
         ranks: that share sharded state.
         stage: ZeRO stage; the configuration's if None.
@@ -96,9 +101,11 @@ def predict(
         muon = held - (slice_elements(weights.adamw, ranks) if weights.adamw else 0)
     moments = muon + 2 * (held - muon)
     casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
-    chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
-    flow = kept["denoise"] * chunk
-    reconstruction = sum(size for name, size in kept.items() if name != "denoise")
+    flow = kept["denoise"] * config.objective.chunk
+    rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
+    # A recomputed block comes back when the decoder's activations are gone.
+    block = recomputed_activations(parts["tokenize"]) * counted["tokenize"][1]
+    reconstruction = kept["tokenize"] + rest - min(rest, block)
     reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
     if config.objective.stop_gradient:
         last = flow + casts["denoise"]
@@ -148,14 +155,20 @@ def pass_activations(part: Part) -> int:
     if not part.recomputes:
         return part.saved
     outside = sum(op.saved for op in part.ops if op.block is None)
+    # The row of qkv keeps h, [N, C]; the residual stream beside it has the same size.
+    inputs = sum(2 * op.saved for op in part.ops if op.name == "qkv" and op.block is not None)
+    return outside + inputs + recomputed_activations(part)
+
+
+def recomputed_activations(part: Part) -> int:
+    """Bytes of them that come back in the backward pass alone: the largest block's, 0 without checkpointing."""
+    if not part.recomputes:
+        return 0
     blocks: dict[int, int] = {}
-    inputs = 0
     for op in part.ops:
         if op.block is not None:
             blocks[op.block] = blocks.get(op.block, 0) + op.saved
-            # The row of qkv keeps h, [N, C]; the residual stream beside it has the same size.
-            inputs += 2 * op.saved if op.name == "qkv" else 0
-    return outside + inputs + max(blocks.values())
+    return max(blocks.values())
 
 
 def _casts(part: Part) -> int:

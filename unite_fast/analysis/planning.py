@@ -12,6 +12,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 
+from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
 from unite_fast.analysis.counts import Rates, repeats
 from unite_fast.analysis.devices import Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
@@ -19,7 +20,7 @@ from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
 from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
-from unite_fast.engine.batch import micro_batch_candidates, resolve_batch
+from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
 from unite_fast.errors import UserError
 from unite_fast.modality import counted_operations, modality_of
 
@@ -56,6 +57,7 @@ class Plan:
     Attributes:
         stage: ZeRO stage. optimizer: "muon", or "adamw" under stage 3.
         ranks: GPUs. global_batch, micro_batch, accumulation: samples, samples, micro-batches.
+        draws_per_chunk: flow draws in one forward and backward.
         extent: of a micro-batch in the mean.
         memory: of a rank, on the busiest micro-batch. fits: whether it does.
         seconds: of a step.
@@ -68,6 +70,7 @@ class Plan:
     global_batch: int
     micro_batch: int
     accumulation: int
+    draws_per_chunk: int
     extent: Extent
     memory: Memory
     fits: bool
@@ -96,7 +99,8 @@ def plan(
 
     Args:
         config: the run. A global batch that it gives is kept whatever the number of ranks; of micro-batch `auto` the
-            largest that fits is taken, with the largest samples that could come, as the trainer measures it.
+            largest that fits is taken, with the largest samples that could come, and then of draws_per_chunk `auto` the
+            largest beside it, as the trainer measures both.
         ranks: GPUs.
         stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
         efficiency: of compute and update, as a share of the counted floor.
@@ -115,20 +119,22 @@ def plan(
     modality = modality_of(config)
     population = population or modality.population(config)
 
-    def memory(extent: Extent) -> Memory:
-        return predict(config, extent=extent, ranks=ranks, stage=stage)
-
     room = gpu.memory * USABLE_MEMORY
-    micro, accumulation, total = next(
-        (b for b in batches[:-1] if memory(modality.largest(config, b.micro_batch)).peak <= room), batches[-1]
-    )
-    held = memory(population.busiest(micro))
+
+    def fits(batch: Batch) -> bool:
+        largest = modality.largest(config, batch.micro_batch)
+        run = resolve_chunk(config, largest, device="cuda")
+        return predict(run, extent=largest, ranks=ranks, stage=stage).peak <= room
+
+    micro, accumulation, total = next((b for b in batches[:-1] if fits(b)), batches[-1])
+    config = chunk_in_room(config, modality.largest(config, micro), room, ranks=ranks, stage=stage)
+    held = predict(config, extent=population.busiest(micro), ranks=ranks, stage=stage)
     extent = population.mean(micro)
     seconds = step_time(config, gpu.rates, network, ranks, stage, extent, accumulation, efficiency)
     operations = counted_operations(config, extent) * accumulation
     return Plan(
-        stage, config.optimizer.kind, ranks, total, micro, accumulation, extent, held, held.peak <= room, seconds,
-        operations / seconds.total / gpu.matmul,
+        stage, config.optimizer.kind, ranks, total, micro, accumulation, config.objective.chunk, extent, held,
+        held.peak <= room, seconds, operations / seconds.total / gpu.matmul,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
+from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
 from unite_fast.analysis.counts import Part, Rates
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import USABLE_MEMORY
@@ -45,7 +47,7 @@ class Row:
     """One part of a step.
 
     Attributes:
-        calls: times a step.
+        calls: times a step; the last of "denoise" may have fewer draws, and counts as their share of one.
         forward, backward: measured seconds of all calls; backward is 0 where there is none.
         floor: seconds that counted operations and bytes need at least, at the device's measured rates; None where
             nothing is counted.
@@ -140,6 +142,7 @@ def measure(
         world: this process.
         steps: optimizer steps that the whole-step time is the median of.
         micro_batch: samples a backward; the configuration's if None, of `auto` the largest that is predicted to fit.
+            On a GPU draws a chunk of `auto` are predicted, too.
         trace: file for the Chrome trace of two steps, which Perfetto and chrome://tracing read; None writes none.
         say: told what is going on.
 
@@ -154,10 +157,10 @@ def measure(
     say(f"measuring the {device.type}'s rates")
     rates = measure_rates(device, dtype or torch.float32)
     modality = modality_of(config)
+    batch, config = _batch(config, world, micro_batch)
     objective = modality.objective(config, device, dtype)
     if config.train.compile:
         compile_perceptual(objective)
-    batch = _batch(config, world, micro_batch)
     torch.manual_seed(config.train.seed)
     model = modality.network(config.model).to(device)
     if config.train.fp8:
@@ -215,18 +218,30 @@ def _measured(
     )  # fmt: skip
 
 
-def _batch(config: Config, world: World, micro_batch: int | None) -> Batch:
+def _batch(config: Config, world: World, micro_batch: int | None) -> tuple[Batch, Config]:
+    """The batch numbers and the run with a number of draws a chunk, as predicted to fit where they are `auto`."""
     train = config.train
+    largest = partial(modality_of(config).largest, config)
+    on_gpu = world.device.type == "cuda"
+    room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0] if on_gpu else 0
     if micro_batch is not None:
-        return Batch(micro_batch, train.accumulation or 1, micro_batch * (train.accumulation or 1) * world.size)
-    if train.micro_batch != "auto":
-        return resolve_batch(train, world.size)
-    candidates = micro_batch_candidates(train, world.size)
-    if world.device.type == "cuda":
-        room, largest = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0], modality_of(config).largest
-        fits = [c for c in candidates if predict(config, extent=largest(config, c), ranks=world.size).peak <= room]
-        return resolve_batch(train, world.size, max(fits, default=candidates[0]))
-    return resolve_batch(train, world.size, candidates[0])
+        accumulation = train.accumulation or 1
+        batch = Batch(micro_batch, accumulation, micro_batch * accumulation * world.size)
+    elif train.micro_batch != "auto":
+        batch = resolve_batch(train, world.size)
+    else:
+        candidates = micro_batch_candidates(train, world.size)
+
+        def fits(size: int) -> bool:
+            run = resolve_chunk(config, largest(size), device="cuda")
+            return predict(run, extent=largest(size), ranks=world.size).peak <= room
+
+        fitting = filter(fits, candidates) if on_gpu else ()
+        batch = resolve_batch(train, world.size, max(fitting, default=candidates[0]))
+    extent = largest(batch.micro_batch)
+    if on_gpu:
+        return batch, chunk_in_room(config, extent, room, ranks=world.size)
+    return batch, resolve_chunk(config, extent, device="cpu")
 
 
 def _parts(
@@ -236,7 +251,7 @@ def _parts(
     """Each part alone, forward and backward, on a micro-batch as large as the step's."""
     device = inputs.labels.device
     dtype = autocast_dtype(config, device)
-    chunk = min(config.objective.draws_per_chunk, config.objective.flow_draws)
+    chunk = config.objective.chunk
     counted = modality.counted(
         config, inputs.extent, dtype="fp32" if dtype is None else "bf16", device=device.type
     )
@@ -245,8 +260,11 @@ def _parts(
         if config.train.compile and name != "lpips":  # which is compiled already
             forward = compiled(forward, config)
         part, samples = counted[name]
-        calls = batch.accumulation * (flow_passes(config) if name == "denoise" else 1)
-        samples *= chunk if name == "denoise" else 1
+        calls = often = batch.accumulation
+        if name == "denoise":
+            samples *= chunk
+            often = calls * config.objective.flow_draws / chunk  # the last call may have fewer draws
+            calls *= flow_passes(config)
         ahead, back = [], []
 
         def once(forward=forward, leaves=leaves, ahead=ahead, back=back) -> None:
@@ -266,8 +284,8 @@ def _parts(
         floor = sum(part.floor(samples, rates))
         rows.append(
             Row(
-                name, calls, calls * statistics.median(ahead[WARM_UP:-1]), calls * statistics.median(back[WARM_UP:-1]),
-                calls * floor, calls * samples * part.operations, memory,
+                name, calls, often * statistics.median(ahead[WARM_UP:-1]), often * statistics.median(back[WARM_UP:-1]),
+                often * floor, round(often * samples) * part.operations, memory,
             )
         )  # fmt: skip
     return rows

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
 from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, tree_time
@@ -36,10 +37,12 @@ def simulate(
     generator = np.random.default_rng(seed)
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
+    config = with_chunk(config, planned.draws_per_chunk)
     clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
     weights = trained_weights(config.model, config.optimizer.kind)
     if ranks > 1:
-        clock = _reduced(config, planned, clock, last_backward(config, rates, planned.extent) / efficiency * slower, network)
+        backward = last_backward(config, rates, planned.extent) / efficiency * slower
+        clock = _reduced(config, planned, clock, backward, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
     orthogonal = sum(
         max(op.forward / rates.matmul, op.forward_bytes / rates.copy)

@@ -232,7 +232,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
 
 def flow_passes(config: Config) -> int:
     """Forward passes of the denoiser in one micro-batch."""
-    return math.ceil(config.objective.flow_draws / config.objective.draws_per_chunk)
+    return math.ceil(config.objective.flow_draws / config.objective.chunk)
 
 
 def _whole(kind: str, what: str, elements: int, messages: int | None = None) -> Collective:

@@ -54,7 +54,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Predict memory, micro-batch, step and epoch time, GPU-hours and communication, for each ZeRO stage.
+    """Predict memory, micro-batch, flow draws a chunk, times, GPU-hours and communication, for each ZeRO stage.
 
     From counted operations and bytes, a device's rates and stated link speeds; what is an assumption is named below
     the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and why.
@@ -101,6 +101,7 @@ def plan(
         if scaled:
             _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
+        _print_chunks(plans, scaled)
         _print_assumptions(device, links, share, efficiency is None, population)
         if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
@@ -131,6 +132,7 @@ def _row(p: Plan, population: Population, epochs: float, unit: str) -> dict:
     return {
         "zero_stage": p.stage, "optimizer": p.optimizer, "gpus": p.ranks, "fits": p.fits,
         "micro_batch": p.micro_batch, "accumulation": p.accumulation, "global_batch": p.global_batch,
+        "draws_per_chunk": p.draws_per_chunk,
         "memory_bytes": vars(p.memory) | {"peak": p.memory.peak},
         "step_seconds": vars(p.seconds) | {"total": p.seconds.total},
         "communication_share": p.seconds.communication / p.seconds.total,
@@ -216,6 +218,21 @@ def _print_break(plans: list[Plan], broken: tuple[Plan, str] | None) -> None:
             f"{plans[0].ranks}; {broken[1]}."
         )
     out().print(text, markup=False, soft_wrap=True)
+
+
+def _print_chunks(plans: list[Plan], scaled: list[Plan]) -> None:
+    """Flow draws in one forward and backward: a line, since the tables have no column left."""
+
+    def listed(found: list[tuple[str, int]]) -> str:
+        chunks = dict.fromkeys(chunk for _, chunk in found)
+        return "; ".join(
+            f"{chunk} ({', '.join(name for name, other in found if other == chunk)})" for chunk in chunks
+        )
+
+    text = "flow draws a chunk: " + listed([(f"ZeRO\u00a0{p.stage}", p.draws_per_chunk) for p in plans])
+    if scaled:
+        text += "; by GPUs: " + listed([(str(p.ranks), p.draws_per_chunk) for p in scaled])
+    out().print(f"· {text}", markup=False, soft_wrap=True)
 
 
 def _print_assumptions(device, links, efficiency: float, assumed: bool, population: Population) -> None:

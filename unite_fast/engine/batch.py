@@ -92,16 +92,36 @@ def find_micro_batch(
     *,
     agree: Callable[[bool], bool] = lambda fits: fits,
 ) -> int:
-    """Largest candidate whose step fits into memory: doubling, then bisection.
+    """Largest candidate whose step fits into memory.
 
     Args:
-        try_step: runs the forward and backward passes of one micro-batch of that size, without communication, and
-            raises what `is_out_of_memory` knows where it does not fit.
-        candidates: ascending sizes, see `micro_batch_candidates`.
-        agree: combines the ranks' answers, `World.all_true`; every rank then takes the same path.
+        try_step, candidates, agree: as in `find_largest`; for candidates see `micro_batch_candidates`.
 
     Raises:
         UserError: not even the smallest candidate fits.
+    """
+    found = find_largest(try_step, candidates, agree=agree)
+    if found is None:
+        raise UserError(
+            f"not even a micro-batch of {candidates[0]} fits into memory: use a smaller model, "
+            "set model.checkpoint_activations to true, or use more devices"
+        )
+    return found
+
+
+def find_largest(
+    try_step: Callable[[int], None],
+    candidates: list[int],
+    *,
+    agree: Callable[[bool], bool] = lambda fits: fits,
+) -> int | None:
+    """Largest candidate whose step fits into memory, None if none does: doubling, then bisection.
+
+    Args:
+        try_step: runs the forward and backward passes of one micro-batch at that size, without communication, and
+            raises what `is_out_of_memory` knows where it does not fit.
+        candidates: ascending sizes, of the micro-batch or of the flow pass's chunks.
+        agree: combines the ranks' answers, `World.all_true`; every rank then takes the same path.
     """
 
     def fits(size: int) -> bool:
@@ -128,12 +148,7 @@ def find_micro_batch(
             trial = next((i for i in range(good + 1, bad) if candidates[i] >= doubled), bad - 1)
         else:
             trial = (good + bad) // 2
-    if good < 0:
-        raise UserError(
-            f"not even a micro-batch of {candidates[0]} fits into memory: use a smaller model, "
-            "set model.checkpoint_activations to true, or use more devices"
-        )
-    return candidates[good]
+    return None if good < 0 else candidates[good]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,25 +10,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
-from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
-from unite_fast.engine.batch import (
-    Batch,
-    bounded_on_cpu,
-    find_micro_batch,
-    is_out_of_memory,
-    micro_batch_candidates,
-    resolve_batch,
-)
-from unite_fast.engine.backend import AutocastForward, autocast_dtype
+from unite_fast.engine.batch import is_out_of_memory
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
+from unite_fast.engine.fitting import Trial, fit
 from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
@@ -92,7 +83,10 @@ class Run:
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
         self.objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
-        self.batch = self._measured_batch()
+        trial = Trial(config, world, self.modality, self.objective)
+        self.batch, resolved = fit(config, world, partial(self.modality.largest, config), trial)
+        del trial  # and with it the model and the memory that it tried steps with
+        self.objective.config = resolved.objective
         first_step = 0 if latest is None else checkpoint.step_of(latest)
         self.stream = self.modality.stream(config, self.batch, world, start_step=first_step)
         torch.manual_seed(config.train.seed)
@@ -124,8 +118,9 @@ class Run:
         records = None
         if self.world.is_main:
             record_session(
-                self.folder, config, self.world, self.batch, first_step=self.first_step, samples=self.samples
-            )
+                self.folder, config, self.world, self.batch, draws_per_chunk=self.objective.config.chunk,
+                first_step=self.first_step, samples=self.samples,
+            )  # fmt: skip
             records = Records(self.folder, config, first_step=self.first_step)
         line = ProgressLine(self.total, self.first_step, enabled=self.world.is_main)
         meter = Meter(
@@ -218,30 +213,14 @@ class Run:
             parts.append(losses.scaled(inputs.weight))
         return StepLosses.sum(parts)
 
-    def _measured_batch(self) -> Batch:
-        """The batch numbers; `auto` runs steps of growing size on a throw-away model until memory ends."""
-        train, world = self.config.train, self.world
-        if train.micro_batch != "auto":
-            return resolve_batch(train, world.size)
-        candidates = micro_batch_candidates(train, world.size)
-        if len(candidates) == 1:
-            return resolve_batch(train, world.size, candidates[0])
-        probe = Probe(self.modality.network(self.config.model), self.config, world.device)
-
-        def try_step(size: int) -> None:
-            inputs = self.modality.probe(self.config, size, world.device)
-            draws = SeededDraws(self.config.objective, seed=0, step=0, stream=0, device=world.device)
-            two_pass_step(probe, self.objective, inputs.data, inputs.labels, draws, shape=inputs.shape)
-
-        step = try_step if world.device.type == "cuda" else bounded_on_cpu(try_step)
-        return resolve_batch(train, world.size, find_micro_batch(step, candidates, agree=world.all_true))
-
     def _announce(self, line: ProgressLine) -> None:
+        objective = self.objective.config
         parameters = sum(parameter.numel() for parameter in self.engine.parameters.values())
         line.say(
             f"{self.config.name}: {parameters / 1e6:.1f} M parameters, {self.total} steps of "
             f"{self.batch.global_batch} {self.modality.unit} ({self.world.size} × {self.batch.micro_batch} × "
-            f"{self.batch.accumulation}), {self.stream.steps_per_epoch:.1f} steps an epoch, on "
+            f"{self.batch.accumulation}), {objective.flow_draws} flow draws in chunks of {objective.chunk}, "
+            f"{self.stream.steps_per_epoch:.1f} steps an epoch, on "
             f"{self.world.device.type} -> {self.folder}"
         )
         if self.first_step:
@@ -288,27 +267,3 @@ class Run:
         if stop and self._stop is None:
             self._stop = signal.SIGTERM
         return stop
-
-
-class Probe:
-    """A throw-away model that runs passes and gradients as the engine will, to measure memory.
-
-    It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA of each decay,
-    and ZeRO's master copy, each the size of the float32 weights. On a GPU it spares the share that a plan does, too:
-    NCCL, a decoder on the device and micro-batches read ahead come after it, and fragmentation with time.
-    """
-
-    def __init__(self, model: nn.Module, config: Config, device: torch.device):
-        model = model.to(device)
-        self._forward = AutocastForward(model, autocast_dtype(config, device))
-        copies = 4 + len(config.optimizer.ema_decays)
-        self._engine_state = torch.empty(copies * sum(p.numel() for p in model.parameters()), device=device)
-        if device.type == "cuda":
-            spared = (1 - USABLE_MEMORY) * torch.cuda.mem_get_info(device)[1]
-            self._spared = torch.empty(int(spared), dtype=torch.uint8, device=device)
-
-    def __call__(self, phase: str, **inputs):
-        return self._forward(phase, **inputs)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()

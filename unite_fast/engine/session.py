@@ -22,7 +22,14 @@ from unite_fast.records import SESSIONS
 
 
 def record_session(
-    folder: Path, config: Config, world: World, batch: Batch, *, first_step: int, samples: Mapping[str, Any]
+    folder: Path,
+    config: Config,
+    world: World,
+    batch: Batch,
+    *,
+    draws_per_chunk: int,
+    first_step: int,
+    samples: Mapping[str, Any],
 ) -> None:
     """Append what this start or resumption of the run runs on to sessions.jsonl.
 
@@ -42,6 +49,7 @@ def record_session(
         "micro_batch": batch.micro_batch,
         "accumulation": batch.accumulation,
         "global_batch": batch.global_batch,
+        "draws_per_chunk": draws_per_chunk,
         "zero_stage": config.train.zero_stage,
         "samples": samples,
         "cuda": torch.version.cuda if on_gpu else None,

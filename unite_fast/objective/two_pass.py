@@ -172,8 +172,8 @@ def two_pass_step(
         z1 = z0.detach().requires_grad_()  # collects ∂flow/∂z0 while pass one's graph waits
 
     flow = torch.zeros_like(loss.detach())
-    for first in range(0, config.flow_draws, config.draws_per_chunk):
-        count = min(config.draws_per_chunk, config.flow_draws - first)
+    for first in range(0, config.flow_draws, config.chunk):
+        count = min(config.chunk, config.flow_draws - first)
         chunk = config.flow_weight * objective.flow(engine, z1, labels, draws, first, count, data)
         ends = config.stop_gradient and first + count == config.flow_draws
         engine.backward(weight * chunk, last=last and ends)
