@@ -15,6 +15,7 @@ from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
 from unite_fast.analysis.planning import Plan, compute_time, tree_time
 from unite_fast.analysis.update import (
+    EXCHANGED,
     FP32,
     newton_schulz_operations,
     slice_elements,
@@ -120,7 +121,7 @@ def _muon(
         for holder in range(begin // partition, (end - 1) // partition + 1):
             if holder != owner:
                 piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                messages.append((holder, owner, FP32 * piece))
+                messages.append((holder, owner, EXCHANGED * piece))
         begin = end
     clock = _deliver(clock, messages, network)
     busy = np.zeros(ranks)
