@@ -56,6 +56,7 @@ WIDEST = ("addcdiv", "addcmul", "cat", "stack")
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): tensors a launch by the number of lists, blocks a launch,
 # elements a block.
 LIST_TENSORS, LIST_BLOCKS, BLOCK_ELEMENTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
+WRITE_ONLY = ("means",)  # arguments of our operators that are written without being read
 # Operators that launch nothing: they return their input, or memory that nobody has written.
 SILENT = ("alias", "detach", "empty", "lift_fresh", "new_empty", "prim::", "resize", "set_", "_unsafe_view")
 
@@ -82,6 +83,7 @@ def imagined() -> Iterator[torch.device]:
     attend = F.scaled_dot_product_attention
     with (
         mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == NAME)),
+        mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 16, create=True),
         mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()),
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, attend)),
@@ -126,7 +128,8 @@ class Watch(TorchDispatchMode):
         launches: how often each operator launches a kernel. Every operator of ATen that writes memory counts as one,
             though some launch two; those on lists of tensors count as PyTorch cuts them into launches, those of
             unite_kernels count the launches and the operators inside them.
-        moved: bytes that each operator reads and writes, every tensor once.
+        moved: bytes that each operator reads and writes, every tensor once; of unite_kernels those that change tensors
+            in place, others count the operators inside them.
         waits: copies between host and device, by the line of this repository that asks for them.
         kernels: what Triton's launcher was given, once for each kernel that it would compile.
     """
@@ -189,6 +192,8 @@ class Watch(TorchDispatchMode):
 
         with mock.patch.object(InterpretedFunction, "run", launch), self:
             found = own._init_fn(*args, **kwargs)
+        if operator._schema.is_mutable and self.launches[operator.name()]:
+            self.moved[operator.name()] += _bytes(operator, args, kwargs, found)
         for ours, theirs in zip(tree_leaves(found), tree_leaves(promised), strict=True):
             if theirs is None:  # it returns nothing
                 continue
@@ -323,9 +328,10 @@ def _silent(operator) -> bool:
 
 def _bytes(operator, args: tuple, kwargs: dict, found: Any) -> int:
     given = _size((args, kwargs))
-    pairs = zip(operator._schema.arguments, args)
+    pairs = list(zip(operator._schema.arguments, args))
     written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
-    return given + (_size(written) if written else _size(found))
+    unread = [value for argument, value in pairs if argument.name in WRITE_ONLY]
+    return given - _size(unread) + (_size(written) if written else _size(found))
 
 
 def _size(tree: Any) -> int:

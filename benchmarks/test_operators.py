@@ -10,13 +10,14 @@ The bytes beside an operator are its floor: every input that the mathematics nee
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import contest
 import measure
 import pytest
 import torch
+from case import BACKWARD, BOTH, FORWARD, LOW, ON_GPU, Case, normal, size
+from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor
 
 import unite_kernels as uk
@@ -28,11 +29,6 @@ from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
 from unite_kernels.qk_rope import qk_norm_rope_reference
 from unite_kernels.resample import centre_crop_reference, crop_plan
 from unite_kernels.swiglu import swiglu_reference
-
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-ON_GPU = measure.DEVICE == "cuda"
-# A CPU multiplies and rounds bfloat16 far slower than float32; nobody trains on one in bfloat16.
-LOW = torch.bfloat16 if ON_GPU else torch.float32
 
 
 class Stream(NamedTuple):
@@ -55,34 +51,6 @@ else:
     BLOCKS, MATRICES = [1], [(4, 128)]
     MAPS = [(2, 64, 32), (2, 512, 4)]
 CONTEXT, LATENTS, CHANNELS, DRAWS = 32, 256, 32, 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operator at one shape.
-
-    Attributes:
-        shape: for the table.
-        ours, eager: functions of `inputs` with one meaning; eager is plain PyTorch.
-        inputs: tensors (those that take gradients require them) or None.
-        floor: bytes of each direction that is timed; None where arithmetic, not memory, decides.
-        compiled: whether torch.compile of eager is a rival on a GPU.
-    """
-
-    shape: str
-    ours: Callable
-    eager: Callable
-    inputs: tuple[Tensor | None, ...]
-    floor: dict[str, int | None]
-    compiled: bool = True
-
-
-def normal(*shape: int, dtype: torch.dtype = LOW, grad: bool = True) -> Tensor:
-    return torch.randn(shape, device=measure.DEVICE).to(dtype).requires_grad_(grad)
-
-
-def size(*tensors: Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def adaln(function: Callable, *, gated=False, closing=False, weighted=False, layer=False) -> Callable:
@@ -257,40 +225,6 @@ def centre_crop(batch: int) -> Case:
     )
 
 
-def ema_update_(blocks: int) -> Case:
-    width, hidden = 768, 2048
-    shapes = [(3 * width, width), (width, width), (2 * hidden, width), (width, hidden), (width,), (width,)]
-    weights = [torch.randn(shape, device=measure.DEVICE) for _ in range(blocks) for shape in shapes]
-    averages = [weight.clone() for weight in weights]
-
-    def one_by_one():
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, 1e-4)
-
-    # Both read, the average written.
-    return Case(
-        f"{sum(w.numel() for w in weights) / 1e6:.0f}M weights",
-        lambda: uk.ema_update_(averages, weights, 0.9999),
-        one_by_one,
-        (),
-        {FORWARD: 3 * size(*weights)},
-    )
-
-
-def newton_schulz(sizes: tuple[int, int]) -> Case:
-    matrices, side = sizes
-    g = torch.randn(matrices, side, side, device=measure.DEVICE)
-    # Matrix products decide, so no floor of bytes; the rival takes the matrices one by one, as torch.optim.Muon does.
-    return Case(
-        f"{matrices}x{side}x{side}",
-        uk.newton_schulz,
-        lambda g: [uk.newton_schulz(matrix[None]) for matrix in g],
-        (g,),
-        {FORWARD: None},
-        compiled=False,
-    )
-
-
 OPERATORS = {
     "rms_norm_modulate": (adaln(uk.rms_norm_modulate, weighted=True), STREAMS),
     "gated_residual_rms_norm_modulate": (
@@ -313,9 +247,13 @@ OPERATORS = {
     "lpips_distance": (lpips_distance, MAPS),
     "centre_crop": (centre_crop, IMAGES),
     "ema_update_": (ema_update_, BLOCKS),
+    "muon_momentum_": (muon_momentum_, BLOCKS),
+    "muon_update_": (muon_update_, BLOCKS),
     "newton_schulz": (newton_schulz, MATRICES),
 }
-FORWARD_ONLY = {"philox_normal", "centre_crop", "ema_update_", "newton_schulz"}
+FORWARD_ONLY = {
+    "philox_normal", "centre_crop", "ema_update_", "muon_momentum_", "muon_update_", "newton_schulz",
+}  # fmt: skip
 
 
 def directions(operator: str) -> tuple[str, ...]:

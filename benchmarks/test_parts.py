@@ -1,6 +1,7 @@
 """The parts of the training step, forward and backward, beside their counted floors and the plain rival's same part.
 
-denoise is all S draws: ours in chunks of `draws_per_chunk`, of which the table takes one, times their number.
+denoise is all S draws: ours in chunks of `draws_per_chunk`, of which the table takes one, times their number. update is
+clipping, both optimizers and EMA, which ours sweeps together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from subjects import SUBJECTS, Trainers, load
 import unite_kernels as uk
 from unite_fast.analysis.counts import Part, Rates, repeats, step_parts
 from unite_fast.analysis.update import update_part
-from unite_fast.engine.backend import clip
 
 ON_GPU = measure.DEVICE == "cuda"
 DTYPE = "bf16" if ON_GPU else "fp32"
@@ -29,7 +29,6 @@ PARTS = {
     "lpips": (BOTH,),
     "denoise": (FORWARD, BACKWARD),
     "update": (FORWARD,),
-    "ema": (FORWARD,),
 }
 CHOSEN = [
     pytest.param(subject, part, direction, id=f"{subject}-{part}-{direction}".replace(" ", "_"))
@@ -107,18 +106,10 @@ class Bench:
             parameter.grad = self.gradients[id(parameter)].clone()
 
     def update(self):
-        engine = self.trainers.engine
-        parameters = list(engine.parameters.values())
-        clip(parameters, self.config.optimizer.clip_norm)
-        engine.optimizer.step()
+        self.trainers.engine.step()
 
     def plain_update(self):
         self.plain.update()
-
-    def ema(self):
-        self.trainers.engine.ema.update()
-
-    def plain_ema(self):
         self.plain.average()
 
 
@@ -154,7 +145,7 @@ def prepared(bench: Bench, part: str, who: str, direction: str):
         if part == "update":
             bench.give_gradients(p for p in model.parameters() if p.requires_grad)
             return run
-        if part == "ema" or direction == FORWARD:
+        if direction == FORWARD:
             return forward
         if direction == BOTH:
             return lambda: backward(forward())
@@ -176,12 +167,10 @@ def turn(who: str, ready):
     return timed
 
 
-def counted(part: str, config) -> tuple[Part | None, float]:
+def counted(part: str, config) -> tuple[Part, float]:
     """The counts of a part and how often a step runs it."""
     if part == "update":
         return update_part(config.model, config.optimizer, dtype=DTYPE), 1
-    if part == "ema":
-        return None, 1
     chunks = repeats(part, config.objective) / (config.objective.chunk if part == "denoise" else 1)
     return step_parts(config.model, config.objective, dtype=DTYPE, device=measure.DEVICE)[part], chunks
 
@@ -189,11 +178,7 @@ def counted(part: str, config) -> tuple[Part | None, float]:
 def costs(part: str, direction: str, config, images: int, rates: Rates) -> dict:
     """Operations, bytes and floor of one call."""
     count, per_step = counted(part, config)
-    if count is None:
-        elements = update_part(config.model, config.optimizer, dtype=DTYPE).ops[-1].forward_bytes
-        return {"operations": 0, "bytes": elements, "floor_seconds": elements / rates.copy, "per_step": 1}
     if part == "update":
-        count = Part(part, count.ops[:-1], False, count.width)  # its last row is the EMA, a part of its own here
         images = 1
     elif part == "denoise":
         images *= config.objective.chunk

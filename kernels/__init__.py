@@ -11,7 +11,8 @@ from .adaln import (
 from .dispatch import get_backend, set_backend
 from .flow import flow_noise
 from .latent import latent_norm_flow_loss, latent_norm_mix
-from .optim import ema_update_, newton_schulz
+from .muon import muon_momentum_, muon_update_
+from .optim import ema_update_, newton_schulz, newton_schulz_dtype
 from .philox import philox_normal, philox_uniform
 from .pixels import lpips_distance, patch_l1
 from .qk_rope import qk_norm_rope

@@ -72,6 +72,11 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def check_programs(operator: str, name: str, count: int) -> None:
     """Refuse more programs than a launch takes along its second axis, with the size that asks for them."""
     if count > MAX_PROGRAMS_Y:

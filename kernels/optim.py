@@ -64,11 +64,16 @@ def _in_gram(x: Tensor, steps: int, scale: float) -> Tensor:
     return torch.bmm(product.mul_(scale), x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
-def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
+def newton_schulz_dtype(x: Tensor) -> torch.dtype:
+    """What `newton_schulz` computes in on x's device: bfloat16 on CUDA, float32 elsewhere."""
     # bfloat16 has the accuracy the iteration needs (it ends in a band of singular values, not in a point) and the
     # tensor cores' speed. CPUs without matrix instructions for it multiply it 100 times slower than float32.
-    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
+    return torch.bfloat16 if x.is_cuda else torch.float32
+
+
+@torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
+def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
+    x = g.to(newton_schulz_dtype(g))
     tall = g.shape[1] > g.shape[2]
     if tall:
         x = x.mT  # the Gram matrix is then the smaller of the two

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_programs, device_of, use_triton
+from .dispatch import NAMESPACE, check_contiguous, check_programs, device_of, upload, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -263,11 +263,6 @@ def _copy(side: int) -> Pass:
     return Pass(False, torch.arange(side, dtype=torch.int32), torch.full((side, 1), 1 << PRECISION, dtype=torch.int32))
 
 
-def _upload(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
 def aot_specialisations() -> list[Specialisation]:
     """The one form that the kernel has."""
     arguments = {"source": "*u8", "target": "*u8", "table": "*i64", "firsts": "*i32", "weights": "*i32"}
@@ -311,6 +306,6 @@ def centre_crop(pixels: Tensor, sizes: Sequence[tuple[int, int]], side: int, *, 
     empty = torch.zeros(1, dtype=torch.int32)
     firsts, weights = (torch.cat(parts or [empty]) for parts in (tables.firsts, tables.weights))
     return _centre_crop(
-        pixels, *(_upload(x, pixels.device) for x in (tables.table, firsts, weights)), side, tables.scratch,
+        pixels, *(upload(x, pixels.device) for x in (tables.table, firsts, weights)), side, tables.scratch,
         tables.blocks,
     )  # fmt: skip

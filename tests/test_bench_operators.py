@@ -16,13 +16,16 @@ import test_operators as subject
 def test_the_rival_computes_the_same(operator, sizes, direction):
     torch.manual_seed(0)
     case = subject.OPERATORS[operator][0](sizes)
-    found = []
+    found, before = [], [x.clone() for x in case.changed]
     for function in (case.ours, case.eager):
         torch.manual_seed(1)  # of the outputs' gradients
+        for tensor, start in zip(case.changed, before):
+            tensor.copy_(start)
         result = subject.prepared(function, case, direction)()()
         if direction == subject.FORWARD:  # `prepared` leaves out what takes no gradient
             result = function(*case.inputs)
-        found.append([x for x in ((result,) if isinstance(result, Tensor) else result or ()) if x is not None])
+        result = (result,) if isinstance(result, Tensor) else result or ()
+        found.append([x for x in result if x is not None] + [x.clone() for x in case.changed])
     if operator == "newton_schulz":  # all matrices at once, and one by one
         found = [torch.cat(tensors) for tensors in found]
     # Float32, sums in another order, over up to 139,264 elements in gradients of weights; orthogonal iterates double

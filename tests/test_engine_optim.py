@@ -8,8 +8,11 @@ import pytest
 import torch
 from engine_toy import float32_newton_schulz, toy_model
 
+import unite_kernels as uk
 from unite_fast.config import ModelConfig, OptimizerConfig
 from unite_fast.engine import optim, sharding
+from unite_fast.engine.backend import clip_coefficient, gradient_norm
+from unite_fast.engine.ema import Ema
 from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr
 from unite_fast.engine.sharding import Layout, MatrixExchange, flat_fragments
 from unite_fast.model.unite import Unite
@@ -90,6 +93,113 @@ def test_parameters_without_gradient_stay():
     named["p0"].grad = torch.ones(3, 4)
     optimizer.step()
     assert torch.equal(named["p1"], before)
+
+
+DECAYS = (0.9, 0.5)
+
+
+def chain(steps: int, named: dict[str, torch.nn.Parameter], config: OptimizerConfig, gradients) -> list[list]:
+    """Weights and averages after steps of one operation after the other: clip, momentum, mean, products, decay, EMA."""
+    weights = [p.detach().clone() for p in named.values()]
+    momenta = [torch.zeros_like(w) for w in weights]
+    averages = [[w.clone() for w in weights] for _ in DECAYS]
+    for step in range(steps):
+        found = gradients(step)
+        holders = [torch.nn.Parameter(w.clone()) for w in weights]
+        for holder, gradient in zip(holders, found):
+            holder.grad = None if gradient is None else gradient.clone()
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(holders, config.clip_norm)
+        for weight, buffer, gradient in zip(weights, momenta, [holder.grad for holder in holders]):
+            if gradient is None:
+                continue
+            buffer.lerp_(gradient, 1 - config.momentum)
+            mean = gradient.lerp(buffer, config.momentum)
+            scale = 0.2 * max(weight.shape) ** 0.5
+            update = uk.newton_schulz(mean[None], config.newton_schulz_steps, eps=optim.MUON_EPS, scale=scale)[0]
+            weight.mul_(1 - config.lr * config.weight_decay).add_(update, alpha=-config.lr)
+        for decay, tensors in zip(DECAYS, averages):
+            for average, weight in zip(tensors, weights):
+                average.lerp_(weight, 1 - decay)
+    return [weights, *averages]
+
+
+def random_gradients(shapes: list[tuple[int, ...]], missing: dict[int, int]):
+    """step -> gradients; in step s the parameter missing[s] has none."""
+
+    def gradients(step: int) -> list[torch.Tensor | None]:
+        generator = torch.Generator().manual_seed(step)
+        drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+        return [None if missing.get(step) == index else g for index, g in enumerate(drawn)]
+
+    return gradients
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": None}, {"clip_norm": 1e3, "weight_decay": 0.0}])
+def test_two_sweeps_are_the_chain_of_operations(backend, options):
+    """Bit for bit in plain PyTorch; the kernels may round a product and a sum once (4 units in the last place)."""
+    # One shape each: batched products may round in another order than single ones.
+    shapes = [(4, 9), (9, 5), (6, 6), (1, 7)]
+    config = OptimizerConfig(**{"lr": 0.05, "weight_decay": 0.1, "clip_norm": 0.5} | options)
+    gradients = random_gradients(shapes, missing={0: 1, 2: 3})
+    named = parameters(shapes)
+    expected = chain(4, named, config, gradients)
+    layout = Layout.whole(named)
+    optimizer, ema = ours("muon", named, config), Ema(layout, DECAYS[0], DECAYS[1:])
+    optimizer.ema = ema
+    tensors = list(named.values())
+    uk.set_backend(backend)
+    try:
+        for step in range(4):
+            for tensor, gradient in zip(tensors, gradients(step)):
+                tensor.grad = gradient
+            optimizer.clip_coefficient = clip_coefficient(gradient_norm(tensors), config.clip_norm)
+            optimizer.step()
+            ema.update()
+    finally:
+        uk.set_backend("auto")
+    found = [[t.detach() for t in tensors], *([ema.of(t, decay) for t in tensors] for decay in DECAYS)]
+    for ours_, theirs in zip(found, expected):
+        for a, b in zip(ours_, theirs):
+            if backend == "torch":
+                assert torch.equal(a, b)
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_averages_taken_by_the_optimizer_are_passed_over_once():
+    named = parameters([(2, 3), (4,)])
+    ema = Ema(Layout.whole(named), 0.5)
+    first, second = named.values()
+    start = [p.detach().clone() for p in named.values()]
+    with torch.no_grad():
+        for p in named.values():
+            p.add_(1.0)
+    ((taken,),) = ema.take([first])
+    assert taken is ema.of(first)
+    ema.update()
+    assert torch.equal(ema.of(first), start[0])
+    torch.testing.assert_close(ema.of(second), start[1] + 0.5)
+    ema.update()
+    torch.testing.assert_close(ema.of(first), start[0] + 0.5)
+
+
+def test_clipping_scales_both_groups_and_reads_nothing_back():
+    config = OptimizerConfig(lr=0.05, clip_norm=0.5)
+    muon, adamw = parameters([(3, 4)]), parameters([(5,)])
+    optimizer = MuonAdamW({"muon": muon, "adamw": adamw}, config, config.lr)
+    optimizer.initialise_state({"muon": list(muon.values()), "adamw": list(adamw.values())})
+    tensors = [*muon.values(), *adamw.values()]
+    for tensor in tensors:
+        tensor.grad = torch.full(tensor.shape, 2.0)
+    norm = gradient_norm(tensors)
+    optimizer.clip_coefficient = clip_coefficient(norm, config.clip_norm)
+    optimizer.step()
+    clipped = 2.0 * 0.5 / (2.0 * 17**0.5 + 1e-6)
+    torch.testing.assert_close(norm, torch.tensor(2.0 * 17**0.5))
+    for tensor, name, share in zip(tensors, ("momentum_buffer", "exp_avg"), (0.05, 1 - config.betas[0])):
+        torch.testing.assert_close(optimizer.state[tensor][name], torch.full(tensor.shape, share * clipped))
 
 
 def test_groups_follow_the_model():

@@ -141,7 +141,7 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     numbers = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in numbers["parts"]}
     assert [(name, row["calls"]) for name, row in rows.items()] == [
-        ("tokenize", 2), ("decode", 2), ("loss", 2), ("denoise", 6), ("optimizer", 1), ("EMA", 1),
+        ("tokenize", 2), ("decode", 2), ("loss", 2), ("denoise", 6), ("update", 1),
     ]  # fmt: skip
     parts = sum(row["forward"] + row["backward"] for row in rows.values())
     rest = numbers["other_seconds"] + numbers["waiting_seconds"] + numbers["communication_seconds"]

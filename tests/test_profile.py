@@ -38,9 +38,9 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     assert run("profile", "--config", path, "--steps", "2", "--trace", trace, "--json") == 0
     numbers = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in numbers["parts"]}
-    assert list(rows) == ["tokenize", "decode", "denoise", "optimizer", "EMA"]
+    assert list(rows) == ["tokenize", "decode", "denoise", "update"]
     # Two micro-batches of two draws each, which auto takes in one pass.
-    assert [rows[name]["calls"] for name in rows] == [2, 2, 2, 1, 1]
+    assert [rows[name]["calls"] for name in rows] == [2, 2, 2, 1]
     parts = sum(row["forward"] + row["backward"] for row in rows.values())
     rest = numbers["other_seconds"] + numbers["waiting_seconds"] + numbers["communication_seconds"]
     assert parts + rest == pytest.approx(numbers["step_seconds"])

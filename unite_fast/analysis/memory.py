@@ -126,7 +126,7 @@ def predict(
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
         last=round(last * (1 + WORKING_SHARE)),
-        update=_update_bytes(weights, muon, dtype),
+        update=_update_bytes(weights, muon, dtype, sharded),
     )
 
 
@@ -176,13 +176,14 @@ def _casts(part: Part) -> int:
     return part.width * sum(op.weights for op in part.ops if not op.wide)
 
 
-def _update_bytes(weights: Weights, muon: int, dtype: Dtype) -> int:
-    """Nesterov means and updates of a rank's matrices, and inside Newton-Schulz about four tensors of a batch.
+def _update_bytes(weights: Weights, muon: int, dtype: Dtype, sharded: bool) -> int:
+    """A rank's matrices before Newton-Schulz, in whose place the results come, and inside it three tensors of a batch.
 
-    A batch is all matrices of one shape, BATCH_ELEMENTS at most.
+    A slice of ZeRO 1 and 2 is there besides, before and after. A batch is all matrices of one shape, BATCH_ELEMENTS at
+    most.
     """
     if not weights.matrices:
         return 0
     together = max(min(rows * columns * count, max(BATCH_ELEMENTS, rows * columns))
                    for (rows, columns), count in Counter(weights.matrices).items())  # fmt: skip
-    return FP32 * 2 * muon + 4 * min(muon, together) * DTYPE_BYTES[dtype]
+    return ((3 if sharded else 1) * muon + 3 * min(muon, together)) * DTYPE_BYTES[dtype]

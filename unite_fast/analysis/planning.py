@@ -18,7 +18,7 @@ from unite_fast.analysis.devices import Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
-from unite_fast.analysis.update import FP32, Collective, collectives, flow_passes, update_part
+from unite_fast.analysis.update import Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
 from unite_fast.errors import UserError
@@ -209,15 +209,15 @@ def left_of_reduction(config: Config, network: Network, ranks: int, stage: int, 
 
 
 def collective_time(collective: Collective, ranks: int, network: Network) -> float:
-    """Seconds of a collective of float32 elements over all ranks."""
+    """Seconds of a collective over all ranks."""
     if ranks == 1:
         return 0.0
     hop, bandwidth = network.hop(ranks), network.bandwidth(ranks)
-    size = FP32 * collective.elements
+    size = collective.width * collective.elements
     if collective.kind == "all_to_all":
         # Single messages from one GPU to one other: each has its own adapter to itself.
         link = network.node_link if ranks <= network.per_node else min(network.node_link, network.link)
-        return collective.messages * hop + FP32 * collective.busiest / (link * network.share)
+        return collective.messages * hop + collective.width * collective.busiest / (link * network.share)
     calls = collective.messages
     ring = (ranks - 1) * (hop + size / calls / ranks / bandwidth)
     if collective.kind != "all_reduce":

@@ -20,7 +20,7 @@ from torch import nn
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
-from unite_fast.analysis.counts import Part, Rates
+from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
@@ -74,7 +74,7 @@ class Measured:
 
     Attributes:
         rates: of the device, measured before anything else.
-        rows: the parts, the optimizer, EMA.
+        rows: the parts, and the update: clipping, optimizers, EMA.
         step: median seconds of a whole optimizer step, waiting included.
         waiting: seconds of it spent waiting for data; None with made-up data.
         communication: seconds of it inside collectives while nothing is computed; on one rank 0.
@@ -174,12 +174,11 @@ def measure(
         rows = _parts(config, modality, model, objective, batch, inputs, rates)
         say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} {modality.unit}")
         step = ProfiledStep(config, world, objective, model, batch, feed)
-        whole, waits, updates, averages, operations = [], [], [], [], []
+        whole, waits, updates, operations = [], [], [], []
         for index in range(WARM_UP + steps):
             taken = step.timed()
             if index >= WARM_UP:
                 whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
-                averages += times(step.engine.ema.update, device, 1)
                 operations.append(counted_operations(config, step.extent))
         communication = step.traced(trace)
     except RuntimeError as error:
@@ -190,26 +189,19 @@ def measure(
         ) from None
     finally:
         feed.close()
-    return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None, updates, averages,
-                     communication, statistics.mean(operations), modality.unit)  # fmt: skip
+    return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None, updates, communication,
+                     statistics.mean(operations), modality.unit)  # fmt: skip
 
 
 def _measured(
-    config, world, batch, rates, rows, whole, waits, updates, averages, communication, operations, unit
+    config, world, batch, rates, rows, whole, waits, updates, communication, operations, unit
 ) -> Measured:
     dtype = "fp32" if autocast_dtype(config, world.device) is None else "bf16"
     update = update_part(
         config.model, config.optimizer, stage=config.train.zero_stage, ranks=world.size, dtype=dtype
     )
-    ema = tuple(op for op in update.ops if op.name == "EMA")
-    average = statistics.median(averages)
-    rest = Part("optimizer", tuple(op for op in update.ops if op.name != "EMA"), False, update.width)
-    optimizer = max(0.0, statistics.median(updates) - average)
-    rows = [
-        *rows,
-        Row("optimizer", 1, optimizer, 0.0, rest.floor(1, rates)[0], rest.forward, 0),
-        Row("EMA", 1, average, 0.0, Part("EMA", ema, False, update.width).floor(1, rates)[0], 0, 0),
-    ]
+    floor = update.floor(1, rates)[0]
+    rows = [*rows, Row("update", 1, statistics.median(updates), 0.0, floor, update.forward, 0)]
     step = statistics.median(whole)
     images = batch.micro_batch * batch.accumulation
     return Measured(

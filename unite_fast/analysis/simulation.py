@@ -15,7 +15,15 @@ from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
 from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, tree_time
-from unite_fast.analysis.update import FP32, exchanges, flat_slices, newton_schulz_operations, trained_weights, update_part
+from unite_fast.analysis.update import (
+    EXCHANGED,
+    FP32,
+    exchanges,
+    flat_slices,
+    newton_schulz_operations,
+    trained_weights,
+    update_part,
+)
 from unite_fast.config import Config
 
 
@@ -120,7 +128,7 @@ def _muon(
             for holder in range(begin // partition, (end - 1) // partition + 1):
                 if holder != owner:
                     piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                    messages.append((holder, owner, FP32 * piece))
+                    messages.append((holder, owner, EXCHANGED * piece))
             busy[owner] += newton_schulz_operations(rows, columns, steps) / rates.matmul / efficiency
             begin = end
     clock = _deliver(clock, messages, network)

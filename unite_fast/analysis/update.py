@@ -1,7 +1,9 @@
 """What an optimizer step costs beside the passes: Muon, AdamW and EMA, and what the ranks tell each other.
 
-Counted for the engine as it is (unite_fast/engine): float32 weights, gradients, states and averages; ZeRO 1 and 2
-update a slice a rank and orthogonalise each matrix on one rank; gradients are reduced once an optimizer step.
+Counted for the engine as it is (unite_fast/engine): float32 weights, gradients, states and averages, Newton-Schulz and
+what it reads and gives in the compute dtype; Muon's weights are swept once before it and once after it, averages
+included; ZeRO 1 and 2 update a slice a rank and orthogonalise each matrix on one rank; gradients are reduced once an
+optimizer step.
 Sizes are elements unless a name says bytes; Ψ is the number of trained elements, n the number of ranks.
 """
 
@@ -24,6 +26,7 @@ from unite_fast.modality import modality
 from unite_kernels.optim import GRAM_FROM
 
 FP32 = 4  # bytes
+EXCHANGED = DTYPE_BYTES["bf16"]  # of an element that crosses to its matrix's owner on GPUs, as Newton-Schulz computes
 # DeepSpeed pads a flat group of ZeRO 1 and 2 to whole slices of an even number of elements.
 SLICE_ALIGNMENT = 2
 
@@ -122,18 +125,27 @@ def update_part(
         held = sum(exchange.partition for exchange in exchanges(weights.matrices, ranks))
         mine = _busiest(weights.matrices, ranks)
     adamw = math.ceil(weights.adamw / share)
-    ops = [Op("clip", forward_bytes=3 * FP32 * (held + adamw))]
+    averages = 1 + len(optimizer.ema_decays)
+    ops = [Op("gradient norm", forward_bytes=FP32 * (held + adamw))]
     if weights.matrices:
-        ops.append(Op("momentum, Nesterov", forward_bytes=4 * FP32 * held))
+        # Gradient and momentum read, momentum and mean written.
+        ops.append(Op("clip, momentum, Nesterov", forward_bytes=(3 * FP32 + width) * held))
+        if share > 1:  # into batches, back into a slice that was zeroed
+            ops.append(Op("matrices of slices", forward_bytes=5 * width * held))
+        elements = sum(rows * columns for rows, columns in mine)
+        ops.append(Op("normalisation", forward_bytes=3 * width * elements))  # read for the norm, read, written
         for rows, columns in mine:
             short, long = sorted((rows, columns))
             operations = newton_schulz_operations(rows, columns, optimizer.newton_schulz_steps, dtype)
             # A step reads X twice and writes it, writes the Gram matrix and its polynomial and reads each once.
             moved = optimizer.newton_schulz_steps * width * (3 * short * long + 4 * short * short)
             ops.append(Op("Newton-Schulz", forward=operations, forward_bytes=moved))
-        ops.append(Op("Muon's step", forward_bytes=3 * FP32 * held))
-    ops.append(Op("AdamW", forward_bytes=7 * FP32 * adamw))
-    ops.append(Op("EMA", forward_bytes=3 * FP32 * (held + adamw) * (1 + len(optimizer.ema_decays))))
+        tall = sum(rows * columns for rows, columns in mine if rows > columns)
+        ops.append(Op("tall matrices turned back", forward_bytes=2 * width * tall))
+        ops.append(Op("Muon's step and EMA", forward_bytes=(width + 2 * FP32 * (1 + averages)) * held))
+    # Gradients scaled, then the step; the average on its own.
+    ops.append(Op("AdamW", forward_bytes=(2 + 7) * FP32 * adamw))
+    ops.append(Op("EMA of AdamW's", forward_bytes=3 * FP32 * adamw * averages))
     return Part("update", tuple(ops), False, width)
 
 
@@ -170,6 +182,7 @@ class Collective(NamedTuple):
         elements: of the whole tensor (summed over calls); of "all_to_all" what all ranks together send.
         busiest: elements that the busiest rank sends or receives; of "all_to_all" alone not given by `elements`.
         messages: calls, each with all hops of the collective's algorithm; of "all_to_all" the busiest rank's sends.
+        width: bytes of an element.
     """
 
     kind: str
@@ -177,6 +190,7 @@ class Collective(NamedTuple):
     elements: int
     busiest: int
     messages: int = 1
+    width: int = FP32
 
     def sent(self, ranks: int) -> float:
         """Elements that the busiest rank sends, by the ring algorithms (Thakur et al. 2005)."""
@@ -186,7 +200,7 @@ class Collective(NamedTuple):
 
 
 def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int | None = None) -> list[Collective]:
-    """Everything that crosses between ranks in one optimizer step, float32 elements.
+    """Everything that crosses between ranks in one optimizer step on GPUs.
 
     Under ZeRO 3 every pass gathers the parameters that it reads, before its forward and again before its backward;
     DeepSpeed keeps some of them for the next pass where memory allows, so this is the most that it sends.
@@ -223,7 +237,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
         total, busiest, messages = exchange_elements(weights.matrices, ranks)
         if total:
             found += [
-                Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages)
+                Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages, EXCHANGED)
                 for way in ("to their owner", "back")
             ]
     found.append(_whole("all_gather", "updated weights", flat, len(partitions)))  # straight into the weights, no buffer

@@ -87,7 +87,8 @@ class PlainBackend:
         loss.backward()
 
     def update(self) -> Tensor:
-        norm = clip(self._parameters, self._clip)
+        norm = gradient_norm(self._parameters)
+        self._optimizer.clip_coefficient = clip_coefficient(norm, self._clip)
         self._optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
@@ -101,10 +102,14 @@ class PlainBackend:
         yield
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients in place to a global norm of at most max_norm; the norm before, without waiting for it."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Global norm of the gradients that there are, 0-dim, without waiting for it."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | None) -> Tensor | None:
+    """What gradients of this global norm are scaled by, 0-dim on its device, so that theirs is at most max_norm.
+
+    That of torch.nn.utils.clip_grad_norm_; None where nothing is clipped.
+    """
+    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

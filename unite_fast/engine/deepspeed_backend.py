@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.engine.backend import AutocastForward, clip
+from unite_fast.engine.backend import AutocastForward, clip_coefficient, gradient_norm
 from unite_fast.engine.optim import MAX_STAGES, Groups, MuonAdamW, matrix_shape
 from unite_fast.engine.reduction import GradientMean
 from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fragments
@@ -84,6 +84,7 @@ class DeepSpeedBackend:
     ):
         deepspeed = import_deepspeed(world.device)
         self._stage, self._clip, self._world = config.train.zero_stage, config.optimizer.clip_norm, world
+        self._optimizer = optimizer
         places = {name: place for place, (name, _) in enumerate(forward.model.named_parameters())}
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._parameters = {name: p for _, group in groups for name, p in group.items()}
@@ -162,7 +163,8 @@ class DeepSpeedBackend:
             self._engine.step()
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
             return norm.float()
-        norm = clip(list(self._parameters.values()), self._clip) if self._stage == 0 else self._clip_partitions()
+        norm = gradient_norm(list(self._parameters.values())) if self._stage == 0 else self._partitions_norm()
+        self._optimizer.clip_coefficient = clip_coefficient(norm, self._clip)
         self._engine.step()
         return norm
 
@@ -192,18 +194,15 @@ class DeepSpeedBackend:
             finally:
                 offload._register_deepspeed_module(offload.module)
 
-    def _clip_partitions(self) -> Tensor:
-        """Clip ZeRO 1's and 2's averaged gradients in place; the global norm before.
+    def _partitions_norm(self) -> Tensor:
+        """Global norm of ZeRO 1's and 2's averaged gradients.
 
-        DeepSpeed would do it too, but read the norm on the host, which drains the device once a step.
+        DeepSpeed would take it too, but read it on the host, which drains the device once a step.
         """
         gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
         squares = nn.utils.get_total_norm(gradients, foreach=True).square()
         dist.all_reduce(squares)
-        norm = squares.sqrt()
-        if self._clip is not None:
-            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return squares.sqrt()
 
     def _pieces(self, shapes: dict[str, torch.Size], masters: list[Tensor]) -> list[Fragment]:
         """ZeRO 3's fragments: every parameter cut into equal pieces, the last padded."""

@@ -24,6 +24,12 @@ class Ema:
         self.layout, self.decay, self.extra = layout, decay, tuple(extra)
         self._shadows = {d: [master.detach().clone() for master in layout.masters] for d in (decay, *self.extra)}
         self._index = {id(master): index for index, master in enumerate(layout.masters)}
+        self._taken: set[int] = set()
+
+    @property
+    def decays(self) -> list[float]:
+        """The main decay and the extra ones."""
+        return list(self._shadows)
 
     @property
     def shadows(self) -> list[Tensor]:
@@ -34,11 +40,22 @@ class Ema:
         """The average of a master, by the main decay if none is named."""
         return self._shadows[self.decay if decay is None else decay][self._index[id(master)]]
 
+    def take(self, masters: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The averages of these masters by each of `decays`, for an optimizer that takes this step's weights in.
+
+        The next `update` passes them over.
+        """
+        indices = [self._index[id(master)] for master in masters]
+        self._taken.update(indices)
+        return [[shadows[index] for index in indices] for shadows in self._shadows.values()]
+
     def update(self) -> None:
-        """Take the weights of this step in."""
-        weights = [master.detach() for master in self.layout.masters]
+        """Take the weights of this step in, of all masters whose averages nobody has taken for it."""
+        rest = [index for index in range(len(self.layout.masters)) if index not in self._taken]
+        self._taken.clear()
+        weights = [self.layout.masters[index].detach() for index in rest]
         for decay, shadows in self._shadows.items():
-            uk.ema_update_(shadows, weights, decay)
+            uk.ema_update_([shadows[index] for index in rest], weights, decay)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -80,6 +80,7 @@ class Engine:
             self.backend = DeepSpeedBackend(forward, groups, self.optimizer, config, world)
         self.optimizer.initialise_state(self.backend.masters)
         self.ema = Ema(self.backend.layout, config.optimizer.ema_decay, config.optimizer.ema_decays)
+        self.optimizer.ema = self.ema
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
         """`model(phase, **inputs)`, under bf16 autocast and torch.compile where the configuration asks for them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import OptimizerConfig
+from unite_fast.engine.ema import Ema
 from unite_fast.engine.sharding import MatrixExchange
 
 # Matrices of one shape are orthogonalised together; this many elements at most, 256 MiB in float32, because the
-# iteration holds about four tensors of that size.
+# iteration holds about three tensors of that size beside them.
 BATCH_ELEMENTS = 2**26
 # ZeRO 1 and 2 reduce Muon's gradients in at most so many stages, each of at least so many elements: 100 MB in float32.
 # More would hide little more of the reduction, and cut more matrices in two, which then travel to be orthogonalised.
@@ -119,7 +121,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan 2024, scaled as in Liu et al. 2025, arXiv 2502.16982): the momentum m follows the gradient g,
     m += (1 − μ)(g − m); the Nesterov mean g + μ(m − g) is orthogonalised by Newton–Schulz steps; the parameter moves
     by −lr · 0.2 √max(rows, columns) times that, after decoupled decay. The arithmetic is torch.optim.Muon's with
-    adjust_lr_fn="match_rms_adamw".
+    adjust_lr_fn="match_rms_adamw". Clipping rides on the sweep that makes the mean, and the moving averages on the one
+    that moves the parameters.
 
     AdamW is Apex's FusedAdam on CUDA where NVIDIA's Apex is installed, torch's fused AdamW otherwise.
 
@@ -127,10 +130,17 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: items of what `parameter_groups` returns; Muon's may be several.
         config: betas, eps, decay, momentum, Newton–Schulz steps.
         lr: learning rate until `set_lr`.
+
+    Attributes:
+        exchanges: what puts matrices together that ZeRO 1 and 2 cut, by this rank's slice of their flat group.
+        clip_coefficient: 0-dim, on the device; the next step takes gradients times this. None for as they are.
+        ema: averages that a step takes Muon's weights into, of those with a gradient.
     """
 
     def __init__(self, groups: Groups, config: OptimizerConfig, lr: float):
-        self.exchanges: dict[Tensor, MatrixExchange] = {}  # by this rank's slice of a flat group of Muon's
+        self.exchanges: dict[Tensor, MatrixExchange] = {}
+        self.clip_coefficient: Tensor | None = None
+        self.ema: Ema | None = None
         self.newton_schulz_steps = config.newton_schulz_steps
         self._adamw: torch.optim.Optimizer | None = None
         param_groups = []
@@ -176,6 +186,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if group["kind"] == "muon":
                 self._muon(group)
             elif group["params"]:
+                if self.clip_coefficient is not None:
+                    gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+                    torch._foreach_mul_(gradients, self.clip_coefficient)
                 self._adamw.param_groups = [group]
                 self._adamw.step()
 
@@ -185,34 +198,59 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         gradients = [parameter.grad for parameter in parameters]
         momenta = [self.state[parameter][MUON_STATE] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        means = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        exchange = self.exchanges.get(parameters[0])
+        clip, exchange = self.clip_coefficient, self.exchanges.get(parameters[0])
+        into = partial(uk.muon_momentum_, momenta, gradients, momentum=group["momentum"], coefficient=clip)
         if exchange is None:
-            matrices = [mean.view(matrix_shape(mean.shape)) for mean in means]
-            updates = [u.view_as(p) for u, p in zip(self._orthogonalise(matrices), parameters)]
+            shapes = [matrix_shape(parameter.shape) for parameter in parameters]
+            updates = self._orthogonalised(shapes, momenta[0], into)
         else:
+            means = [torch.empty_like(m, dtype=uk.newton_schulz_dtype(m)) for m in momenta]
+            into(means)
             updates = [exchange.apply(mean, self._orthogonalise) for mean in means]
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        averages, decays = ([], []) if self.ema is None else (self.ema.take(parameters), self.ema.decays)
+        uk.muon_update_(parameters, updates, group["lr"], group["weight_decay"], averages, decays)
 
     def _orthogonalise(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Newton–Schulz of each matrix times 0.2 √max(rows, columns), matrices of one shape in one batch."""
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, matrix in enumerate(matrices):
-            by_shape[matrix.shape].append(index)
-        updates: list[Tensor] = [matrices[0]] * len(matrices)
-        for shape, indices in by_shape.items():
-            together = max(1, BATCH_ELEMENTS // shape.numel())
-            for first in range(0, len(indices), together):
-                batch = indices[first : first + together]
-                stacked = torch.stack([matrices[index] for index in batch])
-                scale = 0.2 * math.sqrt(max(shape))
-                result = uk.newton_schulz(stacked, steps=self.newton_schulz_steps, eps=MUON_EPS, scale=scale)
-                for index, update in zip(batch, result.unbind()):
-                    updates[index] = update
-        return updates
+        shapes = [matrix.shape for matrix in matrices]
+        return self._orthogonalised(shapes, matrices[0], lambda batches: torch._foreach_copy_(batches, matrices))
+
+    def _orthogonalised(
+        self, shapes: Sequence[tuple[int, int]], like: Tensor, fill: Callable[[list[Tensor]], object]
+    ) -> list[Tensor]:
+        """Newton–Schulz of each matrix times 0.2 √max(rows, columns), matrices of one shape in one batch.
+
+        Args:
+            shapes: [rows, columns] of each.
+            like: on their device.
+            fill: writes the matrices into what it is given, views of the batches in the dtype of the iteration.
+        """
+        batches = _batches(shapes)
+        dtype = uk.newton_schulz_dtype(like)
+        stacks = [like.new_empty(len(batch), *shapes[batch[0]], dtype=dtype) for batch in batches]
+        fill(_unstacked(batches, stacks))
+        for index, batch in enumerate(batches):
+            scale = 0.2 * math.sqrt(max(shapes[batch[0]]))
+            # In the batch's place, whose memory is free then.
+            stacks[index] = uk.newton_schulz(stacks[index], steps=self.newton_schulz_steps, eps=MUON_EPS, scale=scale)
+        return _unstacked(batches, stacks)
+
+
+def _batches(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Indices of the matrices of one shape, batches of at most BATCH_ELEMENTS."""
+    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, shape in enumerate(shapes):
+        by_shape[tuple(shape)].append(index)
+    batches = []
+    for shape, indices in by_shape.items():
+        together = max(1, BATCH_ELEMENTS // math.prod(shape))
+        batches += [indices[first : first + together] for first in range(0, len(indices), together)]
+    return batches
+
+
+def _unstacked(batches: list[list[int]], stacks: list[Tensor]) -> list[Tensor]:
+    """The matrices of stacks [n, rows, columns] in the order of their indices."""
+    found = {i: matrix for batch, stack in zip(batches, stacks) for i, matrix in zip(batch, stack.unbind())}
+    return [found[index] for index in range(len(found))]
 
 
 def apex_adam() -> type[torch.optim.Optimizer] | None:
