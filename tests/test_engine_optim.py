@@ -188,7 +188,7 @@ def test_averages_taken_by_the_optimizer_are_passed_over_once():
 def test_clipping_scales_both_groups_and_reads_nothing_back():
     config = OptimizerConfig(lr=0.05, clip_norm=0.5)
     muon, adamw = parameters([(3, 4)]), parameters([(5,)])
-    optimizer = MuonAdamW({"muon": muon, "adamw": adamw}, config, config.lr)
+    optimizer = MuonAdamW([("muon", muon), ("adamw", adamw)], config, config.lr)
     optimizer.initialise_state({"muon": list(muon.values()), "adamw": list(adamw.values())})
     tensors = [*muon.values(), *adamw.values()]
     for tensor in tensors:
