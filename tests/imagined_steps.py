@@ -63,6 +63,7 @@ def test_a_step_of_a_preset_does_not_make_the_host_wait(file, draws):
         watch = run.watched()
         assert all(weights.device == device for weights in run.engine.ema.shadows)
     assert config.objective.lpips.weight and watch.launches["aten::convolution"] == 26
+    assert watch.launches["aten::_scaled_dot_product_flash_attention"] > 0, "attention as CUDA computes it"
     assert places(watch) == TABLES
 
 
