@@ -52,7 +52,7 @@ KINDS = {
 }  # fmt: skip
 PRODUCTS = ("aten::bmm", "aten::baddbmm")
 # Least bytes of a weight beside the products, all else in two sweeps. Muon: gradient read for the norm; then read with
-# the momentum, which is written, and the mean in bfloat16; normalised (read twice, written); then the result, weight and
+# the momentum, which is written, and the mean in bfloat16; normalised (read twice, written); then result, weight and
 # average read, the last two written. AdamW: read for the norm; gradient, weight, average and both moments read, all but
 # the gradient written. Not built of it: AdamW's average and clipping are sweeps of their own, and the results of tall
 # matrices are turned in one.
