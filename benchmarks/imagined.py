@@ -284,7 +284,7 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
 
 def _attention(elsewhere: Callable, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """scaled_dot_product_attention as CUDA chooses it for low precision and no mask: FlashAttention."""
-    if query.device.type != NAME or options:
+    if query.device.type != NAME or any(value is not None for value in options.values()):
         return elsewhere(query, key, value, **options)
     dtype = torch.get_autocast_dtype(NAME) if torch.is_autocast_enabled(NAME) else query.dtype
     return torch.ops.aten._scaled_dot_product_flash_attention(query.to(dtype), key.to(dtype), value.to(dtype))[0]

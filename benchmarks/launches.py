@@ -21,7 +21,7 @@ from molecule_subjects import QM9_BATCH, typical_counts
 from profile_table import COUNTED, H200, README, on_h200
 from subjects import CONFIGS
 
-from unite_fast.analysis.chunks import resolve_chunk, with_chunk
+from unite_fast.analysis.chunks import resolve_chunk
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.planning import compute_time
 from unite_fast.analysis.update import trained_weights, update_part
@@ -71,7 +71,7 @@ class ImaginedRun(Run):
     def __init__(self, config: Config, device: torch.device, batch: Batch, stream: Iterator[Any]):
         self.world = World(0, 1, 0, device)
         self.modality = modality_of(config)
-        # Nothing can be measured here: of auto the chunk that costs no memory.
+        # Nothing can be measured here: auto is the chunk that costs no memory.
         config = resolve_chunk(config, self.modality.largest(config, batch.micro_batch), device="cuda")
         self.config, self.batch, self.stream = config, batch, stream
         with mock.patch.object(Lpips, "from_config", _untrained):
@@ -216,10 +216,9 @@ def table(counted: dict[str, Counted]) -> list[str]:
 
 
 def chunked(config: Config, samples: int) -> list[Config]:
-    """The run with one draw a chunk, with the neutral chunk, and with the largest that an H200 has room for."""
+    """The run with the chunk that costs no memory, and with the largest that one H200 has room for."""
     neutral = resolve_chunk(config, modality_of(config).largest(config, samples), device="cuda")
-    runs = [with_chunk(config, 1), neutral, on_h200(config, samples)]
-    return list({run.objective.chunk: run for run in runs}.values())
+    return list({run.objective.chunk: run for run in (neutral, on_h200(config, samples))}.values())
 
 
 def main() -> None:

@@ -60,6 +60,9 @@ def test_a_step_of_a_preset_does_not_make_the_host_wait(file, draws):
         watch = run.watched()
         assert all(weights.device == device for weights in run.engine.ema.shadows)
     assert config.objective.lpips.weight and watch.launches["aten::convolution"] == 26
+    attention = watch.launches["aten::_scaled_dot_product_flash_attention"]
+    # Tokenization, the decoder, and all three draws in one pass of B's.
+    assert attention == 2 * config.model.depth + config.model.decoder.depth
     assert watch.waits == []
 
 
