@@ -46,7 +46,7 @@ def passes(config: Config, size: int):
     objective = modality.objective(config, CPU, None)
     inputs = modality.probe(config, size, CPU)
     for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)  # the final layer starts at zero, and with it the flow loss
+        parameter.data += 0.05 * torch.randn_like(parameter)  # else the final layer, and the flow loss, are zero
         parameter.grad = torch.zeros_like(parameter)
 
     def run():
