@@ -220,7 +220,7 @@ def test_a_profile_compiles_the_parts(traced, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "2", "--trace", trace, "--json") == 0
     parts = json.loads(capsys.readouterr().out)["parts"]
-    assert [part["name"] for part in parts] == ["tokenize", "decode", "denoise", "optimizer", "EMA"]
+    assert [part["name"] for part in parts] == ["tokenize", "decode", "denoise", "update"]
     assert COUNTERS["stats"]["unique_graphs"] == 5 and not COUNTERS["graph_break"]  # three parts, two passes
     assert trace.is_file()
 

@@ -143,5 +143,7 @@ def _ms(seconds: float) -> str:
 
 
 def _figures(value: float) -> str:
-    """Three figures, all of a whole number that has more, two of what is less than one."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+    """Three figures, all of a whole number that has more; hundredths of what is less than one."""
+    if value < 1:
+        return f"{value:.2f}" if value >= 0.01 else "<0.01"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
