@@ -16,7 +16,7 @@ import contest
 import measure
 import pytest
 import torch
-from case import BACKWARD, BOTH, FORWARD, LOW, ON_GPU, Case, normal, size
+from case import BACKWARD, BOTH, FORWARD, ON_GPU, Case, normal, size
 from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor
 

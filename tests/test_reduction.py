@@ -1,4 +1,4 @@
-"""Gradients averaged while the last backward runs: what travels when, and that all of it arrives (engine/reduction.py)."""
+"""Gradients averaged while the last backward runs: what travels when, and that all of it arrives."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def test_windows_cover_every_slice_once():
         sizes = [generator.randint(1, 40) for _ in range(generator.randint(1, 9))]
         parts, bucket = generator.randint(1, 5), generator.randint(1, 60)
         partition = -(-sum(sizes) // parts) + generator.randint(0, 2)
-        flat = [(index, at) for index, size in enumerate((*sizes, parts * partition - sum(sizes))) for at in range(size)]
+        padded = (*sizes, parts * partition - sum(sizes))
+        flat = [(index, at) for index, size in enumerate(padded) for at in range(size)]
         found = {}
         for window in group_windows(0, sizes, partition, parts, bucket):
             assert window.length * parts <= max(bucket, parts)
@@ -141,7 +142,7 @@ def test_stages_go_from_the_last_parameter_to_the_first(monkeypatch):
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("ranks", [8, 256])
 def test_most_of_b_can_leave_before_its_last_backward_ends(stage, ranks):
-    """Decoder at once, then the blocks; a fifth is the modulation's, one product for all blocks, whose gradient is last."""
+    """Decoder at once, then the blocks; last the modulation's fifth, which one product makes for all blocks."""
     leaving = departures(ModelConfig(preset="B"), "muon", ranks=ranks, stage=stage)
     whole = sum(window.elements for window in leaving)
     assert whole == pytest.approx(217_643_616, rel=1e-4)

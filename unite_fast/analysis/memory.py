@@ -35,7 +35,7 @@ class Memory:
         optimizer: momentum and moments.
         ema: averaged weights.
         frozen: weights that are not trained, LPIPS's network.
-        buffers: what gradients are reduced through and ZeRO's slice of the mean, alive in the last backward and after it.
+        buffers: what gradients are reduced through and ZeRO's slice of the mean, alive from the last backward on.
         casts: weights in the compute dtype, alive during a pass.
         activations: of one micro-batch.
         last: casts and activations of the last backward of a step, with which the buffers are alive.

@@ -34,8 +34,8 @@ class Departure(NamedTuple):
 def departures(model: Sizes, kind: str, *, ranks: int, stage: int, phase: str = "flow") -> tuple[Departure, ...]:
     """The windows in which the engine reduces gradients under ZeRO 0 to 2, in the order in which it sends them.
 
-    A backward is taken to go through the parameters last to first, in a time proportional to their number, but for those
-    that act on samples and not on tokens. What the last backward does not read is final when it begins.
+    A backward is taken to go through the parameters last to first, in a time proportional to their number, but for
+    those that act on samples and not on tokens. What the last backward does not read is final when it begins.
 
     Args:
         kind: "muon" or "adamw".

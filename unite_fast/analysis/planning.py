@@ -1,9 +1,9 @@
 """Predicts a run before it starts: memory, micro-batch, seconds a step, epochs, GPU-hours, share of communication.
 
 A step is compute, then communication, then the update. Only gradients overlap: under ZeRO 0 to 2 they travel in windows
-while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and
-tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the same step message by
-message.
+while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the
+α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the
+same step message by message.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
 
 
 def last_backward(config: Config, rates: Rates, extent: Extent) -> float:
-    """Floor of the last backward of an optimizer step, seconds: of a chunk of draws, or of pass one where it comes last."""
+    """Floor of the last backward of an optimizer step, seconds: a chunk of draws or pass one, whichever comes last."""
     counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
     if not config.objective.stop_gradient:
         return sum(part.floor(samples, rates)[1] for name, (part, samples) in counted.items() if name != "denoise")

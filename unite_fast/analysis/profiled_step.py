@@ -168,9 +168,9 @@ def seconds_of_collectives_alone(events: Iterable[Any]) -> float:
 
 
 def _is_collective(event: Any) -> bool | None:
-    """Of a profiler event: NCCL's kernels on a GPU, gloo's ranges on a CPU; None of what is neither that nor computing."""
+    """Of a profiler event: NCCL's kernels on a GPU, gloo's ranges on a CPU; None of what is no computing either."""
     if event.device_type == torch.autograd.DeviceType.CUDA:
-        # "nccl:all_reduce" and the like are ranges around the kernels, on the device's timeline too, as all named ranges.
+        # "nccl:all_reduce" and the like are ranges around the kernels; named ranges are on the device's timeline too.
         named_range = event.is_user_annotation or event.name.startswith("nccl:")
         return None if named_range else event.name.startswith("nccl")
     if event.name.startswith("gloo:"):

@@ -22,6 +22,7 @@ from unite_fast.analysis.update import (
     flat_slices,
     newton_schulz_operations,
     trained_weights,
+    travelling,
     update_part,
 )
 from unite_fast.config import Config
@@ -120,17 +121,11 @@ def _muon(
 ) -> np.ndarray:
     """Pieces to their owners, orthogonalisation there, pieces back."""
     ranks = len(clock)
-    messages, busy = [], np.zeros(ranks)
+    messages = [(holder, owner, EXCHANGED * elements) for holder, owner, elements in travelling(matrices, ranks)]
+    busy = np.zeros(ranks)
     for exchange in exchanges(matrices, ranks):
-        partition, begin = exchange.partition, 0
-        for owner, (rows, columns) in zip(exchange.owners, exchange.shapes, strict=True):
-            end = begin + rows * columns
-            for holder in range(begin // partition, (end - 1) // partition + 1):
-                if holder != owner:
-                    piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                    messages.append((holder, owner, EXCHANGED * piece))
-            busy[owner] += newton_schulz_operations(rows, columns, steps) / rates.matmul / efficiency
-            begin = end
+        for owner, shape in zip(exchange.owners, exchange.shapes, strict=True):
+            busy[owner] += newton_schulz_operations(*shape, steps) / rates.matmul / efficiency
     clock = _deliver(clock, messages, network)
     back = [(owner, holder, size) for holder, owner, size in messages]
     return _deliver(clock + busy, back, network)

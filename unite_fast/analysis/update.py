@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -254,22 +255,27 @@ def _whole(kind: str, what: str, elements: int, messages: int | None = None) -> 
     return Collective(kind, what, elements, elements, messages or math.ceil(elements / BUCKET_ELEMENTS))
 
 
-@functools.cache
-def exchange_elements(matrices: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, int, int]:
-    """(all, busiest rank's, its messages): elements of matrices that leave their holder for the one rank that
-    orthogonalises them. The way back is the same, with senders and receivers exchanged.
-    """
-    sent, received, messages = [0] * ranks, [0] * ranks, [0] * ranks
+def travelling(matrices: tuple[tuple[int, int], ...], ranks: int) -> Iterator[tuple[int, int, int]]:
+    """(holder, owner, elements) of every piece of a matrix that its holder does not orthogonalise itself."""
     for exchange in exchanges(matrices, ranks):
         partition, begin = exchange.partition, 0
         for owner, (rows, columns) in zip(exchange.owners, exchange.shapes, strict=True):
             end = begin + rows * columns
             for holder in range(begin // partition, (end - 1) // partition + 1):
                 if holder != owner:
-                    piece = min(end, (holder + 1) * partition) - max(begin, holder * partition)
-                    sent[holder] += piece
-                    received[owner] += piece
-                    messages[holder] += 1
-                    messages[owner] += 1
+                    yield holder, owner, min(end, (holder + 1) * partition) - max(begin, holder * partition)
             begin = end
+
+
+@functools.cache
+def exchange_elements(matrices: tuple[tuple[int, int], ...], ranks: int) -> tuple[int, int, int]:
+    """(all, busiest rank's, its messages): elements of matrices that leave their holder for the one rank that
+    orthogonalises them. The way back is the same, with senders and receivers exchanged.
+    """
+    sent, received, messages = [0] * ranks, [0] * ranks, [0] * ranks
+    for holder, owner, elements in travelling(matrices, ranks):
+        sent[holder] += elements
+        received[owner] += elements
+        messages[holder] += 1
+        messages[owner] += 1
     return sum(sent), max(*sent, *received), max(messages)

@@ -22,8 +22,8 @@ from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fr
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
-# Elements of a buffer that gradients are averaged through, of which IN_FLIGHT exist: 100 MB in float32 keep NVLink busy,
-# and take 2.5 ms on a 400 Gbit/s adapter, beside which the hops of 32 ranks' ring, some 6 µs each, are little. From
+# Elements of a buffer that gradients are averaged through, of which IN_FLIGHT exist: 100 MB in float32 keep NVLink
+# busy, and take 2.5 ms on a 400 Gbit/s adapter, beside which the hops of 32 ranks' ring, 6 µs each, are little. From
 # there on it grows with the ranks, whose micro-batches leave the memory for it, up to a stage of the reduction.
 BUCKET_ELEMENTS, BUCKET_RANKS = 25_000_000, 32
 # ZeRO 3 steps a group in pieces of this many elements; one piece a group, since Apex counts calls as steps.

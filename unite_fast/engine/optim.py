@@ -51,8 +51,8 @@ def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Para
 def stages(sizes: Sequence[int]) -> list[list[int]]:
     """Indices of a group's parameters, cut where ZeRO 1 and 2 cut the group into flat ones, last parameter first.
 
-    A backward finishes gradients last parameter first, and each rank owns a slice of each flat group: so the first group
-    can be reduced, by all ranks' links at once, while the backward is still at the others.
+    A backward finishes gradients last parameter first, and each rank owns a slice of each flat group: so the first
+    group can be reduced, by all ranks' links at once, while the backward is still at the others.
 
     Args:
         sizes: elements of the parameters in the model's order.
