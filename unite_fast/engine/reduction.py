@@ -1,8 +1,8 @@
 """Gradients averaged over the ranks while the last backward of an optimizer step still runs.
 
 A step's backward passes add gradients locally; only in the last one does each become final, most in the reverse order
-of the forward. So the gradients travel in windows, each as soon as its last parameter is final, in the same order on every
-rank (Li et al. 2020, arXiv 2006.15704, for whole gradients).
+of the forward. So the gradients travel in windows, each as soon as its last parameter is final, in the same order on
+every rank (Li et al. 2020, arXiv 2006.15704, for whole gradients).
 """
 
 from __future__ import annotations
