@@ -61,6 +61,17 @@ def resolve_chunk(
     return with_chunk(config, (largest(larger) if larger else None) or neutral[-1])
 
 
+def neutral_fits(config: Config, extent: Extent, room: float, *, ranks: int = 1, stage: int | None = None) -> bool:
+    """Whether a micro-batch on a GPU is predicted to fit into `room`, bytes, with its neutral chunk.
+
+    Args:
+        config, extent: as in `resolve_chunk`.
+        ranks, stage: as in `predict`.
+    """
+    run = resolve_chunk(config, extent, device="cuda")
+    return predict(run, extent=extent, ranks=ranks, stage=stage).peak <= room
+
+
 def chunk_in_room(config: Config, extent: Extent, room: float, *, ranks: int = 1, stage: int | None = None) -> Config:
     """`resolve_chunk` on a GPU by prediction: the largest chunk whose predicted peak fits into `room`, bytes.
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Part
 from unite_fast.analysis.extent import Extent
-from unite_fast.analysis.update import FP32, Weights, flat_slices, slice_elements, trained_weights
+from unite_fast.analysis.update import FP32, Weights, flat_slices, slice_elements, trained_weights, window_elements
 from unite_fast.config import Config
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import BATCH_ELEMENTS
 from unite_fast.engine.reduction import IN_FLIGHT
 from unite_fast.modality import modality_of
@@ -122,7 +122,7 @@ def predict(
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
         frozen=FP32 * sum(op.weights for part in parts.values() for op in part.ops if not op.trained),
-        buffers=FP32 * _buffers(weights, ranks, stage),
+        buffers=FP32 * _buffers(weights, held, ranks, stage),
         casts=cast,
         activations=round(activations * (1 + WORKING_SHARE)),
         last=round(last * (1 + WORKING_SHARE)),
@@ -130,21 +130,14 @@ def predict(
     )
 
 
-def _buffers(weights: Weights, ranks: int, stage: int) -> int:
-    """Elements that gradients are reduced through, and of the slice that comes out."""
+def _buffers(weights: Weights, held: int, ranks: int, stage: int) -> int:
+    """Elements that gradients are reduced through, and of the slice that comes out, which is all that a rank holds."""
     if stage == 3:
-        held = slice_elements(weights.muon, ranks) + slice_elements(weights.adamw, ranks)
         return min(BUCKET_ELEMENTS, weights.total) + held
     if stage == 0 and ranks == 1:
         return 0
-    groups = [ranks * size for size in flat_slices(weights, ranks)] if stage else [weights.muon, weights.adamw]
-    windows = [window for size in groups for window in _windows(size, bucket_elements(ranks, weights.total))]
-    return min(IN_FLIGHT, len(windows)) * max(windows) + (sum(groups) // ranks if stage else 0)
-
-
-def _windows(size: int, bucket: int) -> list[int]:
-    full, rest = divmod(size, bucket)
-    return [bucket] * full + [rest] * (rest > 0)
+    windows = window_elements(weights, ranks, stage)
+    return min(IN_FLIGHT, len(windows)) * max(windows) + (held if stage else 0)
 
 
 def pass_activations(part: Part) -> int:

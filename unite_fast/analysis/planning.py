@@ -12,7 +12,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 
-from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
+from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
 from unite_fast.analysis.counts import Rates, repeats
 from unite_fast.analysis.devices import Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
@@ -122,9 +122,7 @@ def plan(
     room = gpu.memory * USABLE_MEMORY
 
     def fits(batch: Batch) -> bool:
-        largest = modality.largest(config, batch.micro_batch)
-        run = resolve_chunk(config, largest, device="cuda")
-        return predict(run, extent=largest, ranks=ranks, stage=stage).peak <= room
+        return neutral_fits(config, modality.largest(config, batch.micro_batch), room, ranks=ranks, stage=stage)
 
     micro, accumulation, total = next((b for b in batches[:-1] if fits(b)), batches[-1])
     config = chunk_in_room(config, modality.largest(config, micro), room, ranks=ranks, stage=stage)

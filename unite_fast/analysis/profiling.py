@@ -19,9 +19,8 @@ from torch import nn
 
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
-from unite_fast.analysis.chunks import chunk_in_room, resolve_chunk
+from unite_fast.analysis.chunks import chunk_in_room, neutral_fits, resolve_chunk
 from unite_fast.analysis.counts import Rates
-from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
 from unite_fast.analysis.update import flow_passes, update_part
@@ -223,13 +222,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> tuple[Batch
         batch = resolve_batch(train, world.size)
     else:
         candidates = micro_batch_candidates(train, world.size)
-
-        def fits(size: int) -> bool:
-            run = resolve_chunk(config, largest(size), device="cuda")
-            return predict(run, extent=largest(size), ranks=world.size).peak <= room
-
-        fitting = filter(fits, candidates) if on_gpu else ()
-        batch = resolve_batch(train, world.size, max(fitting, default=candidates[0]))
+        fits = (size for size in candidates if on_gpu and neutral_fits(config, largest(size), room, ranks=world.size))
+        batch = resolve_batch(train, world.size, max(fits, default=candidates[0]))
     extent = largest(batch.micro_batch)
     if on_gpu:
         return batch, chunk_in_room(config, extent, room, ranks=world.size)

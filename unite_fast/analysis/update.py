@@ -62,8 +62,9 @@ class Weights(NamedTuple):
         return self.muon + self.adamw
 
 
+@functools.cache
 def network_of(model: Sizes) -> nn.Module:
-    """The network of these sizes without memory for its weights."""
+    """The network of these sizes without memory for its weights; one for all callers, to look at."""
     with torch.device("meta"):
         return modality(model.modality).network(model)
 
@@ -113,6 +114,13 @@ def flat_slices(weights: Weights, ranks: int) -> list[int]:
     """Elements of a rank's slice of each flat group of ZeRO 1 and 2."""
     found = [exchange.partition for exchange in exchanges(weights.matrices, ranks)] if weights.matrices else []
     return found + ([slice_elements(weights.adamw, ranks)] if weights.adamw else [])
+
+
+def window_elements(weights: Weights, ranks: int, stage: int) -> list[int]:
+    """Elements of each window in which ZeRO 0 to 2 reduce the gradients, all ranks' shares together."""
+    parts, slices = (ranks, flat_slices(weights, ranks)) if stage else (1, [weights.muon, weights.adamw])
+    bucket = bucket_elements(ranks, weights.total)
+    return [parts * length for size in slices for _, length in spans(size, parts, bucket)]
 
 
 def update_part(
@@ -218,8 +226,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
         return []
     with_gradient = weights.total - weights.without_gradient
     if stage == 0:
-        calls = sum(math.ceil(group / bucket_elements(ranks, weights.total)) for group in (weights.muon, weights.adamw))
-        return [_whole("all_reduce", "gradients", weights.total, calls)]
+        return [_whole("all_reduce", "gradients", weights.total, len(window_elements(weights, ranks, stage)))]
     norm = _whole("all_reduce", "gradient norm", 1)
     if stage == 3:
         passes = [weights.reconstruct] + [weights.flow] * flow_passes(config)
@@ -232,8 +239,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
         ]
     partitions = flat_slices(weights, ranks)
     flat = ranks * sum(partitions)
-    calls = sum(len(spans(partition, ranks, bucket_elements(ranks, weights.total))) for partition in partitions)
-    found = [_whole("reduce_scatter", "gradients", flat, calls), norm]
+    found = [_whole("reduce_scatter", "gradients", flat, len(window_elements(weights, ranks, stage))), norm]
     if weights.matrices:
         total, busiest, messages = exchange_elements(weights.matrices, ranks)
         if total:
