@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from unite_fast.config import Config, Section, section_of
+from unite_fast.config import Config
 from unite_fast.molecules.config import MoleculeConfig
+from unite_fast.section import Section, section_of
 from unite_fast.weights import write_text
 
 HEAD = """# Configuration reference

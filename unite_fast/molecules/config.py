@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unite_fast.config import Config, Fraction, PositiveInt, Section, Sizes, TwoPassConfig, fill_preset
+from unite_fast.config import Config, Fraction, PositiveInt, Sizes, TwoPassConfig, fill_preset
+from unite_fast.section import Section
 
 ELEMENTS = 5  # H C N O F
 MAX_ATOMS = 29  # of `unite_fast.data.molecules`, whose import needs RDKit

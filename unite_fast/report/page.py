@@ -203,7 +203,7 @@ def _entries(values: dict[str, Any], prefix: str) -> list[tuple[str, str, bool]]
 
 def _default(name: str) -> Any:
     """Default of a dotted key; a value that nothing equals where the key is required or unknown."""
-    from unite_fast.config import section_of
+    from unite_fast.section import section_of
 
     section: Any = Config
     *parents, last = name.split(".")
