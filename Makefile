@@ -16,10 +16,10 @@ quickstart: $(VENV)/.installed-train $(DIGITS)
 molecules: $(VENV)/.installed-molecules
 	$(BIN)/python unite_fast/train.py --config configs/molecules_quickstart.json --resume
 
-# Two processes of one thread each: most tests are too small for a second thread, and two of two threads on two cores
-# slow each other sixfold. A file's tests stay together, since they share what they make first.
+# Two processes, of one thread each (tests/conftest.py). A file's tests stay together, since they share what they make
+# first.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --record --gate --benchmark-columns=median,iqr,rounds

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 thread: the tensors are small, and on shared cores waiting threads cost far more than they save.
 """
 
+import json
 import os
 
 import pytest
@@ -13,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """A worker's report as UTF-8: pytest-xdist ends the whole run at a name that is none, even in a log that passed."""
+    data = yield
+    return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
 
 
 @pytest.fixture()
