@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 thread: the tensors are small, and on shared cores waiting threads cost far more than they save.
 """
 
-import json
 import os
 
 import pytest
@@ -19,8 +18,15 @@ if not torch.cuda.is_available():
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable():
     """A worker's report as UTF-8: pytest-xdist ends the whole run at a name that is none, even in a log that passed."""
-    data = yield
-    return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
+    return _as_utf8((yield))
+
+
+def _as_utf8(part):
+    if isinstance(part, str):
+        return part.encode(errors="backslashreplace").decode()
+    if isinstance(part, dict):
+        return {_as_utf8(key): _as_utf8(value) for key, value in part.items()}
+    return type(part)(map(_as_utf8, part)) if isinstance(part, list | tuple) else part
 
 
 @pytest.fixture()
