@@ -17,9 +17,9 @@ molecules: $(VENV)/.installed-molecules
 	$(BIN)/python unite_fast/train.py --config configs/molecules_quickstart.json --resume
 
 # Two processes, of one thread each (tests/conftest.py). A file's tests stay together, since they share what they make
-# first.
+# first; files keep their order, since by number of tests the longest test of all would come last, alone.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --record --gate --benchmark-columns=median,iqr,rounds

@@ -33,7 +33,7 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-benchmark>=4",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "webdataset>=0.2.90",
     "selenium>=4.20",
     "kernels>=0.17,<0.18; platform_system == 'Linux'",  # Hugging Face's loader, which tests load unite_kernels with
