@@ -18,6 +18,7 @@ from unite_fast.report.charts import Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of, trends
 from unite_fast.report.probe import Probe
 from unite_fast.report.tiles import Tiles, sheet
+from unite_fast.section import section_of
 
 # The panels of curves.png, and what a training that waits for its data shows.
 CURVE_PANELS = (*PANELS, ("Share of the time waiting for data", "linear", (("data_wait", ""),)))
@@ -203,8 +204,6 @@ def _entries(values: dict[str, Any], prefix: str) -> list[tuple[str, str, bool]]
 
 def _default(name: str) -> Any:
     """Default of a dotted key; a value that nothing equals where the key is required or unknown."""
-    from unite_fast.section import section_of
-
     section: Any = Config
     *parents, last = name.split(".")
     for parent in parents:
