@@ -44,6 +44,9 @@ class Toy(nn.Module):
     def matrix_parameters(self) -> set[str]:
         return {n for n, p in self.named_parameters() if p.ndim >= 2 and n != "position"}
 
+    def reading_order(self) -> list[str]:
+        return [name for name, _ in self.named_parameters()]
+
     def trunk(self, tokens: Tensor) -> Tensor:
         hidden = torch.tanh(self.first(tokens))
         hidden = self.norm.scaled(hidden + self.second(hidden))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from engine_toy import toy_model
+from test_chunks import RECOMPUTED, passes, small
 
 from unite_fast.analysis.overlap import departures
 from unite_fast.config import ModelConfig
@@ -139,10 +141,42 @@ def test_stages_go_from_the_last_parameter_to_the_first(monkeypatch):
     assert names == list(reversed(groups[0][1]))
 
 
+@pytest.mark.parametrize(
+    ("modality", "model"), [("images", {}), ("images", RECOMPUTED), ("images", {"shared": False}), ("molecules", {})]
+)
+def test_a_step_ends_with_gradients_in_the_reverse_of_the_reading_order(modality, model):
+    network, run = passes(small(modality, model=model, flow_draws=2, draws_per_chunk=1), 2)
+    order = network.reading_order()
+    assert sorted(order) == sorted(name for name, _ in network.named_parameters())
+    number, last = 0, {}
+
+    def final(name):
+        nonlocal number
+        last[name] = number = number + 1
+
+    for name, parameter in network.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: final(name))
+    run()
+
+    def part(name):
+        """A block, a Linear of the modulation, the norm between both, or all that stands before them."""
+        _, kind, index, *_ = [*name.split("."), ""]
+        if kind in ("blocks", "modulation"):
+            return f"{kind} {index}"
+        return kind if kind in ("opening_norm", "final_modulation", "final") else "front"
+
+    encoder = "encoder" if network.config.shared else "denoiser"
+    inside = [name for name in order if name.startswith(f"{encoder}.") and name in last]
+    read = [key for key, _ in groupby(map(part, inside))]
+    assert len(read) == len(set(read)) == 2 * network.config.depth + 4
+    found = [key for key, _ in groupby(map(part, sorted(inside, key=last.__getitem__)))]
+    assert found == read[::-1]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("ranks", [8, 256])
 def test_most_of_b_can_leave_before_its_last_backward_ends(stage, ranks):
-    """Decoder at once, then the blocks; last the modulation's fifth, which one product makes for all blocks."""
+    """Decoder at once, then block by block, each with its modulation."""
     leaving = departures(ModelConfig(preset="B"), "muon", ranks=ranks, stage=stage)
     whole = sum(window.elements for window in leaving)
     assert whole == pytest.approx(217_643_616, rel=1e-4)

@@ -42,7 +42,8 @@ def departures(model: Sizes, kind: str, *, ranks: int, stage: int, phase: str = 
         phase: of the last backward: "flow", or "reconstruct" where the flow sends its gradient into pass one.
     """
     built = network_of(model)
-    sizes = {name: p.numel() for name, p in built.named_parameters() if p.requires_grad}
+    parameters = dict(built.named_parameters())
+    sizes = {name: parameters[name].numel() for name in built.reading_order() if parameters[name].requires_grad}
     work = {n: size if reads(model, phase, n) and not A_SAMPLE.search(n) else 0 for n, size in sizes.items()}
     done = dict(zip(reversed(sizes), accumulate(reversed(work.values())), strict=True))
     after = {name: done[name] / sum(work.values()) if reads(model, phase, name) else 0.0 for name in sizes}

@@ -36,7 +36,7 @@ class Weights(NamedTuple):
     """The trained parameters of a model.
 
     Attributes:
-        matrices: [rows, columns] of what Muon updates, in the model's order; empty under AdamW alone.
+        matrices: [rows, columns] of what Muon updates, in the order in which the model reads them; empty under AdamW.
         adamw: elements of the rest.
         without_gradient: elements among them that no pass reads (published checkpoints carry them).
         reconstruct, flow: elements of each parameter that a pass of this name reads.

@@ -85,7 +85,7 @@ class DeepSpeedBackend:
         deepspeed = import_deepspeed(world.device)
         self._stage, self._clip, self._world = config.train.zero_stage, config.optimizer.clip_norm, world
         self._optimizer = optimizer
-        places = {name: place for place, (name, _) in enumerate(forward.model.named_parameters())}
+        places = {name: place for place, name in enumerate(forward.model.reading_order())}
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._parameters = {name: p for _, group in groups for name, p in group.items()}
         shapes = {name: p.shape for name, p in self._parameters.items()}  # ZeRO 3 empties the parameters

@@ -31,10 +31,11 @@ Groups = Sequence[tuple[str, Mapping[str, nn.Parameter]]]  # (kind, parameters b
 
 
 def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Parameter]]:
-    """Trained parameters by optimizer, in the model's order.
+    """Trained parameters by optimizer, in the order in which the model reads them.
 
     Args:
-        model: for "muon" it must say which parameters are matrices: `matrix_parameters() -> set[str]`.
+        model: must say that order, `reading_order() -> list[str]`, and for "muon" which parameters are matrices,
+            `matrix_parameters() -> set[str]`.
         kind: "muon" or "adamw".
 
     Returns:
@@ -42,7 +43,9 @@ def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Para
     """
     matrices = model.matrix_parameters() if kind == "muon" else set()
     groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "adamw": {}}
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name in model.reading_order():
+        parameter = parameters[name]
         if parameter.requires_grad:
             groups["muon" if name in matrices else "adamw"][name] = parameter
     return {kind: group for kind, group in groups.items() if group}
@@ -55,7 +58,7 @@ def stages(sizes: Sequence[int]) -> list[list[int]]:
     group can be reduced, by all ranks' links at once, while the backward is still at the others.
 
     Args:
-        sizes: elements of the parameters in the model's order.
+        sizes: elements of the parameters in the order in which the model reads them.
     """
     cut = max(sum(sizes) / MAX_STAGES, STAGE_ELEMENTS)
     found: list[list[int]] = [[]]

@@ -79,13 +79,9 @@ class GenerativeEncoder(nn.Module):
         """
         label = self.label(labels)
         condition = F.silu(self.time(t) + label)
-        modulation = [Modulation(*linear(condition).chunk(6, dim=-1)) for linear in self.modulation]
-        final_shift, final_scale = self.final_modulation(condition).chunk(2, dim=-1)
-        following = [(m.shift1, m.scale1) for m in modulation[1:]] + [(final_shift, final_scale)]
-
         x = self.register_in(latent)
         if packed is not None:
-            return self._packed(x, modulation, following, patches, packed)
+            return self._packed(x, condition, patches, packed)
         x = x + self.register_position.to(x.dtype)
         if patches is not None:
             x = torch.cat([x, patches.to(x.dtype)], dim=1)
@@ -97,22 +93,23 @@ class GenerativeEncoder(nn.Module):
         if self.context_start == 0:
             x, rotary = torch.cat([context, x], dim=1), with_context
 
-        h = uk.rms_norm_modulate(x, self.opening_norm, modulation[0].shift1, modulation[0].scale1)
+        terms = self._terms(0, condition)
+        h = uk.rms_norm_modulate(x, self.opening_norm, *terms[:2])
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
+            following = self._terms(index + 1, condition)
             prepend = context if index + 1 == self.context_start else None
             keep = slice(rotary.unrotated, rotary.unrotated + self.registers) if index == last else None
-            arguments = (x, h, modulation[index], *following[index], rotary, keep, prepend)
-            x, h = self._run(block, arguments)
+            x, h = self._run(block, (x, h, Modulation(*terms), *following[:2], rotary, keep, prepend))
             if prepend is not None:
                 rotary = with_context
+            terms = following
         return self.final(h)
 
     def _packed(
         self,
         x: Tensor,
-        modulation: list[Modulation],
-        following: list[tuple[Tensor, Tensor]],
+        condition: Tensor,
         patches: Tensor | None,
         packed: Packed,
     ) -> Tensor:
@@ -125,13 +122,43 @@ class GenerativeEncoder(nn.Module):
             position = position.repeat(2).index_select(0, packed.pairs.order)
         rotary = Rotary(self.rotary_cos.index_select(0, position), self.rotary_sin.index_select(0, position), 0)
         x = x[None]
-        h = uk.rms_norm_modulate(x, self.opening_norm, modulation[0].shift1, modulation[0].scale1, spans=spans)
+        terms = self._terms(0, condition)
+        h = uk.rms_norm_modulate(x, self.opening_norm, *terms[:2], spans=spans)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
+            following = self._terms(index + 1, condition)
             rows = keep if index == last else None
-            arguments = (x, h, modulation[index], *following[index], rotary, rows, None, spans, packed.spans)
+            arguments = (x, h, Modulation(*terms), *following[:2], rotary, rows, None, spans, packed.spans)
             x, h = self._run(block, arguments)
+            terms = following
         return self.final(h[0])
+
+    def _terms(self, index: int, condition: Tensor) -> tuple[Tensor, ...]:
+        """Modulation terms [B, C] of block `index`, or of the final layer behind the last one; shift and scale first.
+
+        Each made right before the block that reads it first, not all in front: so their Linears' gradients, a quarter
+        of all, become final block by block in a backward, and are reduced across ranks while it still runs.
+        """
+        linear = self.modulation[index] if index < len(self.modulation) else self.final_modulation
+        return linear(condition).split(condition.shape[-1], dim=-1)
+
+    def reading_order(self) -> list[str]:
+        """Names of the parameters in the order in which `forward` first reads them.
+
+        A backward makes their gradients final in the reverse order.
+        """
+        depth = len(self.blocks)
+        single = {"opening_norm": -1, "final_modulation": 2 * depth - 2, "final": 2 * depth}
+
+        def place(name: str) -> int:
+            part, index, *_ = [*name.split("."), ""]
+            if part == "blocks":
+                return 2 * int(index) + 1
+            if part == "modulation":  # the block before reads it, too
+                return 2 * int(index) - 2
+            return single.get(part, -3)
+
+        return sorted((name for name, _ in self.named_parameters()), key=place)
 
     def _run(self, block: Block, arguments: tuple) -> tuple[Tensor, Tensor]:
         if self.checkpoint_activations and torch.is_grad_enabled():

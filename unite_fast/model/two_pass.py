@@ -98,6 +98,17 @@ class TwoPassModel(nn.Module, ABC):
     def _denoiser(self) -> tuple[GenerativeEncoder, LatentNorm]:
         return (self.encoder, self.latent_norm) if self.config.shared else (self.denoiser, self.denoiser_norm)
 
+    def reading_order(self) -> list[str]:
+        """Names of the parameters in the order in which the training passes first read them.
+
+        A backward makes their gradients final in the reverse order, as far as it reads them.
+        """
+        found = []
+        for part, module in self.named_children():
+            inside = module.reading_order() if isinstance(module, GenerativeEncoder) else dict(module.named_parameters())
+            found += [f"{part}.{name}" for name in inside]
+        return found
+
     def matrix_parameters(self) -> set[str]:
         """Names of the parameters that Muon updates (UNITE, optimisation).
 
