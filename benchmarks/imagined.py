@@ -86,6 +86,7 @@ def imagined() -> Iterator[torch.device]:
         mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 16, create=True),
         mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()),
         mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch.object(torch, "clear_autocast_cache", _CASTS.clear),
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, attend)),
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _convolution_format),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -249,12 +250,21 @@ def _cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...]) -> Any:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# id() of a weight -> it and its cast, which CUDA's autocast keeps until its outermost context ends.
+_CASTS: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def _to_lower(operator, args, kwargs):
-    # CUDA's autocast keeps the cast of a weight for its context's time. No weight is read twice in one here.
-    dtype = torch.get_autocast_dtype(NAME)
-    return _cast(args, dtype, _FLOATS), {name: _cast(value, dtype, _FLOATS) for name, value in kwargs.items()}
+    return tree_map_only(Tensor, _lower, (args, kwargs))
+
+
+def _lower(tensor: Tensor) -> Tensor:
+    weight = tensor.dtype == torch.float32 and tensor.is_leaf and tensor.requires_grad
+    if not weight or not torch.is_autocast_cache_enabled():
+        return _cast(tensor, torch.get_autocast_dtype(NAME), _FLOATS)
+    if id(tensor) not in _CASTS:
+        _CASTS[id(tensor)] = tensor, _cast(tensor, torch.get_autocast_dtype(NAME), _FLOATS)
+    return _CASTS[id(tensor)][1]
 
 
 def _to_float32(operator, args, kwargs):

@@ -1,10 +1,14 @@
 """The two-pass step: the one-graph gradients at flat memory, from addressed draws."""
 
+from collections import Counter
+
 import pytest
 import torch
 from test_model import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast.config import LpipsConfig, ObjectiveConfig
+from unite_fast.engine.backend import AutocastForward
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_step
 
@@ -106,6 +110,44 @@ def test_peak_memory_does_not_grow_with_the_number_of_draws():
 
     assert measure(40, True) == measure(1, True)
     assert measure(8, False) > 2 * measure(1, False)  # what the step avoids, and proof that the meter sees it
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_weight_is_cast_once_for_all_passes(stop_gradient, recomputed):
+    """Under autocast, and gradients are bit for bit those of passes that cast for themselves."""
+    model = tiny(checkpoint_activations=recomputed)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    goal = objective(model, flow_draws=3, draws_per_chunk=1, stop_gradient=stop_gradient)
+    images, labels, shape = batch(model)
+    engine = Accumulating(AutocastForward(model, torch.bfloat16))
+    places = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    found = {}
+    for cached in (True, False):
+        casts = Counter()
+
+        class Casts(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, casts=casts):
+                if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in places:
+                    casts[places[args[0].data_ptr()]] += 1
+                return function(*args, **(kwargs or {}))
+
+        model.zero_grad()
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(cached)
+        try:
+            with Casts():
+                two_pass_step(engine, goal, images, labels, draws(goal.config), shape=shape)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+        found[cached] = casts, gradients(model)
+    once, often = found[True][0], found[False][0]
+    del once["encoder.register_position"], often["encoder.register_position"]  # added, not multiplied: cast in each pass
+    assert len(once) > 20 and set(once.values()) == {1} and once.keys() == often.keys()
+    assert max(often.values()) >= 4
+    for name, gradient in found[False][1].items():
+        assert torch.equal(found[True][1][name], gradient), name
 
 
 def test_draws_depend_on_seed_step_and_stream_alone():

@@ -163,6 +163,22 @@ def two_pass_step(
     Returns:
         Losses before the weight, detached.
     """
+    # Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, the
+    # casts of pass one serve all passes, and one gradient flows through each cast after the other.
+    with torch.autocast(labels.device.type, enabled=False):
+        return _passes(engine, objective, data, labels, draws, shape, weight, last)
+
+
+def _passes(
+    engine: Backend,
+    objective: TwoPassObjective,
+    data: Any,
+    labels: Tensor,
+    draws: Draws,
+    shape: torch.Size,
+    weight: float,
+    last: bool,
+) -> StepLosses:
     config = objective.config
     loss, terms, z0 = objective.reconstruction(engine, data, draws, shape)
     if config.stop_gradient:
