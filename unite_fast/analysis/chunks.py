@@ -1,7 +1,7 @@
 """How many flow draws share one forward and backward, where `objective.draws_per_chunk` is auto.
 
-Every chunk reads and casts the weights, launches the kernels and adds up the weights' gradients once more, so few large
-chunks are cheaper; their activations are what limits them. The chunk changes no random number, only rounding.
+Every chunk reads the weights, launches the kernels and adds up the weights' gradients once more, so few large chunks are
+cheaper; their activations are what limits them. The chunk changes no random number, only rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def resolve_chunk(
     """The run with a number of draws a chunk: the given one, or what `auto` stands for.
 
     That is the neutral chunk, the largest that is predicted to need no more memory than single draws do: pass one,
-    whose activations and casts are gone when the draws run, has needed as much already. Where its graph waits for the
+    whose activations are gone when the draws run, has needed as much already. Where its graph waits for the
     flow's gradient instead (stop_gradient off), every further draw costs memory, and the neutral chunk is one draw.
 
     Args:
