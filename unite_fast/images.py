@@ -84,7 +84,7 @@ class Images:
     def counted(
         self, config: Config, extent: Extent, *, dtype: Dtype, device: Literal["cuda", "cpu"]
     ) -> dict[str, tuple[Part, int]]:
-        parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
+        parts = step_parts(config.model, config.objective, dtype=dtype, device=device, fp8=config.train.fp8)
         return {name: (part, extent.samples) for name, part in parts.items()}
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:

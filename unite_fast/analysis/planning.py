@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
 from unite_fast.analysis.counts import Rates, repeats
-from unite_fast.analysis.devices import Gpu, Network
+from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
@@ -61,7 +61,7 @@ class Plan:
         extent: of a micro-batch in the mean.
         memory: of a rank, on the busiest micro-batch. fits: whether it does.
         seconds: of a step.
-        mfu: counted operations a second over the device's stated peak.
+        mfu: counted operations a second over the device's stated peak in bfloat16, under train.fp8 as well.
     """
 
     stage: int
@@ -102,15 +102,22 @@ def plan(
             largest that fits is taken, with the largest samples that could come, and then of draws_per_chunk `auto` the
             largest beside it, as the trainer measures both.
         ranks: GPUs.
-        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
+        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8, which it refuses.
         efficiency: of compute and update, as a share of the counted floor.
         population: its training samples; those of `Modality.population` if None.
 
     Raises:
-        UserError: the ranks cannot share the global batch.
+        UserError: the ranks cannot share the global batch, or train.fp8 is on and the GPU has no FP8.
     """
-    if stage == 3 and config.optimizer.kind == "muon":
-        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw"})})
+    if config.train.fp8 and gpu.fp8 is None:
+        raise UserError(
+            f"train.fp8 needs a GPU with FP8 products ({', '.join(other.name for other in GPUS if other.fp8)}), "
+            f"{gpu.name} has none: set train.fp8 to false"
+        )
+    if stage == 3:
+        optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
+        train = config.train.model_copy(update={"fp8": False})
+        config = config.model_copy(update={"optimizer": optimizer, "train": train})
     train = config.train
     if train.micro_batch == "auto" or train.micro_batch is None:
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
@@ -179,6 +186,13 @@ def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
         else:
             seconds += sum(part.floor(samples, rates))
     return seconds
+
+
+def fp8_share(config: Config, extent: Extent) -> float:
+    """Share of the operations of both passes on micro-batches of this extent that run in FP8; 0 without train.fp8."""
+    counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    taken = sum(part.in_fp8 * n * repeats(name, config.objective) for name, (part, n) in counted.items())
+    return taken / counted_operations(config, extent)
 
 
 def last_backward(config: Config, rates: Rates, extent: Extent) -> float:

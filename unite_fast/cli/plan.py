@@ -102,7 +102,8 @@ def plan(
             _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
         _print_chunks(plans, scaled)
-        _print_assumptions(device, links, share, efficiency is None, population)
+        in_fp8 = planning.fp8_share(run, plans[0].extent)
+        _print_assumptions(device, links, share, efficiency is None, population, in_fp8)
         if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
 
@@ -235,13 +236,24 @@ def _print_chunks(plans: list[Plan], scaled: list[Plan]) -> None:
     out().print(f"· {text}", markup=False, soft_wrap=True)
 
 
-def _print_assumptions(device, links, efficiency: float, assumed: bool, population: Population) -> None:
-    matmul, copy = device.rates
+def _print_assumptions(
+    device, links, efficiency: float, assumed: bool, population: Population, in_fp8: float
+) -> None:
+    matmul, copy, fp8 = device.rates
     source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
     lines = (
         f"data: {population.source}",
         f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
         f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
+        *(
+            [
+                f"train.fp8: {in_fp8:.0%} of the passes' operations in FP8 at {fp8 / 1e12:.0f} of "
+                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts to eight "
+                "bits not counted; MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned in bf16"
+            ]
+            if in_fp8
+            else []
+        ),
         f"efficiency: {efficiency:g} of the floor that these rates set"
         + (
             " (assumed, what the project's goals on an H200 ask for: no step has been timed on a GPU yet; "

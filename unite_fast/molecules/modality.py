@@ -102,7 +102,9 @@ class Molecular:
     ) -> dict[str, tuple[Part, int]]:
         from unite_fast.molecules.counts import packed_parts
 
-        parts = packed_parts(config.model, config.objective, extent, dtype=dtype, device=device)
+        parts = packed_parts(
+            config.model, config.objective, extent, dtype=dtype, device=device, fp8=config.train.fp8
+        )
         return {name: (part, 1) for name, part in parts.items()}
 
     def report(
