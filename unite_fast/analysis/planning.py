@@ -2,8 +2,9 @@
 
 A step is compute, then communication, then the update. Only gradients overlap: under ZeRO 0 to 2 they travel in windows
 while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the
-α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the
-same step message by message.
+α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. Nothing in a step makes the host wait, so
+it runs ahead, collectives included, and a step takes the longer of all that and of launching its kernels; how far the
+driver lets it run ahead is not modelled. `unite_fast.analysis.simulation` plays the same step message by message.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
 from unite_fast.analysis.counts import Rates, repeats
 from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
+from unite_fast.analysis.launches import host_seconds
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
 from unite_fast.analysis.update import Collective, collectives, flow_passes, update_part
@@ -33,13 +35,23 @@ USABLE_MEMORY = 0.92
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide."""
+    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide.
+
+    Attributes:
+        host: what the host takes meanwhile to launch the step's kernels; 0 where launches are not counted.
+    """
 
     compute: float
     gradients: float
     exchange: float
     weights: float
     update: float
+    host: float
+
+    @property
+    def launching(self) -> float:
+        """What the step takes longer because of the host."""
+        return max(0.0, self.host - self.compute - self.communication - self.update)
 
     @property
     def communication(self) -> float:
@@ -47,7 +59,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.communication + self.update
+        return self.compute + self.launching + self.communication + self.update
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,8 @@ def step_time(
             gradients += seconds
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks).floor(1, rates)[0]
     compute = accumulation * compute_time(config, rates, extent)
-    return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency)
+    host = host_seconds(config, accumulation)
+    return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency, host)
 
 
 def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
@@ -269,6 +282,7 @@ def scaling(
 
 LOSSES = {
     "compute": "small micro-batches, which read all weights for few samples",
+    "launching": "launching kernels, as many for a few samples as for many",
     "gradients": "reducing the gradients behind the last backward",
     "exchange": "exchanging matrices for Muon",
     "weights": "gathering the weights",
