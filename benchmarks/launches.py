@@ -23,6 +23,7 @@ from subjects import CONFIGS
 
 from unite_fast.analysis.chunks import resolve_chunk
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.launches import HOST_SECONDS
 from unite_fast.analysis.planning import compute_time
 from unite_fast.analysis.update import trained_weights, update_part
 from unite_fast.config import Config
@@ -37,8 +38,6 @@ from unite_fast.molecules.stream import MoleculeBatch
 from unite_fast.objective.perceptual import Lpips
 
 BEGIN, END = "<!-- launches: written by launches.py -->\n", "<!-- end of launches -->\n"
-# Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
-HOST_SECONDS = (5e-6, 10e-6)
 DRAWS = (3, 14)
 MOLECULES = "qm9_s.json"
 KINDS = {

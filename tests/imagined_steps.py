@@ -26,6 +26,7 @@ from molecule_subjects import typical_counts
 from runs import settings
 
 import unite_kernels as uk
+from unite_fast.analysis.launches import step_launches
 from unite_fast.analysis.update import update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import Batch
@@ -248,6 +249,29 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
     limit = first.limited_below(first.floor(7))
     assert limit == 7 and first.floor(7) == step_floor(small(tmp_path, objective=losses[1]), 7)
     assert len(table({"a": first, "b": found[2]})) == 9
+
+
+@pytest.mark.parametrize(
+    ("file", "depths", "draws", "chunk", "accumulation"),
+    [
+        ("b_h100.json", (6, 2), 3, 1, 2),
+        ("b_h100.json", (5, 3), 14, 5, 1),
+        ("l_h100.json", (6, 1), 3, 2, 1),
+        ("qm9_s.json", (3, 2), 4, 2, 1),
+        ("qm9_s.json", (2, 3), 2, 2, 2),
+    ],
+)
+def test_the_plans_launches_are_those_of_the_step(file, depths, draws, chunk, accumulation):
+    """Within 1 %: what is not exact is how the update's lists are cut."""
+    encoder, decoder = depths
+    sizes = Config.load(CONFIGS / file).model
+    model = {"preset": sizes.preset, "depth": encoder, "decoder": {"preset": sizes.decoder.preset, "depth": decoder}}
+    sections = [f"model={json.dumps(model)}", f"objective.flow_draws={draws}", f"objective.draws_per_chunk={chunk}"]
+    config = preset(file, *sections)
+    with imagined.imagined() as device:
+        made = images_ahead(config, 2, device) if config.modality == "images" else molecules(config, 2)
+        watch = ImaginedRun(config, device, Batch(2, accumulation, 2 * accumulation), made).watched()
+    assert step_launches(config, accumulation) == pytest.approx(watch.total, rel=0.01)
 
 
 @pytest.mark.skipif(

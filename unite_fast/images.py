@@ -22,6 +22,7 @@ from unite_fast.objective.two_pass import Objective
 
 if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
+    from unite_fast.analysis.launches import PassLaunches
 
 
 IMAGENET_IMAGES = 1_281_167
@@ -84,8 +85,13 @@ class Images:
     def counted(
         self, config: Config, extent: Extent, *, dtype: Dtype, device: Literal["cuda", "cpu"]
     ) -> dict[str, tuple[Part, int]]:
-        parts = step_parts(config.model, config.objective, dtype=dtype, device=device)
+        parts = step_parts(config.model, config.objective, dtype=dtype, device=device, fp8=config.train.fp8)
         return {name: (part, extent.samples) for name, part in parts.items()}
+
+    def launches(self, config: Config) -> PassLaunches:
+        from unite_fast.analysis.launches import image_launches
+
+        return image_launches(config)
 
     def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
         return Report(config, folder, world, engine, stream.classes, stream.mode)

@@ -27,6 +27,7 @@ from unite_fast.objective.two_pass import TwoPassObjective
 if TYPE_CHECKING:
     from unite_fast.analysis.counts import Dtype, Part
     from unite_fast.analysis.isolated import Isolated
+    from unite_fast.analysis.launches import PassLaunches
     from unite_fast.engine.engine import Engine
     from unite_fast.engine.report import Report
 
@@ -104,6 +105,9 @@ class Modality(Protocol):
 
         "denoise" counts one draw.
         """
+
+    def launches(self, config: Any) -> PassLaunches:
+        """Kernels that a micro-batch of the run launches on a GPU."""
 
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
         """What the run leaves for people."""

@@ -4,6 +4,9 @@ One operator is one row: what it computes and moves for one image (in the denois
 A multiply-add counts as two operations, and only matrix products, attention and convolutions count; a backward pass
 costs one more product for each gradient that is really taken (Linears that read data take none for their input).
 Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
+Under `train.fp8` the products that it takes count at the FP8 rate, with the bytes of bfloat16: the casts to eight bits
+(a pass over each operand for its scale, one that writes it) cost more than that, narrower operands less, and neither is
+counted.
 
 Shapes: K registers, P patches, M context tokens, N tokens of a sequence, C width, H heads, S flow draws.
 """
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from unite_fast.config import ModelConfig, ObjectiveConfig
+from unite_fast.engine.fp8 import takes
 
 TIME_FEATURES = 512  # sines and cosines of 256 frequencies (UNITE, condition c)
 # VGG16 up to relu5_3 (Simonyan & Zisserman 2015): channels of each stage's convolutions, a 2×2 pool between stages.
@@ -25,8 +29,9 @@ Dtype = Literal["bf16", "fp32"]
 class Rates(NamedTuple):
     """What a device reaches: operations a second of large matrix products, bytes a second of a large copy."""
 
-    matmul: float
+    matmul: float  # in bfloat16, or in float32 where that is what is computed in
     copy: float  # bytes read and bytes written, both counted
+    fp8: float | None = None  # operations a second of products in FP8; None: `matmul` stands for them, too
 
 
 class Op(NamedTuple):
@@ -40,6 +45,7 @@ class Op(NamedTuple):
         trained: whether its backward adds a gradient of the weights.
         block: belongs to a transformer block of the encoder, which activation checkpointing recomputes.
         wide: computes in float32 whatever the compute dtype, so its weights are not cast.
+        fp8: all its products are what `train.fp8` computes in FP8.
     """
 
     name: str
@@ -52,6 +58,7 @@ class Op(NamedTuple):
     trained: bool = True
     block: int | None = None
     wide: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,14 @@ class Part:
         ops: operators; for one image, of "denoise" for one draw of one image.
         recomputes: the encoder's blocks run forward again inside the backward pass.
         width: bytes of a number in the compute dtype.
+        fp8: `train.fp8` is on.
     """
 
     name: str
     ops: tuple[Op, ...]
     recomputes: bool
     width: int
+    fp8: bool = False
 
     @property
     def forward(self) -> int:
@@ -89,6 +98,11 @@ class Part:
     def operations(self) -> int:
         """Forward and backward, without recomputation."""
         return self.forward + self.backward
+
+    @property
+    def in_fp8(self) -> int:
+        """Those of `operations` that run in FP8."""
+        return sum(op.forward + op.backward for op in self.ops if op.fp8) if self.fp8 else 0
 
     @property
     def saved(self) -> int:
@@ -112,13 +126,14 @@ class Part:
         """
         forward = backward = 0.0
         for op in self.ops:
+            rate = rates.fp8 if self.fp8 and op.fp8 and rates.fp8 is not None else rates.matmul
             once = max(
-                images * op.forward / rates.matmul,
+                images * op.forward / rate,
                 (images * op.forward_bytes + self.width * op.weights) / rates.copy,
             )
             forward += once
             backward += max(
-                images * op.backward / rates.matmul,
+                images * op.backward / rate,
                 (images * op.backward_bytes + self._weight_bytes(op)) / rates.copy,
             )
             if self.recomputes and op.block is not None:
@@ -135,6 +150,7 @@ def step_parts(
     *,
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
+    fp8: bool = False,
     whole_last_block: bool = False,
 ) -> dict[str, Part]:
     """The parts of a training step by name: tokenize, decode, lpips (where it has a weight), denoise.
@@ -143,6 +159,7 @@ def step_parts(
         model, objective: sizes and losses.
         dtype: what matrix products compute in.
         device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
+        fp8: `train.fp8`.
         whole_last_block: the encoder's last block carries all its tokens to the end, as the published code does and as
             the project's floors are counted, in place of the registers that are read.
     """
@@ -157,9 +174,11 @@ def step_parts(
         parts["lpips"] = _lpips(sizes, objective.lpips.dropout)
     order = [name for name in ("tokenize", "decode", "lpips", "denoise") if name in parts]
     return {
-        name: Part(name, tuple(parts[name]), model.checkpoint_activations and name in ("tokenize", "denoise"), width)
+        name: Part(
+            name, tuple(parts[name]), model.checkpoint_activations and name in ("tokenize", "denoise"), width, fp8
+        )
         for name in order
-    }
+    }  # fmt: skip
 
 
 def image_operations(
@@ -197,7 +216,10 @@ def linear_op(
     name: str, rows: int, inputs: int, outputs: int, width: int, *, input_grad: bool = True, saves: bool = True,
     block: int | None = None,
 ) -> Op:  # fmt: skip
-    """[rows, inputs] -> [rows, outputs]; `saves` where nobody before has kept the input."""
+    """[rows, inputs] -> [rows, outputs]; `saves` where nobody before has kept the input.
+
+    Its name is that of the Linear with a space for an underscore; outside the blocks none is called as one of theirs.
+    """
     product = 2 * rows * inputs * outputs
     return Op(
         name,
@@ -209,6 +231,7 @@ def linear_op(
         weights=inputs * outputs,
         block=block,
         wide=width == DTYPE_BYTES["fp32"],
+        fp8=takes(name.replace(" ", "_"), inputs, outputs),
     )
 
 

@@ -1,6 +1,7 @@
 """Known GPUs and links: what their makers state, and what was measured.
 
-Operations are dense bfloat16 with float32 sums; bandwidths are bytes a second, those of links in one direction.
+Operations are dense with float32 sums, bfloat16 unless FP8 is said; bandwidths are bytes a second, those of links in
+one direction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from unite_fast.errors import UserError
 
 GIB = 2**30
 # One device has been measured, an NVIDIA H200 (SXM): large bfloat16 products reach 790 of the stated 989 TFLOP/s, a
-# large copy 4.3 of 4.8 TB/s. Others are assumed to reach the same shares of what their datasheets state.
+# large copy 4.3 of 4.8 TB/s. Others are assumed to reach the same shares of what their datasheets state, and so are
+# products in FP8, which have been measured nowhere.
 MATMUL_SHARE, COPY_SHARE = 790 / 989, 4.3 / 4.8
 
 
@@ -27,6 +29,7 @@ class Gpu(NamedTuple):
         torch_name: what torch.cuda.get_device_name holds for it.
         memory: bytes.
         matmul, memory_bandwidth: stated peaks.
+        fp8: stated peak of products in FP8; None where it has none.
         link: to its neighbours in the node, a direction: NVLink, or PCIe where there is none.
         measured: whether `rates` come from a measurement of this very device.
     """
@@ -35,6 +38,7 @@ class Gpu(NamedTuple):
     torch_name: str
     memory: int
     matmul: float
+    fp8: float | None
     memory_bandwidth: float
     link: float
     measured: bool = False
@@ -42,24 +46,28 @@ class Gpu(NamedTuple):
     @property
     def rates(self) -> Rates:
         """What large products and copies reach: measured on the H200, the same shares of the peak elsewhere."""
-        return Rates(self.matmul * MATMUL_SHARE, self.memory_bandwidth * COPY_SHARE)
+        fp8 = None if self.fp8 is None else self.fp8 * MATMUL_SHARE
+        return Rates(self.matmul * MATMUL_SHARE, self.memory_bandwidth * COPY_SHARE, fp8)
 
 
 # From NVIDIA's datasheets of each product. More specific torch names stand first: the first match counts.
 GPUS = tuple(
-    Gpu(name, torch_name, memory * GIB, matmul * 1e12, bandwidth * 1e9, link * 1e9, name == "h200")
-    for name, torch_name, memory, matmul, bandwidth, link in (
-        ("b200", "B200", 180, 2250, 8000, 900),
-        ("h200", "H200", 141, 989, 4800, 450),
-        ("h100-pcie", "H100 PCIe", 80, 756, 2000, 64),
-        ("h100-80", "H100", 80, 989, 3350, 450),
-        ("a100-40", "A100-SXM4-40GB", 40, 312, 1555, 300),
-        ("a100-40-pcie", "A100-PCIE-40GB", 40, 312, 1555, 32),
-        ("a100-80", "A100", 80, 312, 2039, 300),
-        ("l40s", "L40S", 48, 362, 864, 32),
-        ("rtx5090", "RTX 5090", 32, 209.5, 1792, 64),
-        ("rtx4090", "RTX 4090", 24, 165.2, 1008, 32),
-        ("rtx3090", "RTX 3090", 24, 71, 936, 32),
+    Gpu(
+        name, torch_name, memory * GIB, matmul * 1e12, None if fp8 is None else fp8 * 1e12, bandwidth * 1e9, link * 1e9,
+        name == "h200",
+    )  # fmt: skip
+    for name, torch_name, memory, matmul, fp8, bandwidth, link in (
+        ("b200", "B200", 180, 2250, 4500, 8000, 900),
+        ("h200", "H200", 141, 989, 1979, 4800, 450),
+        ("h100-pcie", "H100 PCIe", 80, 756, 1513, 2000, 64),
+        ("h100-80", "H100", 80, 989, 1979, 3350, 450),
+        ("a100-40", "A100-SXM4-40GB", 40, 312, None, 1555, 300),
+        ("a100-40-pcie", "A100-PCIE-40GB", 40, 312, None, 1555, 32),
+        ("a100-80", "A100", 80, 312, None, 2039, 300),
+        ("l40s", "L40S", 48, 362, 733, 864, 32),
+        ("rtx5090", "RTX 5090", 32, 209.5, 419, 1792, 64),
+        ("rtx4090", "RTX 4090", 24, 165.2, 330.3, 1008, 32),
+        ("rtx3090", "RTX 3090", 24, 71, None, 936, 32),
     )
 )
 
@@ -89,6 +97,9 @@ def recognise(device_name: str) -> Gpu | None:
 def stated_peak(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Operations a second that the maker states for this device in bfloat16; None for CPUs, unknown GPUs and other
     dtypes (None stands for float32), which MFU is then not given for.
+
+    MFU is relative to it under `train.fp8` as well: a run's MFU with FP8 and without then compare as its speeds do. A
+    peak mixed of both rates would make MFU fall where FP8 makes the step faster.
     """
     if device.type != "cuda" or dtype is not torch.bfloat16:
         return None

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 MEMORY = ("weights", "gradients", "optimizer", "ema", "frozen", "casts", "activations")
 PALETTE = ("#1f2937", "#2563eb", "#7c3aed", "#db2777", "#9ca3af", "#84cc16", "#bfdbfe")
-TIMES = (("compute", "compute"), ("gradients", "reduce gradients"), ("exchange", "exchange for Muon"),
-         ("weights", "gather weights"), ("update", "update"))  # fmt: skip
+# Of a step, from the axis up: what of its seconds, its label, its colour.
+TIMES = (("compute", "compute", "#bfdbfe"), ("launching", "wait for the host", "#9ca3af"),
+         ("gradients", "reduce gradients", "#2563eb"), ("exchange", "exchange for Muon", "#db2777"),
+         ("weights", "gather weights", "#f59e0b"), ("update", "update", "#1f2937"))  # fmt: skip
 
 
 def plan_picture(
@@ -75,7 +77,7 @@ def _memory(axes: Any, plans: list[Plan], capacity: int, unit: str) -> None:
 def _time(axes: Any, plans: list[Plan]) -> None:
     names = [str(p.ranks) for p in plans]
     bottom = [0.0] * len(plans)
-    for (key, label), colour in zip(TIMES, ("#bfdbfe", "#2563eb", "#db2777", "#f59e0b", "#1f2937"), strict=True):
+    for key, label, colour in TIMES:
         heights = [100 * getattr(p.seconds, key) / p.seconds.total for p in plans]
         axes.bar(names, heights, bottom=bottom, color=colour, label=label, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

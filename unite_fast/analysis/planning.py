@@ -2,8 +2,9 @@
 
 A step is compute, then communication, then the update. Only gradients overlap: under ZeRO 0 to 2 they travel in windows
 while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the
-α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. `unite_fast.analysis.simulation` plays the
-same step message by message.
+α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. Nothing in a step makes the host wait, so
+it runs ahead, collectives included, and a step takes the longer of all that and of launching its kernels; how far the
+driver lets it run ahead is not modelled. `unite_fast.analysis.simulation` plays the same step message by message.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
 from unite_fast.analysis.counts import Rates, repeats
-from unite_fast.analysis.devices import Gpu, Network
+from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
+from unite_fast.analysis.launches import host_seconds
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
 from unite_fast.analysis.update import Collective, collectives, flow_passes, update_part
@@ -33,13 +35,23 @@ USABLE_MEMORY = 0.92
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide."""
+    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide.
+
+    Attributes:
+        host: what the host takes meanwhile to launch the step's kernels; 0 where launches are not counted.
+    """
 
     compute: float
     gradients: float
     exchange: float
     weights: float
     update: float
+    host: float
+
+    @property
+    def launching(self) -> float:
+        """What the step takes longer because of the host."""
+        return max(0.0, self.host - self.compute - self.communication - self.update)
 
     @property
     def communication(self) -> float:
@@ -47,7 +59,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.communication + self.update
+        return self.compute + self.launching + self.communication + self.update
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Plan:
         extent: of a micro-batch in the mean.
         memory: of a rank, on the busiest micro-batch. fits: whether it does.
         seconds: of a step.
-        mfu: counted operations a second over the device's stated peak.
+        mfu: counted operations a second over the device's stated peak in bfloat16, under train.fp8 as well.
     """
 
     stage: int
@@ -102,15 +114,22 @@ def plan(
             largest that fits is taken, with the largest samples that could come, and then of draws_per_chunk `auto` the
             largest beside it, as the trainer measures both.
         ranks: GPUs.
-        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices.
+        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8, which it refuses.
         efficiency: of compute and update, as a share of the counted floor.
         population: its training samples; those of `Modality.population` if None.
 
     Raises:
-        UserError: the ranks cannot share the global batch.
+        UserError: the ranks cannot share the global batch, or train.fp8 is on and the GPU has no FP8.
     """
-    if stage == 3 and config.optimizer.kind == "muon":
-        config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw"})})
+    if config.train.fp8 and gpu.fp8 is None:
+        raise UserError(
+            f"train.fp8 needs a GPU with FP8 products ({', '.join(other.name for other in GPUS if other.fp8)}), "
+            f"{gpu.name} has none: set train.fp8 to false"
+        )
+    if stage == 3:
+        optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
+        train = config.train.model_copy(update={"fp8": False})
+        config = config.model_copy(update={"optimizer": optimizer, "train": train})
     train = config.train
     if train.micro_batch == "auto" or train.micro_batch is None:
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
@@ -163,7 +182,8 @@ def step_time(
             gradients += seconds
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks).floor(1, rates)[0]
     compute = accumulation * compute_time(config, rates, extent)
-    return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency)
+    host = host_seconds(config, accumulation)
+    return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency, host)
 
 
 def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
@@ -179,6 +199,13 @@ def compute_time(config: Config, rates: Rates, extent: Extent) -> float:
         else:
             seconds += sum(part.floor(samples, rates))
     return seconds
+
+
+def fp8_share(config: Config, extent: Extent) -> float:
+    """Share of the operations of both passes on micro-batches of this extent that run in FP8; 0 without train.fp8."""
+    counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    taken = sum(part.in_fp8 * n * repeats(name, config.objective) for name, (part, n) in counted.items())
+    return taken / counted_operations(config, extent)
 
 
 def last_backward(config: Config, rates: Rates, extent: Extent) -> float:
@@ -255,6 +282,7 @@ def scaling(
 
 LOSSES = {
     "compute": "small micro-batches, which read all weights for few samples",
+    "launching": "launching kernels, as many for a few samples as for many",
     "gradients": "reducing the gradients behind the last backward",
     "exchange": "exchanging matrices for Muon",
     "weights": "gathering the weights",

@@ -78,7 +78,7 @@ class Measured:
         waiting: seconds of it spent waiting for data; None with made-up data.
         communication: seconds of it inside collectives while nothing is computed; on one rank 0.
         images: samples of a step on this rank, which are images or what `unit` says.
-        mfu: counted operations of a step over its time and the measured matmul rate.
+        mfu: counted operations of a step over its time and the measured matmul rate, under train.fp8 as well.
         unit: what a batch counts, in the plural.
     """
 
@@ -103,8 +103,11 @@ class Measured:
         return floor / (self.step - self.communication - (self.waiting or 0.0))
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Operations a second of a large matrix product in this dtype and bytes a second of a large copy, best of ten."""
+def measure_rates(device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Rates:
+    """Operations a second of a large matrix product in this dtype and bytes a second of a large copy, best of ten.
+
+    With `fp8` that of a product in FP8 as well, on CUDA: a CPU computes such in this dtype.
+    """
     side = MATMUL_SIDE[device.type]
     a = torch.ones(side, side, dtype=dtype, device=device)
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
@@ -112,7 +115,20 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     product = torch.empty_like(a)
     matmul = min(times(lambda: torch.mm(a, a, out=product), device, REPEATS))
     copy = min(times(lambda: target.copy_(source), device, REPEATS))
-    return Rates(2 * side**3 / matmul, 2 * COPY_BYTES[device.type] / copy)
+    in_fp8 = fp8_rate(device) if fp8 and device.type == "cuda" else None
+    return Rates(2 * side**3 / matmul, 2 * COPY_BYTES[device.type] / copy, in_fp8)
+
+
+def fp8_rate(device: torch.device) -> float:
+    """Operations a second of a large product in E4M3 as torchao calls it in a forward pass, without the casts."""
+    side = MATMUL_SIDE[device.type]
+    a = torch.ones(side, side, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones((), device=device)
+
+    def product() -> torch.Tensor:
+        return torch._scaled_mm(a, a.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return 2 * side**3 / min(times(product, device, REPEATS))
 
 
 def times(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
@@ -154,7 +170,7 @@ def measure(
     uk.set_backend(config.train.kernels)
     dtype = autocast_dtype(config, device)
     say(f"measuring the {device.type}'s rates")
-    rates = measure_rates(device, dtype or torch.float32)
+    rates = measure_rates(device, dtype or torch.float32, fp8=config.train.fp8)
     modality = modality_of(config)
     batch, config = _batch(config, world, micro_batch)
     objective = modality.objective(config, device, dtype)

@@ -2,7 +2,8 @@
 
 Every rank has a clock. Computing moves it; a ring moves the clocks of sender and receiver hop by hop, over NVLink
 inside a node and the network between nodes; pieces of matrices for Muon are single messages that queue at the sender's
-and the receiver's adapter. So late ranks, slow links and busy owners cost what they would cost.
+and the receiver's adapter. So late ranks, slow links and busy owners cost what they would cost. A step is over when the
+slowest host has launched it as well.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def simulate(
     """Seconds of one optimizer step as planned, under ZeRO 0, 1 or 2.
 
     Args:
-        jitter: standard deviation of a rank's compute, as a share of it; all ranks wait for the slowest.
+        jitter: standard deviation of a rank's compute, as a share of it, and of its host's time; all ranks wait for
+            the slowest.
     """
     generator = np.random.default_rng(seed)
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
     config = with_chunk(config, planned.draws_per_chunk)
     clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
+    launched = float((planned.seconds.host * slower).max())
     weights = trained_weights(config.model, config.optimizer.kind)
     if ranks > 1:
         backward = last_backward(config, rates, planned.extent) / efficiency * slower
@@ -60,14 +63,14 @@ def simulate(
     )
     rest = update.floor(1, rates)[0] - orthogonal
     if stage == 0:
-        return float(clock.max()) + (rest + orthogonal) / efficiency
+        return max(launched, float(clock.max()) + (rest + orthogonal) / efficiency)
     clock = _all_reduce(clock, FP32, network)
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
     clock = clock + rest / efficiency
     for piece in flat_slices(weights, ranks):
         clock = _ring(clock, FP32 * piece, ranks - 1, network)
-    return float(clock.max())
+    return max(launched, float(clock.max()))
 
 
 def _reduced(

@@ -56,8 +56,9 @@ def plan(
 ) -> None:
     """Predict memory, micro-batch, flow draws a chunk, times, GPU-hours and communication, for each ZeRO stage.
 
-    From counted operations and bytes, a device's rates and stated link speeds; what is an assumption is named below
-    the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and why.
+    From counted operations, bytes and launches, a device's rates and stated link speeds; what is an assumption is named
+    below the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and
+    why.
 
     Example: `unite-fast plan --preset L --gpus 64 --gpu h100-80 --out plan.png`
     """
@@ -102,7 +103,9 @@ def plan(
             _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
         _print_chunks(plans, scaled)
-        _print_assumptions(device, links, share, efficiency is None, population)
+        _print_host(plans, scaled, run)
+        in_fp8 = planning.fp8_share(run, plans[0].extent)
+        _print_assumptions(device, links, share, efficiency is None, population, in_fp8)
         if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
 
@@ -134,7 +137,7 @@ def _row(p: Plan, population: Population, epochs: float, unit: str) -> dict:
         "micro_batch": p.micro_batch, "accumulation": p.accumulation, "global_batch": p.global_batch,
         "draws_per_chunk": p.draws_per_chunk,
         "memory_bytes": vars(p.memory) | {"peak": p.memory.peak},
-        "step_seconds": vars(p.seconds) | {"total": p.seconds.total},
+        "step_seconds": vars(p.seconds) | {"launching": p.seconds.launching, "total": p.seconds.total},
         "communication_share": p.seconds.communication / p.seconds.total,
         f"{unit}_per_second": p.samples_per_second, "mfu": p.mfu,
         "epoch_hours": hours, "gpu_hours": hours * epochs * p.ranks,
@@ -188,20 +191,21 @@ def _short(value: float) -> str:
 
 
 def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: str) -> None:
-    shares = ("com- pute", "gradi- ents", "Muon", "weights", "update")
+    shares = ("com- pute", "host", "gradi- ents", "Muon", "wei- ghts", "up- date")
     table = _table(
         f"the same run on more GPUs, ZeRO {stage}",
         ("GPUs", "batch", "step ms", "simul. ms", f"{unit} /s a GPU", *shares),
     )
     for p, seconds in zip(plans, simulated, strict=True):
-        parts = (p.seconds.compute, p.seconds.gradients, p.seconds.exchange, p.seconds.weights, p.seconds.update)
+        s = p.seconds
+        parts = (s.compute, s.launching, s.gradients, s.exchange, s.weights, s.update)
         table.add_row(
             str(p.ranks),
             f"{p.micro_batch}×{p.accumulation}",
-            _short(p.seconds.total * 1e3),
+            _short(s.total * 1e3),
             _short(seconds * 1e3),
             f"{p.samples_per_second / p.ranks:.1f}",
-            *(f"{value / p.seconds.total:.1%}" for value in parts),
+            *(f"{value / s.total:.0%}" for value in parts),
         )
     out().print(table)
 
@@ -235,13 +239,46 @@ def _print_chunks(plans: list[Plan], scaled: list[Plan]) -> None:
     out().print(f"· {text}", markup=False, soft_wrap=True)
 
 
-def _print_assumptions(device, links, efficiency: float, assumed: bool, population: Population) -> None:
-    matmul, copy = device.rates
+def _print_host(plans: list[Plan], scaled: list[Plan], run: Config) -> None:
+    """Launches, and which steps wait for the host: of the ZeRO stages the table does not say it."""
+    from unite_fast.analysis.launches import HOST_SECONDS, LAUNCH_SECONDS
+
+    if run.train.compile:
+        text = "host: under train.compile launches are fewer and not counted; it may be what limits short steps"
+    else:
+        launches = sorted({round(p.seconds.host / LAUNCH_SECONDS) for p in plans + scaled})
+        stages = [f"ZeRO\u00a0{p.stage}" for p in plans if p.seconds.launching > 0]
+        gpus = [str(p.ranks) for p in scaled if p.seconds.launching > 0]
+        where = [", ".join(stages), f"{', '.join(gpus)} GPUs" if gpus else ""]
+        if len(stages + gpus) == len(plans + scaled):
+            where = ["all of these steps"]
+        low, high = (f"{seconds * 1e6:g}" for seconds in HOST_SECONDS)
+        text = (
+            f"host: {' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches a step at "
+            f"{LAUNCH_SECONDS * 1e6:g} µs each (assumed, {low} to {high}; without those of ZeRO and collectives); "
+            f"it limits {' and '.join(filter(None, where)) or 'none of these steps'}"
+        )
+    out().print(f"· {text}", markup=False, soft_wrap=True)
+
+
+def _print_assumptions(
+    device, links, efficiency: float, assumed: bool, population: Population, in_fp8: float
+) -> None:
+    matmul, copy, fp8 = device.rates
     source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
     lines = (
         f"data: {population.source}",
         f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
         f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
+        *(
+            [
+                f"train.fp8: {in_fp8:.0%} of the passes' operations in FP8 at {fp8 / 1e12:.0f} of "
+                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts to eight "
+                "bits not counted; MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned in bf16"
+            ]
+            if in_fp8
+            else []
+        ),
         f"efficiency: {efficiency:g} of the floor that these rates set"
         + (
             " (assumed, what the project's goals on an H200 ask for: no step has been timed on a GPU yet; "
@@ -254,7 +291,6 @@ def _print_assumptions(device, links, efficiency: float, assumed: bool, populati
         f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
         "memory: bf16 compute with float32 weights and the fused operators, on the largest micro-batch that a long run "
         "draws; at most 92 % of the device (assumed)",
-        "launching is not counted: where a step takes a few milliseconds, it is what limits",
         "ZeRO 3 trains with AdamW (Muon needs whole matrices); its time is that without any layer kept between passes, "
         "its memory that with all kept",
     )

@@ -74,6 +74,7 @@ def profile(
 def _numbers(measured: Measured) -> dict:
     return {
         "matmul_operations_per_second": measured.rates.matmul,
+        "fp8_operations_per_second": measured.rates.fp8,
         "copy_bytes_per_second": measured.rates.copy,
         "step_seconds": measured.step,
         measured.unit: measured.images,
@@ -91,7 +92,7 @@ def _print(measured: Measured, name: str, device: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    matmul, copy = measured.rates
+    matmul, copy, fp8 = measured.rates
     table = Table(
         title=f"{name}: a step of {measured.images} {measured.unit} takes {_ms(measured.step)} ms on this {device}\n"
         f"(milliseconds; floor and share of it; counted GFLOP; MiB that a call allocates)",
@@ -123,8 +124,9 @@ def _print(measured: Measured, name: str, device: str) -> None:
         f"{measured.images / measured.step:.4g} {measured.unit}/s on this rank, {measured.mfu:.1%} of the measured "
         f"matrix rate (MFU), {measured.efficiency:.1%} of the floor without waiting and communication "
         "(`plan --efficiency`)",
-        f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, {copy / 1e9:.3g} GB/s "
-        "copying",
+        f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, "
+        + (f"{fp8 / 1e9:.4g} in FP8 (for floors; MFU is not relative to it), " if fp8 else "")
+        + f"{copy / 1e9:.3g} GB/s copying",
         "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "
         "once; what stays in a cache beats it",
         "parts run alone on inputs of the step's size; other: draws, data conversion, launching, and what parts cost "

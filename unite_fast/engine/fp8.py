@@ -66,14 +66,14 @@ def check_fp8(config: Config, device: torch.device) -> None:
             )
 
 
+def takes(linear: str, inputs: int, outputs: int) -> bool:
+    """Whether a block's Linear of that name and those sizes computes in FP8: both sizes multiples of 16."""
+    return linear in LINEARS and inputs % MULTIPLE == 0 and outputs % MULTIPLE == 0
+
+
 def eligible(name: str, linear: nn.Linear) -> bool:
-    """Whether a Linear of that dotted name computes in FP8: of a block, both sizes multiples of 16."""
-    return (
-        ".blocks." in f".{name}"
-        and name.rpartition(".")[2] in LINEARS
-        and linear.in_features % MULTIPLE == 0
-        and linear.out_features % MULTIPLE == 0
-    )
+    """Whether a Linear of that dotted name computes in FP8: of a block, and of sizes that `takes` names."""
+    return ".blocks." in f".{name}" and takes(name.rpartition(".")[2], linear.in_features, linear.out_features)
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> None:

@@ -227,7 +227,7 @@ class MuonAdamW(torch.optim.Optimizer):
             like: on their device.
             fill: writes the matrices into what it is given, views of the batches in the dtype of the iteration.
         """
-        batches = _batches(shapes)
+        batches = matrix_batches(shapes)
         dtype = uk.newton_schulz_dtype(like)
         stacks = [like.new_empty(len(batch), *shapes[batch[0]], dtype=dtype) for batch in batches]
         fill(_unstacked(batches, stacks))
@@ -238,7 +238,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return _unstacked(batches, stacks)
 
 
-def _batches(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+def matrix_batches(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Indices of the matrices of one shape, batches of at most BATCH_ELEMENTS."""
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, shape in enumerate(shapes):

@@ -46,6 +46,7 @@ def packed_parts(
     *,
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
+    fp8: bool = False,
 ) -> dict[str, Part]:
     """The parts of a training step by name: tokenize, decode, loss, denoise.
 
@@ -54,6 +55,7 @@ def packed_parts(
         extent: of the micro-batch.
         dtype: what matrix products compute in; the atoms' embedding and the heads stay float32.
         device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
+        fp8: `train.fp8`.
     """
     width = DTYPE_BYTES[dtype]
     cuda = device == "cuda"
@@ -76,7 +78,7 @@ def packed_parts(
     }
     return {
         name: Part(
-            name, tuple(ops), model.checkpoint_activations and name in ("tokenize", "denoise"), width
+            name, tuple(ops), model.checkpoint_activations and name in ("tokenize", "denoise"), width, fp8
         )
         for name, ops in parts.items()
     }  # fmt: skip

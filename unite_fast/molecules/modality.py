@@ -23,6 +23,7 @@ from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate
 if TYPE_CHECKING:
     from unite_fast.analysis.counts import Dtype, Part
     from unite_fast.analysis.isolated import Isolated
+    from unite_fast.analysis.launches import PassLaunches
     from unite_fast.molecules.stream import MoleculeBatch, MoleculeStream
 
 
@@ -102,8 +103,15 @@ class Molecular:
     ) -> dict[str, tuple[Part, int]]:
         from unite_fast.molecules.counts import packed_parts
 
-        parts = packed_parts(config.model, config.objective, extent, dtype=dtype, device=device)
+        parts = packed_parts(
+            config.model, config.objective, extent, dtype=dtype, device=device, fp8=config.train.fp8
+        )
         return {name: (part, 1) for name, part in parts.items()}
+
+    def launches(self, config: MoleculeConfig) -> PassLaunches:
+        from unite_fast.analysis.launches import pass_launches
+
+        return pass_launches(config.model, block=68, decoder_block=56, reconstruct=290, flow=116)
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream

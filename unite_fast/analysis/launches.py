@@ -1,0 +1,100 @@
+"""How many kernels an optimizer step launches, counted from the configuration, and what that takes the host.
+
+The constants are those that `benchmarks/launches.py` counts of whole steps on an imagined GPU, in bfloat16 under
+autocast: differences of steps that differ in one block, one chunk, one micro-batch. A forward and its backward belong
+together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
+number of samples changes nothing.
+
+Not counted: what ZeRO and the collectives launch beside the update of one GPU, the casts of `train.fp8`, and the few
+launches by which other forms of model and objective differ (without context tokens a step has 3 % fewer, with molecules
+left in the orientation they have 4 %, others differ by 1 % at most). Under `train.compile` launches are fewer, and
+nobody has counted them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from unite_fast.analysis.update import flow_passes, network_of, reads, trained_weights
+from unite_fast.config import Config, OptimizerConfig, Sizes
+from unite_fast.engine.optim import matrix_batches
+from unite_fast.modality import modality_of
+
+# Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
+HOST_SECONDS = (5e-6, 10e-6)
+# Where one number is needed: a step has both kinds, a third of its launches are autocast's casts.
+LAUNCH_SECONDS = sum(HOST_SECONDS) / 2
+RECOMPUTED = 17  # by the forward that activation checkpointing repeats of a block
+# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
+# its gradient and two moments; shorter lists take more tensors.
+LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
+LPIPS, LPIPS_DROPOUT = 187, 190  # of images; what dropout inside the 1×1 layers launches besides
+
+
+class PassLaunches(NamedTuple):
+    """Kernels of one micro-batch: pass one, and one chunk of pass two; forward and backward, no sums of gradients."""
+
+    reconstruct: int
+    flow: int
+
+
+def pass_launches(model: Sizes, *, block: int, decoder_block: int, reconstruct: int, flow: int) -> PassLaunches:
+    """Of a network with an encoder and a decoder.
+
+    Args:
+        model: with `depth`, `checkpoint_activations` and `decoder.depth`.
+        block, decoder_block: kernels of one block.
+        reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses.
+    """
+    encoder = model.depth * (block + (RECOMPUTED if model.checkpoint_activations else 0))
+    return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder)
+
+
+def image_launches(config: Config) -> PassLaunches:
+    """Kernels of a micro-batch of images."""
+    lpips = config.objective.lpips
+    perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
+    return pass_launches(config.model, block=66, decoder_block=54, reconstruct=185 + perceptual, flow=118)
+
+
+def step_launches(config: Config, accumulation: int) -> int:
+    """Kernels that an optimizer step of so many micro-batches launches on one GPU.
+
+    Args:
+        config: the run, with a number of draws a chunk.
+        accumulation: micro-batches.
+    """
+    passes, chunks = modality_of(config).launches(config), flow_passes(config)
+    # Published checkpoints carry a parameter that no pass reads.
+    names = [name for name, _ in network_of(config.model).named_parameters() if not name.endswith("time.special")]
+    read = {phase: {name for name in names if reads(config.model, phase, name)} for phase in ("reconstruct", "flow")}
+    # The first gradient of a parameter becomes its sum, every other one is added.
+    sums = accumulation * (len(read["reconstruct"]) + chunks * len(read["flow"])) - len(names)
+    update = update_launches(config.model, config.optimizer)
+    return accumulation * (passes.reconstruct + chunks * passes.flow) + sums + update
+
+
+def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
+    """Kernels of clipping, Muon, AdamW and EMA on one GPU without ZeRO, and of the meter's sums."""
+    weights = trained_weights(model, optimizer.kind)
+    tensors = sum(1 for _ in network_of(model).parameters())
+    averages = 1 + len(optimizer.ema_decays)
+    # The norm of the gradients and the coefficient of it; the meter adds the losses.
+    found = 10 + _on_lists(tensors, weights.total)
+    # Scaled gradients, AdamW, each average.
+    found += 1 + (2 + averages) * _on_lists(tensors - len(weights.matrices), weights.adamw)
+    batches = matrix_batches(weights.matrices)
+    for batch in batches:
+        rows, columns = weights.matrices[batch[0]]
+        found += 3 * optimizer.newton_schulz_steps + 3 + (rows > columns)  # its norm, three products a step
+    return found + (4 if batches else 0)  # Muon's two sweeps, and a table for each
+
+
+def _on_lists(tensors: int, elements: int) -> int:
+    return max(math.ceil(tensors / LIST_TENSORS), math.ceil(elements / LIST_ELEMENTS))
+
+
+def host_seconds(config: Config, accumulation: int) -> float:
+    """Seconds that the host takes to launch an optimizer step; 0 under train.compile: not counted."""
+    return 0.0 if config.train.compile else step_launches(config, accumulation) * LAUNCH_SECONDS
