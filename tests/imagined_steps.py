@@ -252,20 +252,22 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "depths", "draws", "chunk", "accumulation"),
+    ("file", "depths", "form", "draws", "chunk", "accumulation"),
     [
-        ("b_h100.json", (6, 2), 3, 1, 2),
-        ("b_h100.json", (5, 3), 14, 5, 1),
-        ("l_h100.json", (6, 1), 3, 2, 1),
-        ("qm9_s.json", (3, 2), 4, 2, 1),
-        ("qm9_s.json", (2, 3), 2, 2, 2),
+        ("b_h100.json", (6, 2), {}, 3, 1, 2),
+        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 14, 5, 1),
+        ("b_h100.json", (5, 1), {"shared": False}, 3, 2, 1),
+        ("l_h100.json", (6, 1), {}, 3, 2, 1),
+        ("qm9_s.json", (3, 2), {}, 4, 2, 1),
+        ("qm9_s.json", (2, 3), {}, 2, 2, 2),
     ],
 )
-def test_the_plans_launches_are_those_of_the_step(file, depths, draws, chunk, accumulation):
+def test_the_plans_launches_are_those_of_the_step(file, depths, form, draws, chunk, accumulation):
     """Within 1 %: what is not exact is how the update's lists are cut."""
     encoder, decoder = depths
     sizes = Config.load(CONFIGS / file).model
     model = {"preset": sizes.preset, "depth": encoder, "decoder": {"preset": sizes.decoder.preset, "depth": decoder}}
+    model |= form
     sections = [f"model={json.dumps(model)}", f"objective.flow_draws={draws}", f"objective.draws_per_chunk={chunk}"]
     config = preset(file, *sections)
     with imagined.imagined() as device:

@@ -23,9 +23,11 @@ from unite_fast.modality import modality_of
 
 # Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
 HOST_SECONDS = (5e-6, 10e-6)
-# Where one number is needed: a step has both kinds, a third of its launches are autocast's casts.
+# Where one number is needed: a step has both kinds, a quarter to a third of its launches are autocast's casts.
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2
 RECOMPUTED = 17  # by the forward that activation checkpointing repeats of a block
+# Casts of weight and bias: of a block's five Linears, its modulation among them, and of three outside the blocks.
+BLOCK_CASTS, OTHER_CASTS = 10, 6
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
@@ -33,10 +35,17 @@ LPIPS, LPIPS_DROPOUT = 187, 190  # of images; what dropout inside the 1×1 layer
 
 
 class PassLaunches(NamedTuple):
-    """Kernels of one micro-batch: pass one, and one chunk of pass two; forward and backward, no sums of gradients."""
+    """Kernels of one micro-batch: pass one, and one chunk of pass two; forward and backward, no sums of gradients.
+
+    Attributes:
+        reconstruct: with the casts of all weights that the pass reads.
+        flow: without those that pass one has made.
+        casts: of the weights that a chunk reads, made once for all passes; 0 where every chunk makes them.
+    """
 
     reconstruct: int
     flow: int
+    casts: int
 
 
 def pass_launches(model: Sizes, *, block: int, decoder_block: int, reconstruct: int, flow: int) -> PassLaunches:
@@ -44,11 +53,13 @@ def pass_launches(model: Sizes, *, block: int, decoder_block: int, reconstruct: 
 
     Args:
         model: with `depth`, `checkpoint_activations` and `decoder.depth`.
-        block, decoder_block: kernels of one block.
-        reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses.
+        block, decoder_block: kernels of one block, its casts among them.
+        reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
     encoder = model.depth * (block + (RECOMPUTED if model.checkpoint_activations else 0))
-    return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder)
+    # Recomputation makes autocast forget its casts, see `two_pass_step`.
+    casts = 0 if model.checkpoint_activations else model.depth * BLOCK_CASTS + OTHER_CASTS
+    return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder - casts, casts)
 
 
 def image_launches(config: Config) -> PassLaunches:
@@ -72,7 +83,8 @@ def step_launches(config: Config, accumulation: int) -> int:
     # The first gradient of a parameter becomes its sum, every other one is added.
     sums = accumulation * (len(read["reconstruct"]) + chunks * len(read["flow"])) - len(names)
     update = update_launches(config.model, config.optimizer)
-    return accumulation * (passes.reconstruct + chunks * passes.flow) + sums + update
+    casts = 0 if config.model.shared else passes.casts  # pass one has made those of shared weights
+    return accumulation * (passes.reconstruct + chunks * passes.flow + casts) + sums + update
 
 
 def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:

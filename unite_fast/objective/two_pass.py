@@ -164,7 +164,8 @@ def two_pass_step(
         Losses before the weight, detached.
     """
     # Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, the
-    # casts of pass one serve all passes, and one gradient flows through each cast after the other.
+    # casts of pass one serve all passes, and one gradient flows through each cast after the other. Activation
+    # checkpointing on a GPU undoes it: it recomputes in autograd's own thread, where its context is the outermost.
     with torch.autocast(labels.device.type, enabled=False):
         return _passes(engine, objective, data, labels, draws, shape, weight, last)
 
