@@ -121,7 +121,7 @@ def test_predicted_memory_is_what_a_real_step_allocates(gpu_memory, tmp_path, ki
         engine.step()
 
     extent = Extent(batch, atoms * batch, atoms**2 * batch)
-    memory = predict(made, extent=extent, dtype="fp32", device="cpu")
+    memory = predict(made, extent=extent, dtype="fp32", device="cpu", single=True)
     resting = memory.weights + memory.optimizer + memory.ema
     assert (memory.update > memory.activations) is (kind == "muon") and memory.frozen == 0
     assert resting + peak_allocated(step, CPU) == pytest.approx(memory.peak, rel=0.1)

@@ -41,8 +41,9 @@ def resolve_chunk(
     """The run with a number of draws a chunk: the given one, or what `auto` stands for.
 
     That is the neutral chunk, the largest that is predicted to need no more memory than single draws do: pass one,
-    whose activations are gone when the draws run, has needed as much already. Where its graph waits for the
-    flow's gradient instead (stop_gradient off), every further draw costs memory, and the neutral chunk is one draw.
+    whose activations are gone when the draws run, has needed as much already, beside the same gradients from a step's
+    second micro-batch on. Where its graph waits for the flow's gradient instead (stop_gradient off), every further draw
+    costs memory, and the neutral chunk is one draw.
 
     Args:
         config: the run.

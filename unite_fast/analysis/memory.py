@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Part
 from unite_fast.analysis.extent import Extent
@@ -21,7 +21,9 @@ from unite_fast.modality import modality_of
 
 # Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
 LIVE_ELEMENTS = 10**9
-# Working tensors of the largest operators beside what autograd keeps, as a share of it.
+# Working tensors of the largest operators beside what autograd keeps, as a share of it. Traced: 0.2 to 2.4 % with the
+# presets, 0.7 to 8 % with two to four blocks, the most where the draws are the peak. LPIPS's are counted where they are
+# more, as on small images.
 WORKING_SHARE = 0.03
 
 
@@ -32,18 +34,19 @@ class Memory:
     Attributes:
         weights: float32 parameters, the float32 slice of them that ZeRO's optimizer steps, and what ZeRO 3 gathers.
         gradients: float32, whole under every stage until the step's last backward reduces them.
+        later: those of them that come after the passes' worst moment, see `predict`.
         optimizer: momentum and moments.
         ema: averaged weights.
         frozen: weights that are not trained, LPIPS's network.
         buffers: what gradients are reduced through and ZeRO's slice of the mean, alive from the last backward on.
-        casts: weights in the compute dtype, alive during a pass.
-        activations: of one micro-batch.
+        casts, activations: weights in the compute dtype, and what waits for the backward, at the passes' worst moment.
         last: casts and activations of the last backward of a step, with which the buffers are alive.
         update: working tensors of the optimizer.
     """
 
     weights: int
     gradients: int
+    later: int
     optimizer: int
     ema: int
     frozen: int
@@ -61,11 +64,11 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is allocated at one moment: in a pass, in the last backward, or in the update."""
-        return self.state + max(self.passes, self.last + self.buffers, self.update)
+        return self.state + max(self.passes - self.later, self.last + self.buffers, self.update)
 
     @property
     def passes(self) -> int:
-        """What a micro-batch's larger pass needs beside the state."""
+        """What a micro-batch needs beside the state at its worst moment."""
         return self.casts + self.activations
 
 
@@ -77,8 +80,12 @@ def predict(
     stage: int | None = None,
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
+    single: bool = False,
 ) -> Memory:
     """Memory of one rank with the fused operators (train.kernels = triton).
+
+    The update drops the gradients, and the first backward that reaches a parameter makes its gradient. So the
+    reconstruction of a step's first micro-batch has all activations and no gradients, that of a later one both.
 
     Args:
         config: the run, with a number of draws a chunk; its batch keys are not read.
@@ -87,12 +94,12 @@ def predict(
         stage: ZeRO stage; the configuration's if None.
         dtype: what matrix products compute in.
         device: see `Modality.counted`.
+        single: a step is one micro-batch; not so where the trainer tries what fits, after a try that left gradients.
     """
     stage = config.train.zero_stage if stage is None else stage
     weights = trained_weights(config.model, config.optimizer.kind)
     counted = modality_of(config).counted(config, extent, dtype=dtype, device=device)
     parts = {name: part for name, (part, _) in counted.items()}
-    kept = {name: pass_activations(part) * times for name, (part, times) in counted.items()}
     total, muon = weights.total, weights.muon
     sharded = stage > 0
     held = total
@@ -100,34 +107,68 @@ def predict(
         held = sum(flat_slices(weights, ranks))
         muon = held - (slice_elements(weights.adamw, ranks) if weights.adamw else 0)
     moments = muon + 2 * (held - muon)
-    casts = {name: _casts(part) for name, part in parts.items()} if dtype == "bf16" else dict.fromkeys(parts, 0)
-    flow = kept["denoise"] * config.objective.chunk
-    rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
-    # A recomputed block comes back when the decoder's activations are gone.
-    block = recomputed_activations(parts["tokenize"]) * counted["tokenize"][1]
-    reconstruction = kept["tokenize"] + rest - min(rest, block)
-    reconstruction_casts = sum(size for name, size in casts.items() if name != "denoise")
-    if config.objective.stop_gradient:
-        last = flow + casts["denoise"]
-        activations, cast = max((reconstruction, reconstruction_casts), (flow, casts["denoise"]), key=sum)
-    else:  # the first pass's graph waits for the gradient that the second sends into it
-        activations, cast = reconstruction + flow, reconstruction_casts + casts["denoise"]
-        last = reconstruction + reconstruction_casts
+    # Under ZeRO 3 DeepSpeed keeps a buffer of gradients from step to step.
+    backward, last = _backward(config, counted, weights, fresh=single and stage < 3)
     # ZeRO 1 and 2: whole weights and a slice to step; ZeRO 3: its piece, the same to step, and what it has gathered.
     slices = {0: 0, 1: held, 2: held, 3: 2 * held}[stage]
     whole = total if stage < 3 else min(total, LIVE_ELEMENTS)
     return Memory(
         weights=FP32 * (whole + slices),
         gradients=FP32 * total,
+        later=FP32 * total - backward.gradients,
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
         frozen=FP32 * sum(op.weights for part in parts.values() for op in part.ops if not op.trained),
         buffers=FP32 * _buffers(weights, held, ranks, stage),
-        casts=cast,
-        activations=round(activations * (1 + WORKING_SHARE)),
-        last=round(last * (1 + WORKING_SHARE)),
+        casts=backward.casts,
+        activations=round(backward.activations * (1 + WORKING_SHARE)),
+        last=round((last.casts + last.activations) * (1 + WORKING_SHARE)),
         update=_update_bytes(weights, muon, dtype, sharded),
     )
+
+
+class _Moment(NamedTuple):
+    """What is alive at a moment of the passes, of gradients those that have come by then; bytes."""
+
+    activations: int
+    casts: int
+    gradients: int
+
+
+def _backward(
+    config: Config, counted: dict[str, tuple[Part, int]], weights: Weights, *, fresh: bool
+) -> tuple[_Moment, _Moment]:
+    """(the worst moment of a micro-batch, the start of its last backward); `fresh` where no gradients are there before.
+
+    Activations leave in a backward while gradients come, so the worst is where the backward of a part begins.
+    """
+    parts = {name: part for name, (part, _) in counted.items()}
+    kept = {name: pass_activations(part) * times for name, (part, times) in counted.items()}
+    casts = {name: _casts(part) for name, part in parts.items()}
+    whole, decoder = FP32 * weights.total, FP32 * sum(op.weights for op in parts["decode"].ops)
+    rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
+    # A recomputed block comes back when the decoder's activations are gone.
+    block = recomputed_activations(parts["tokenize"]) * counted["tokenize"][1]
+    # Pass one's casts of trained weights stay for the flow, but where recomputation clears them (`two_pass_step`).
+    trained = sum(size for name, size in casts.items() if name not in ("denoise", "lpips"))
+    stay = 0 if parts["denoise"].recomputes else trained
+    own = 0 if stay and config.model.shared else casts["denoise"]
+    first = _Moment(kept["tokenize"] + rest - min(rest, block), trained + casts.get("lpips", 0), 0)
+    flow = _Moment(kept["denoise"] * config.objective.chunk, stay + own, whole)
+    both = _Moment(first.activations + flow.activations, first.casts + own, 0)
+    if "lpips" in counted:  # which may need more than the share that stands for all operators' working tensors
+        more = perceptual_working(*counted["lpips"]) - WORKING_SHARE * first.activations
+        first = first._replace(activations=first.activations + round(max(0.0, more)))
+    if config.objective.stop_gradient:
+        encoder = _Moment(kept["tokenize"], stay or casts["tokenize"], decoder)
+        recomputed = _Moment(block, 0, FP32 * sum(weights.reconstruct))
+        found, last = [first, encoder, recomputed, flow], flow
+    else:  # the first pass's graph waits for the gradient that the second sends into it
+        several = config.objective.chunk < config.objective.flow_draws
+        found, last = [both._replace(gradients=FP32 * sum(weights.flow) if several else 0), first], first
+    if not fresh:
+        found = [moment._replace(gradients=whole) for moment in found]
+    return max(found, key=sum), last
 
 
 def _buffers(weights: Weights, held: int, ranks: int, stage: int) -> int:
@@ -153,6 +194,15 @@ def pass_activations(part: Part) -> int:
     return outside + inputs + recomputed_activations(part)
 
 
+def perceptual_working(part: Part, images: int) -> int:
+    """Bytes that LPIPS's backward uses beside what its operators keep, while the rest of pass one waits.
+
+    The gradient of the largest map, and the largest convolution's weights, which oneDNN lays out anew from a few images
+    on: 9.4 MB in float32.
+    """
+    return images * max(op.saved for op in part.ops) + part.width * max(op.weights for op in part.ops)
+
+
 def recomputed_activations(part: Part) -> int:
     """Bytes of them that come back in the backward pass alone: the largest block's, 0 without checkpointing."""
     if not part.recomputes:
@@ -166,6 +216,8 @@ def recomputed_activations(part: Part) -> int:
 
 def _casts(part: Part) -> int:
     """Weights in bfloat16, kept for the pass; those of the time embedding and of the atoms' heads stay float32."""
+    if part.width == DTYPE_BYTES["fp32"]:
+        return 0
     return part.width * sum(op.weights for op in part.ops if not op.wide)
 
 

@@ -59,7 +59,8 @@ def _memory(axes: Any, plans: list[Plan], capacity: int, unit: str) -> None:
     names = [f"ZeRO {p.stage}\n{p.micro_batch} {unit}" for p in plans]
     bottom = [0.0] * len(plans)
     for key, colour in zip(MEMORY, PALETTE, strict=True):
-        heights = [getattr(p.memory, key) / 2**30 for p in plans]
+        late = [p.memory.later if key == "gradients" else 0 for p in plans]
+        heights = [(getattr(p.memory, key) - missing) / 2**30 for p, missing in zip(plans, late, strict=True)]
         if max(heights) > 0:
             axes.bar(names, heights, bottom=bottom, color=colour, label=key if key != "ema" else "EMA", width=0.6)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

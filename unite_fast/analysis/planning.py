@@ -145,7 +145,7 @@ def plan(
 
     micro, accumulation, total = next((b for b in batches[:-1] if fits(b)), batches[-1])
     config = chunk_in_room(config, modality.largest(config, micro), room, ranks=ranks, stage=stage)
-    held = predict(config, extent=population.busiest(micro), ranks=ranks, stage=stage)
+    held = predict(config, extent=population.busiest(micro), ranks=ranks, stage=stage, single=accumulation == 1)
     extent = population.mean(micro)
     seconds = step_time(config, gpu.rates, network, ranks, stage, extent, accumulation, efficiency)
     operations = counted_operations(config, extent) * accumulation
