@@ -16,8 +16,9 @@ import gate
 from subjects import CONFIGS
 
 from unite_fast.analysis.chunks import chunk_in_room
-from unite_fast.analysis.counts import Part, Rates, repeats, step_parts
+from unite_fast.analysis.counts import repeats, step_parts
 from unite_fast.analysis.devices import find_gpu
+from unite_fast.analysis.parts import Part, Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config

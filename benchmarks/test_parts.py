@@ -14,7 +14,8 @@ from plain_unite import PlainDraws
 from subjects import SUBJECTS, Trainers, load
 
 import unite_kernels as uk
-from unite_fast.analysis.counts import Part, Rates, repeats, step_parts
+from unite_fast.analysis.counts import repeats, step_parts
+from unite_fast.analysis.parts import Part, Rates
 from unite_fast.analysis.update import update_part
 
 ON_GPU = measure.DEVICE == "cuda"

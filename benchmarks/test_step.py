@@ -19,7 +19,8 @@ from molecule_subjects import ATOM_HISTOGRAM, MOLECULE_SUBJECTS, MoleculeTrainer
 from subjects import CONFIGS, SUBJECTS, Trainers, load, resolved
 
 from unite_fast.analysis.allocation import peak_allocated
-from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.analysis.counts import image_operations, repeats, step_parts
+from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import find_micro_batch

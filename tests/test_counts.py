@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unite_fast.analysis.counts import Rates, image_operations, repeats, step_parts
+from unite_fast.analysis.counts import image_operations, repeats, step_parts
+from unite_fast.analysis.parts import Rates
 from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws

@@ -10,9 +10,9 @@ import torch.nn as nn
 from cli_toy import mistake, run
 
 from unite_fast.analysis import profiling
-from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import GPUS, Network, find_gpu
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.planning import compute_time, fp8_share, plan
 from unite_fast.analysis.update import network_of
 from unite_fast.config import Config

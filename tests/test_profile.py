@@ -13,8 +13,9 @@ from cli_toy import mistake, run
 from runs import config, config_file, image_tree
 
 from unite_fast.analysis.allocation import peak_allocated
-from unite_fast.analysis.counts import Op, Part, Rates, image_operations
+from unite_fast.analysis.counts import image_operations
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.analysis.profiled_step import seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch

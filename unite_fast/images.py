@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from unite_fast.analysis.counts import Dtype, Part, step_parts
+from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.extent import Extent, Population
+from unite_fast.analysis.parts import Dtype, Part
 from unite_fast.config import Config, ModelConfig
 from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream

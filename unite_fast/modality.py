@@ -25,9 +25,9 @@ from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.objective.two_pass import TwoPassObjective
 
 if TYPE_CHECKING:
-    from unite_fast.analysis.counts import Dtype, Part
     from unite_fast.analysis.isolated import Isolated
     from unite_fast.analysis.launches import PassLaunches
+    from unite_fast.analysis.parts import Dtype, Part
     from unite_fast.engine.engine import Engine
     from unite_fast.engine.report import Report
 

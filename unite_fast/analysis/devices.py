@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from unite_fast.analysis.counts import Rates
+from unite_fast.analysis.parts import Rates
 from unite_fast.errors import UserError
 
 GIB = 2**30

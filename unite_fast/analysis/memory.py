@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Part
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Part
 from unite_fast.analysis.update import FP32, Weights, flat_slices, slice_elements, trained_weights, window_elements
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS

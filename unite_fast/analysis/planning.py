@@ -14,12 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
-from unite_fast.analysis.counts import Rates, repeats
+from unite_fast.analysis.counts import repeats
 from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.launches import host_seconds
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import departures
+from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.update import Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch

@@ -20,7 +20,7 @@ from torch import nn
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits, resolve_chunk
-from unite_fast.analysis.counts import Rates
+from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
 from unite_fast.analysis.update import flow_passes, update_part

@@ -13,8 +13,8 @@ import math
 import numpy as np
 
 from unite_fast.analysis.chunks import with_chunk
-from unite_fast.analysis.counts import Rates
 from unite_fast.analysis.devices import Network
+from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, tree_time
 from unite_fast.analysis.update import (
     EXCHANGED,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from unite_fast.analysis.counts import DTYPE_BYTES, Dtype, Op, Part
+from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part
 from unite_fast.config import Config, OptimizerConfig, Sizes
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements
 from unite_fast.engine.optim import matrix_shape, parameter_groups, stages

@@ -12,18 +12,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from unite_fast.analysis.counts import (
-    DTYPE_BYTES,
-    TIME_FEATURES,
-    Dtype,
-    Op,
-    Part,
-    attention_op,
-    block_ops,
-    linear_op,
-    moves_op,
-)
+from unite_fast.analysis.counts import TIME_FEATURES, block_ops
 from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part, attention_op, linear_op, moves_op
 from unite_fast.model.blocks import swiglu_hidden
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig, MoleculeObjectiveConfig
 

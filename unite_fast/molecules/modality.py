@@ -21,9 +21,9 @@ from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate
 
 if TYPE_CHECKING:
-    from unite_fast.analysis.counts import Dtype, Part
     from unite_fast.analysis.isolated import Isolated
     from unite_fast.analysis.launches import PassLaunches
+    from unite_fast.analysis.parts import Dtype, Part
     from unite_fast.molecules.stream import MoleculeBatch, MoleculeStream
 
 

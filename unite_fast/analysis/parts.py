@@ -1,0 +1,190 @@
+"""The rows that a training step is counted in: operators, and the parts that they make up.
+
+A multiply-add counts as two operations, and only matrix products, attention and convolutions count; a backward pass
+costs one more product for each gradient that is really taken (Linears that read data take none for their input).
+Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
+Under `train.fp8` the products that it takes count at the FP8 rate, with the bytes of bfloat16: the casts to eight bits
+(a pass over each operand for its scale, one that writes it) cost more than that, narrower operands less, and neither is
+counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from unite_fast.engine.fp8 import takes
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+Dtype = Literal["bf16", "fp32"]
+
+
+class Rates(NamedTuple):
+    """What a device reaches: operations a second of large matrix products, bytes a second of a large copy."""
+
+    matmul: float  # in bfloat16, or in float32 where that is what is computed in
+    copy: float  # bytes read and bytes written, both counted
+    fp8: float | None = None  # operations a second of products in FP8; None: `matmul` stands for them, too
+
+
+class Op(NamedTuple):
+    """One operator of a pass, for one image or draw.
+
+    Attributes:
+        forward, backward: operations.
+        forward_bytes, backward_bytes: bytes of activations it must move.
+        saved: bytes that autograd keeps for its backward, without what an earlier row has already kept.
+        weights: elements it multiplies by, read once a pass for all images.
+        trained: whether its backward adds a gradient of the weights.
+        block: belongs to a transformer block of the encoder, which activation checkpointing recomputes.
+        wide: computes in float32 whatever the compute dtype, so its weights are not cast.
+        fp8: all its products are what `train.fp8` computes in FP8.
+    """
+
+    name: str
+    forward: int = 0
+    backward: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    saved: int = 0
+    weights: int = 0
+    trained: bool = True
+    block: int | None = None
+    wide: bool = False
+    fp8: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the step: its operators in the order they run, and how wide its numbers are.
+
+    Attributes:
+        name: "tokenize", "decode", "lpips" or "denoise".
+        ops: operators; for one image, of "denoise" for one draw of one image.
+        recomputes: the encoder's blocks run forward again inside the backward pass.
+        width: bytes of a number in the compute dtype.
+        fp8: `train.fp8` is on.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    recomputes: bool
+    width: int
+    fp8: bool = False
+
+    @property
+    def forward(self) -> int:
+        """Operations of the forward pass."""
+        return sum(op.forward for op in self.ops)
+
+    @property
+    def backward(self) -> int:
+        """Operations of the backward pass, without recomputation."""
+        return sum(op.backward for op in self.ops)
+
+    @property
+    def recomputed(self) -> int:
+        """Operations of forward passes that the backward pass repeats; they count for time, not for MFU."""
+        return sum(op.forward for op in self.ops if op.block is not None) if self.recomputes else 0
+
+    @property
+    def operations(self) -> int:
+        """Forward and backward, without recomputation."""
+        return self.forward + self.backward
+
+    @property
+    def in_fp8(self) -> int:
+        """Those of `operations` that run in FP8."""
+        return sum(op.forward + op.backward for op in self.ops if op.fp8) if self.fp8 else 0
+
+    @property
+    def saved(self) -> int:
+        """Bytes of activations that wait for the backward pass, where no activation is recomputed."""
+        return sum(op.saved for op in self.ops)
+
+    def forward_bytes(self, images: int) -> int:
+        """Bytes that one forward pass on a number of images (draws) must move, weights included."""
+        return sum(images * op.forward_bytes + self.width * op.weights for op in self.ops)
+
+    def backward_bytes(self, images: int) -> int:
+        """Bytes that one backward pass must move: a gradient of a weight is read and written in float32."""
+        return sum(images * op.backward_bytes + self._weight_bytes(op) for op in self.ops)
+
+    def floor(self, images: float, rates: Rates) -> tuple[float, float]:
+        """Seconds that forward and backward take at least: every operator at the slower of its two limits.
+
+        Args:
+            images: of one pass (images times draws in "denoise"; of packed molecules 1 times draws).
+            rates: of the device.
+        """
+        forward = backward = 0.0
+        for op in self.ops:
+            rate = rates.fp8 if self.fp8 and op.fp8 and rates.fp8 is not None else rates.matmul
+            once = max(
+                images * op.forward / rate,
+                (images * op.forward_bytes + self.width * op.weights) / rates.copy,
+            )
+            forward += once
+            backward += max(
+                images * op.backward / rate,
+                (images * op.backward_bytes + self._weight_bytes(op)) / rates.copy,
+            )
+            if self.recomputes and op.block is not None:
+                backward += once
+        return forward, backward
+
+    def _weight_bytes(self, op: Op) -> int:
+        return op.weights * (self.width + (8 if op.trained else 0))
+
+
+def linear_op(
+    name: str, rows: int, inputs: int, outputs: int, width: int, *, input_grad: bool = True, saves: bool = True,
+    block: int | None = None,
+) -> Op:  # fmt: skip
+    """[rows, inputs] -> [rows, outputs]; `saves` where nobody before has kept the input.
+
+    Its name is that of the Linear with a space for an underscore; outside the blocks none is called as one of theirs.
+    """
+    product = 2 * rows * inputs * outputs
+    return Op(
+        name,
+        forward=product,
+        backward=product * (1 + input_grad),
+        forward_bytes=width * rows * (inputs + outputs),
+        backward_bytes=width * rows * (outputs + inputs + input_grad * (outputs + inputs)),
+        saved=width * rows * inputs if saves else 0,
+        weights=inputs * outputs,
+        block=block,
+        wide=width == DTYPE_BYTES["fp32"],
+        fp8=takes(name.replace(" ", "_"), inputs, outputs),
+    )
+
+
+def moves_op(
+    name: str, elements: int, width: int, *, forward: float, backward: float, saved: float = 0, block: int | None = None
+) -> Op:
+    """An operator that only moves bytes: tensors of `elements` numbers read and written, and kept."""
+    size = elements * width
+    return Op(
+        name, forward_bytes=round(forward * size), backward_bytes=round(backward * size), saved=round(saved * size),
+        block=block,
+    )  # fmt: skip
+
+
+def attention_op(
+    tokens: int, channels: int, heads: int, width: int, block: int | None = None, pairs: int | None = None
+) -> Op:
+    """q kᵀ and p v; fused: no [N, N] matrix in memory. Keeps packed q, k, v, the output, and a float32 a row.
+
+    `pairs` of tokens attend to each other, all N² of them if None.
+    """
+    product = 4 * (tokens * tokens if pairs is None else pairs) * channels
+    return Op(
+        "attention",
+        forward=product,
+        backward=2 * product,
+        forward_bytes=width * tokens * channels * 4,
+        backward_bytes=width * tokens * channels * 8,
+        saved=width * tokens * channels * 4 + 4 * heads * tokens,
+        block=block,
+    )
