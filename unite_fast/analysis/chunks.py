@@ -1,7 +1,7 @@
 """How many flow draws share one forward and backward, where `objective.draws_per_chunk` is auto.
 
-Every chunk reads the weights, launches the kernels and adds up the weights' gradients once more, so few large chunks are
-cheaper; their activations are what limits them. The chunk changes no random number, only rounding.
+Every chunk reads the weights, launches the kernels and adds up the weights' gradients once more, so few large chunks
+are cheaper; their activations are what limits them. The chunk changes no random number, only rounding.
 """
 
 from __future__ import annotations

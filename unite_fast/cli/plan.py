@@ -191,7 +191,7 @@ def _short(value: float) -> str:
 
 
 def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: str) -> None:
-    shares = ("com- pute", "host", "gradi- ents", "Muon", "wei- ghts", "up- date")
+    shares = ("com-\npute", "host", "gradi-\nents", "Muon", "gather", "up-\ndate")
     table = _table(
         f"the same run on more GPUs, ZeRO {stage}",
         ("GPUs", "batch", "step ms", "simul. ms", f"{unit} /s a GPU", *shares),

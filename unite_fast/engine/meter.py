@@ -46,8 +46,8 @@ class Meter:
         unit: what a batch counts, in the plural.
         operations: counts those of an extent, see `counted_operations`; None counts nothing, and no MFU is recorded.
         peak: operations a second that the device states for the compute dtype, which is bfloat16 with FP8 products,
-            too (see `stated_peak`); None where it is not known, and then no MFU is recorded. A CPU states none, and one measured beside busy neighbours would be another number
-            every time; `unite-fast profile` measures it.
+            too (see `stated_peak`); None where it is not known, and then no MFU is recorded. A CPU states none, and one
+            measured beside busy neighbours would be another number every time; `unite-fast profile` measures it.
     """
 
     def __init__(

@@ -105,7 +105,9 @@ class TwoPassModel(nn.Module, ABC):
         """
         found = []
         for part, module in self.named_children():
-            inside = module.reading_order() if isinstance(module, GenerativeEncoder) else dict(module.named_parameters())
+            inside = [name for name, _ in module.named_parameters()]
+            if isinstance(module, GenerativeEncoder):
+                inside = module.reading_order()
             found += [f"{part}.{name}" for name in inside]
         return found
 
