@@ -163,45 +163,32 @@ def two_pass_step(
     Returns:
         Losses before the weight, detached.
     """
+    config = objective.config
     # Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, the
     # casts of pass one serve all passes, and one gradient flows through each cast after the other. Activation
     # checkpointing on a GPU undoes it: it recomputes in autograd's own thread, where its context is the outermost.
     with torch.autocast(labels.device.type, enabled=False):
-        return _passes(engine, objective, data, labels, draws, shape, weight, last)
+        loss, terms, z0 = objective.reconstruction(engine, data, draws, shape)
+        if config.stop_gradient:
+            engine.backward(weight * loss, last=False)
+            z1 = z0.detach()
+        else:
+            z1 = z0.detach().requires_grad_()  # collects ∂flow/∂z0 while pass one's graph waits
 
+        flow = torch.zeros_like(loss.detach())
+        for first in range(0, config.flow_draws, config.chunk):
+            count = min(config.chunk, config.flow_draws - first)
+            chunk = config.flow_weight * objective.flow(engine, z1, labels, draws, first, count, data)
+            ends = config.stop_gradient and first + count == config.flow_draws
+            engine.backward(weight * chunk, last=last and ends)
+            flow += chunk.detach()
 
-def _passes(
-    engine: Backend,
-    objective: TwoPassObjective,
-    data: Any,
-    labels: Tensor,
-    draws: Draws,
-    shape: torch.Size,
-    weight: float,
-    last: bool,
-) -> StepLosses:
-    config = objective.config
-    loss, terms, z0 = objective.reconstruction(engine, data, draws, shape)
-    if config.stop_gradient:
-        engine.backward(weight * loss, last=False)
-        z1 = z0.detach()
-    else:
-        z1 = z0.detach().requires_grad_()  # collects ∂flow/∂z0 while pass one's graph waits
-
-    flow = torch.zeros_like(loss.detach())
-    for first in range(0, config.flow_draws, config.chunk):
-        count = min(config.chunk, config.flow_draws - first)
-        chunk = config.flow_weight * objective.flow(engine, z1, labels, draws, first, count, data)
-        ends = config.stop_gradient and first + count == config.flow_draws
-        engine.backward(weight * chunk, last=last and ends)
-        flow += chunk.detach()
-
-    if not config.stop_gradient:
-        # The gradient of ⟨z0, g⟩ with g held fixed is g at z0: it carries the flow's gradient into pass one.
-        engine.backward(weight * loss + (z0 * z1.grad).sum(), last=last)
-    loss = loss.detach()
-    terms = {name: term.detach() for name, term in terms.items()}
-    return StepLosses(loss + flow, terms, flow, z0.detach(), objective.mask(data))
+        if not config.stop_gradient:
+            # The gradient of ⟨z0, g⟩ with g held fixed is g at z0: it carries the flow's gradient into pass one.
+            engine.backward(weight * loss + (z0 * z1.grad).sum(), last=last)
+        loss = loss.detach()
+        terms = {name: term.detach() for name, term in terms.items()}
+        return StepLosses(loss + flow, terms, flow, z0.detach(), objective.mask(data))
 
 
 def one_graph_loss(
