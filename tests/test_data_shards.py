@@ -180,7 +180,7 @@ def test_evaluation_reads_shards(tmp_path):
 
 
 SLOW_PREPARE = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from unite_fast.data import prepare, source
 
@@ -191,6 +191,7 @@ class Slow(source.ImageFolder):
         return super().read(index)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     prepare.prepare(Slow(sys.argv[1], None), Path(sys.argv[2]), size=8, shard_images=4, jobs=2)
 """
 
