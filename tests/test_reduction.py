@@ -148,15 +148,11 @@ def test_a_step_ends_with_gradients_in_the_reverse_of_the_reading_order(modality
     network, run = passes(small(modality, model=model, flow_draws=2, draws_per_chunk=1), 2)
     order = network.reading_order()
     assert sorted(order) == sorted(name for name, _ in network.named_parameters())
-    number, last = 0, {}
-
-    def final(name):
-        nonlocal number
-        last[name] = number = number + 1
-
+    finals = []
     for name, parameter in network.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: final(name))
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: finals.append(name))
     run()
+    last = {name: place for place, name in enumerate(finals)}
 
     def part(name):
         """A block, a Linear of the modulation, the norm between both, or all that stands before them."""
