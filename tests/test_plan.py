@@ -130,7 +130,7 @@ def test_scaling_breaks_where_communication_does_not_shrink():
     assert each[broken.ranks] < BROKEN * each[8] <= each[broken.ranks // 2]
     assert "of the lost time is" in why
     slow = breaking_point(scaling(published("B", draws=3), H100, NODES._replace(link=1.25e9), stage=1))
-    assert slow[0].ranks < broken.ranks and "gathering the weights" in slow[1]
+    assert slow[0].ranks < broken.ranks and "reducing the gradients" in slow[1]
     assert breaking_point(plans[:1]) is None
 
 

@@ -55,7 +55,7 @@ def reports(tmp_path_factory) -> list[dict]:
 def theory(stage: int, kind: str) -> dict[str, int]:
     """Elements of both ranks' collectives by name: a whole tensor counts on each rank, a message where it is sent."""
     found: dict[str, int] = {}
-    for item in collectives(scaling_config(stage, kind), ranks=2, accumulation=MICRO_BATCHES):
+    for item in collectives(scaling_config(stage, kind), ranks=2, accumulation=MICRO_BATCHES, device="cpu"):
         ranks = 1 if item.kind == "all_to_all" else 2
         found[KIND[item.kind]] = found.get(KIND[item.kind], 0) + ranks * item.elements
     return found

@@ -12,7 +12,15 @@ from typing import Literal, NamedTuple
 
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Part
-from unite_fast.analysis.update import FP32, Weights, flat_slices, slice_elements, trained_weights, window_elements
+from unite_fast.analysis.update import (
+    FP32,
+    Weights,
+    flat_slices,
+    gathered_weights,
+    slice_elements,
+    trained_weights,
+    window_elements,
+)
 from unite_fast.config import Config
 from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS
 from unite_fast.engine.optim import BATCH_ELEMENTS
@@ -41,7 +49,7 @@ class Memory:
         buffers: what gradients are reduced through and ZeRO's slice of the mean, alive from the last backward on.
         casts, activations: weights in the compute dtype, and what waits for the backward, at the passes' worst moment.
         last: casts and activations of the last backward of a step, with which the buffers are alive.
-        update: working tensors of the optimizer.
+        update: working tensors of the optimizer, or what the updated weights come in behind it.
     """
 
     weights: int
@@ -112,6 +120,7 @@ def predict(
     # ZeRO 1 and 2: whole weights and a slice to step; ZeRO 3: its piece, the same to step, and what it has gathered.
     slices = {0: 0, 1: held, 2: held, 3: 2 * held}[stage]
     whole = total if stage < 3 else min(total, LIVE_ELEMENTS)
+    arriving = _arriving(config, ranks, device) if stage in (1, 2) else 0
     return Memory(
         weights=FP32 * (whole + slices),
         gradients=FP32 * total,
@@ -123,7 +132,7 @@ def predict(
         casts=backward.casts,
         activations=round(backward.activations * (1 + WORKING_SHARE)),
         last=round((last.casts + last.activations) * (1 + WORKING_SHARE)),
-        update=_update_bytes(weights, muon, dtype, sharded),
+        update=max(_update_bytes(weights, muon, dtype, sharded), arriving),
     )
 
 
@@ -219,6 +228,12 @@ def _casts(part: Part) -> int:
     if part.width == DTYPE_BYTES["fp32"]:
         return 0
     return part.width * sum(op.weights for op in part.ops if not op.wide)
+
+
+def _arriving(config: Config, ranks: int, device: Literal["cuda", "cpu"]) -> int:
+    """What updated weights arrive in under ZeRO 1 and 2 that are not received in place, as float32 ones are."""
+    carried = [gathered.collective for gathered in gathered_weights(config, ranks=ranks, device=device)]
+    return sum(c.width * c.elements for c in carried if c.kind == "all_reduce" or c.width != FP32)
 
 
 def _update_bytes(weights: Weights, muon: int, dtype: Dtype, sharded: bool) -> int:

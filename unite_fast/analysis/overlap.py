@@ -1,4 +1,7 @@
-"""When the gradients of a step become final in its last backward, and how much of their reduction that hides."""
+"""When gradients become final in a step's last backward, and when the next forward reads which updated weights.
+
+So much of their communication is hidden.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,11 @@ import re
 from itertools import accumulate
 from typing import NamedTuple
 
-from unite_fast.analysis.update import network_of, reads, slice_elements
-from unite_fast.config import Sizes
+from unite_fast.analysis.update import Gathered, gathered_weights, network_of, reads, slice_elements
+from unite_fast.config import Config, Sizes
 from unite_fast.engine.deepspeed_backend import bucket_elements
 from unite_fast.engine.optim import in_stages, parameter_groups
 from unite_fast.engine.reduction import in_order_of_sending
-
 
 # Parameters whose products have a row for each sample, not for each of its tokens: next to no time.
 A_SAMPLE = re.compile(r"modulation|\btime\.|\blabel\.")
@@ -67,3 +69,45 @@ def departures(model: Sizes, kind: str, *, ranks: int, stage: int, phase: str = 
         )
         for window, needed in zip(windows, needs, strict=True)
     )
+
+
+class Arrival(NamedTuple):
+    """Updated weights on their way to all ranks.
+
+    Attributes:
+        gathered: what carries them.
+        part: of the reconstruction pass, "tokenize" or "decode", that reads one of them first.
+        before: the share of this part's forward that has run by then.
+    """
+
+    gathered: Gathered
+    part: str
+    before: float
+
+
+def arrivals(config: Config, *, ranks: int) -> list[Arrival]:
+    """The updated weights of ZeRO 1 and 2 in the order of sending, with when the next forward on GPUs reads them.
+
+    A forward is taken to go through the parameters first to last, in times as in `departures`. Weights that pass one
+    does not read are taken to be needed when its forward ends; under train.compile all are when it begins.
+    """
+    built = network_of(config.model)
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    reached: dict[str, tuple[str, float]] = {}
+    for part in ("tokenize", "decode"):
+        names = [
+            name
+            for name in built.reading_order()
+            if reads(config.model, "reconstruct", name) and name.startswith("decoder.") == (part == "decode")
+        ]
+        work = [0 if A_SAMPLE.search(name) else sizes[name] for name in names]
+        for name, done in zip(names, accumulate(work[:-1], initial=0), strict=True):
+            reached[name] = part, done / sum(work)
+    found = []
+    for gathered in gathered_weights(config, ranks=ranks):
+        read = [reached[name] for name in gathered.names if name in reached]
+        part, before = min(read, key=lambda at: (at[0] == "decode", at[1]), default=("decode", 1.0))
+        if config.train.compile:
+            part, before = "tokenize", 0.0
+        found.append(Arrival(gathered, part, before))
+    return found

@@ -1,10 +1,11 @@
 """Predicts a run before it starts: memory, micro-batch, seconds a step, epochs, GPU-hours, share of communication.
 
-A step is compute, then communication, then the update. Only gradients overlap: under ZeRO 0 to 2 they travel in windows
-while the last backward still runs. Compute and update are the counted floor over an efficiency; communication is the
-α–β model of ring and tree algorithms (Thakur et al. 2005) on stated links. Nothing in a step makes the host wait, so
-it runs ahead, collectives included, and a step takes the longer of all that and of launching its kernels; how far the
-driver lets it run ahead is not modelled. `unite_fast.analysis.simulation` plays the same step message by message.
+A step is compute, then communication, then the update. Two things overlap: under ZeRO 0 to 2 gradients travel in
+windows while the last backward still runs, under ZeRO 1 and 2 updated weights while the next step's forward already
+does. Compute and update are the counted floor over an efficiency; communication is the α–β model of ring and tree
+algorithms (Thakur et al. 2005) on stated links. Nothing in a step makes the host wait, so it runs ahead, collectives
+included, and a step takes the longer of all that and of launching its kernels; how far the driver lets it run ahead is
+not modelled. `unite_fast.analysis.simulation` plays the same step message by message.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
 from unite_fast.analysis.launches import host_seconds
 from unite_fast.analysis.memory import Memory, predict
-from unite_fast.analysis.overlap import departures
+from unite_fast.analysis.overlap import arrivals, departures
 from unite_fast.analysis.parts import Rates
-from unite_fast.analysis.update import Collective, collectives, flow_passes, update_part
+from unite_fast.analysis.update import UPDATED, Collective, collectives, flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import Batch, micro_batch_candidates, resolve_batch
 from unite_fast.errors import UserError
@@ -36,7 +37,7 @@ USABLE_MEMORY = 0.92
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step; of the gradients' reduction what the last backward does not hide.
+    """Seconds of one optimizer step; of gradients and weights what the last backward and the next forward do not hide.
 
     Attributes:
         host: what the host takes meanwhile to launch the step's kernels; 0 where launches are not counted.
@@ -171,8 +172,10 @@ def step_time(
     if ranks > 1 and stage < 3:
         backward = last_backward(config, rates, extent) / efficiency
         gradients = left_of_reduction(config, network, ranks, stage, backward)
+    if ranks > 1 and stage in (1, 2):
+        weights = left_of_gather(config, rates, network, ranks, extent, efficiency)
     for collective in collectives(config, ranks=ranks, accumulation=accumulation, stage=stage):
-        if stage < 3 and collective.what == "gradients":
+        if stage < 3 and collective.what in ("gradients", *UPDATED):
             continue
         seconds = collective_time(collective, ranks, network)
         if collective.kind == "all_to_all":
@@ -232,6 +235,30 @@ def left_of_reduction(config: Config, network: Network, ranks: int, stage: int, 
     for after, window in gradient_windows(config, ranks, stage):
         done = max(done, after * backward) + collective_time(window, ranks, network)
     return done - backward
+
+
+def needed_weights(
+    config: Config, rates: Rates, extent: Extent, ranks: int, efficiency: float
+) -> list[tuple[float, Collective]]:
+    """(seconds after which a step's first forward reads them, collective) of the updated weights of ZeRO 1 and 2."""
+    counted = modality_of(config).counted(config, extent, dtype="bf16", device="cuda")
+    forward = {name: part.floor(samples, rates)[0] / efficiency for name, (part, samples) in counted.items()}
+    found = []
+    for (collective, _), part, before in arrivals(config, ranks=ranks):
+        begin = forward["tokenize"] if part == "decode" else 0.0
+        found.append((begin + before * forward[part], collective))
+    return found
+
+
+def left_of_gather(
+    config: Config, rates: Rates, network: Network, ranks: int, extent: Extent, efficiency: float
+) -> float:
+    """Seconds for which a step's first forward waits for the weights that the step before has updated."""
+    come = waited = 0.0
+    for needed, collective in needed_weights(config, rates, extent, ranks, efficiency):
+        come += collective_time(collective, ranks, network)
+        waited = max(waited, come - needed)
+    return waited
 
 
 def collective_time(collective: Collective, ranks: int, network: Network) -> float:

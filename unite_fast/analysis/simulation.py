@@ -15,12 +15,11 @@ import numpy as np
 from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.devices import Network
 from unite_fast.analysis.parts import Rates
-from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, tree_time
+from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, needed_weights, tree_time
 from unite_fast.analysis.update import (
     EXCHANGED,
     FP32,
     exchanges,
-    flat_slices,
     newton_schulz_operations,
     trained_weights,
     travelling,
@@ -49,7 +48,10 @@ def simulate(
     ranks, stage = planned.ranks, planned.stage
     slower = 1 + jitter * generator.standard_normal(ranks)
     config = with_chunk(config, planned.draws_per_chunk)
-    clock = planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
+    waited = np.zeros(ranks)
+    if ranks > 1 and stage in (1, 2):
+        waited = _waited(config, planned, rates, slower, network, efficiency)
+    clock = waited + planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
     launched = float((planned.seconds.host * slower).max())
     weights = trained_weights(config.model, config.optimizer.kind)
     if ranks > 1:
@@ -67,10 +69,7 @@ def simulate(
     clock = _all_reduce(clock, FP32, network)
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
-    clock = clock + rest / efficiency
-    for piece in flat_slices(weights, ranks):
-        clock = _ring(clock, FP32 * piece, ranks - 1, network)
-    return max(launched, float(clock.max()))
+    return max(launched, float(clock.max()) + rest / efficiency)
 
 
 def _reduced(
@@ -87,6 +86,22 @@ def _reduced(
         else:
             sent = _ring(sent, size / ranks, ranks - 1, network)
     return np.maximum(clock, sent)
+
+
+def _waited(
+    config: Config, planned: Plan, rates: Rates, slower: np.ndarray, network: Network, efficiency: float
+) -> np.ndarray:
+    """Seconds for which each rank's first forward waits for the weights that the step before has updated."""
+    ranks = len(slower)
+    come, waited = np.zeros(ranks), np.zeros(ranks)
+    for needed, collective in needed_weights(config, rates, planned.extent, ranks, efficiency):
+        size = collective.width * collective.elements
+        if collective.kind == "all_reduce":
+            come = _all_reduce(come, size, network)
+        else:
+            come = _ring(come, size / ranks, ranks - 1, network)
+        waited = np.maximum(waited, come - needed * slower)
+    return waited
 
 
 def _all_reduce(clock: np.ndarray, size: float, network: Network) -> np.ndarray:

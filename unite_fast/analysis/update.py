@@ -12,15 +12,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 
 from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part
 from unite_fast.config import Config, OptimizerConfig, Sizes
-from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements
-from unite_fast.engine.optim import matrix_shape, parameter_groups, stages
+from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.deepspeed_backend import BUCKET_ELEMENTS, bucket_elements, read_in_bf16
+from unite_fast.engine.optim import in_stages, matrix_shape, parameter_groups, stages
 from unite_fast.engine.reduction import spans
 from unite_fast.engine.sharding import MatrixExchange
 from unite_fast.modality import modality
@@ -30,6 +31,8 @@ FP32 = 4  # bytes
 EXCHANGED = DTYPE_BYTES["bf16"]  # of an element that crosses to its matrix's owner on GPUs, as Newton-Schulz computes
 # DeepSpeed pads a flat group of ZeRO 1 and 2 to whole slices of an even number of elements.
 SLICE_ALIGNMENT = 2
+# What brings the updated weights together: most of them, and those among bfloat16 ones that are read in float32.
+UPDATED = ("updated weights", "updated weights of float32")
 
 
 class Weights(NamedTuple):
@@ -208,8 +211,54 @@ class Collective(NamedTuple):
         return (2 if self.kind == "all_reduce" else 1) * self.elements * (ranks - 1) / ranks
 
 
-def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int | None = None) -> list[Collective]:
-    """Everything that crosses between ranks in one optimizer step on GPUs.
+class Gathered(NamedTuple):
+    """Updated weights on their way to all ranks.
+
+    Attributes:
+        collective: that carries them.
+        names: of the parameters that are read only behind it.
+    """
+
+    collective: Collective
+    names: tuple[str, ...]
+
+
+def gathered_weights(config: Config, *, ranks: int, device: Literal["cuda", "cpu"] = "cuda") -> tuple[Gathered, ...]:
+    """What brings the updated weights together under ZeRO 1 and 2, in the order in which the engine sends it."""
+    autocast = autocast_dtype(config, torch.device(device)) if ranks > 1 else None
+    return _gathered(config.model, config.optimizer.kind, ranks, autocast, config.train.fp8)
+
+
+@functools.cache
+def _gathered(
+    model: Sizes, kind: str, ranks: int, autocast: torch.dtype | None, fp8: bool
+) -> tuple[Gathered, ...]:
+    built = network_of(model)
+    groups = in_stages(list(parameter_groups(built, kind).items()))
+    rounded = read_in_bf16(built, groups, autocast, fp8=fp8)
+    found, exact = [], {}
+    for _, group in reversed(groups):  # AdamW's are behind Muon's, and those that are read first are last
+        narrow = not rounded.isdisjoint(group)
+        elements = ranks * slice_elements(sum(parameter.numel() for parameter in group.values()), ranks)
+        width = DTYPE_BYTES["bf16"] if narrow else FP32
+        carried = Collective("all_gather", UPDATED[0], elements, elements, width=width)
+        found.append(Gathered(carried, tuple(group)))
+        exact |= {name: p.numel() for name, p in group.items() if narrow and name not in rounded}
+    if exact:
+        carried = _whole("all_reduce", UPDATED[1], sum(exact.values()), 1)
+        found.insert(0, Gathered(carried, tuple(exact)))
+    return tuple(found)
+
+
+def collectives(
+    config: Config,
+    *,
+    ranks: int,
+    accumulation: int = 1,
+    stage: int | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> list[Collective]:
+    """Everything that crosses between ranks in one optimizer step.
 
     Under ZeRO 3 every pass gathers the parameters that it reads, before its forward and again before its backward;
     DeepSpeed keeps some of them for the next pass where memory allows, so this is the most that it sends.
@@ -219,6 +268,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
         ranks: n.
         accumulation: micro-batches an optimizer step.
         stage: ZeRO stage; the configuration's if None.
+        device: of the ranks, which says what train.precision "auto" is.
     """
     stage = config.train.zero_stage if stage is None else stage
     weights = trained_weights(config.model, config.optimizer.kind)
@@ -237,8 +287,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
             _whole("reduce_scatter", "gradients", with_gradient),
             norm,
         ]
-    partitions = flat_slices(weights, ranks)
-    flat = ranks * sum(partitions)
+    flat = ranks * sum(flat_slices(weights, ranks))
     found = [_whole("reduce_scatter", "gradients", flat, len(window_elements(weights, ranks, stage))), norm]
     if weights.matrices:
         total, busiest, messages = exchange_elements(weights.matrices, ranks)
@@ -247,8 +296,7 @@ def collectives(config: Config, *, ranks: int, accumulation: int = 1, stage: int
                 Collective("all_to_all", f"pieces of matrices {way}", total, busiest, messages, EXCHANGED)
                 for way in ("to their owner", "back")
             ]
-    found.append(_whole("all_gather", "updated weights", flat, len(partitions)))  # straight into the weights, no buffer
-    return found
+    return found + [gathered.collective for gathered in gathered_weights(config, ranks=ranks, device=device)]
 
 
 def flow_passes(config: Config) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unite_fast.config import Config
 from unite_fast.engine.backend import AutocastForward, clip_coefficient, gradient_norm
+from unite_fast.engine.gathering import FlatGroup, WeightGather
 from unite_fast.engine.optim import MAX_STAGES, Groups, MuonAdamW, matrix_shape
 from unite_fast.engine.reduction import GradientMean
 from unite_fast.engine.sharding import Fragment, Layout, MatrixExchange, flat_fragments
@@ -28,6 +29,13 @@ from unite_fast.errors import UserError
 BUCKET_ELEMENTS, BUCKET_RANKS = 25_000_000, 32
 # ZeRO 3 steps a group in pieces of this many elements; one piece a group, since Apex counts calls as steps.
 UNDIVIDED = 10**12
+
+
+def read_in_bf16(model: nn.Module, groups: Groups, autocast: torch.dtype | None, *, fp8: bool) -> set[str]:
+    """Names of Muon's matrices that the training passes read as autocast's bfloat16 copy and in no other way."""
+    if autocast is not torch.bfloat16 or fp8:  # FP8 products scale and round the float32 weight
+        return set()
+    return {name for kind, group in groups if kind == "muon" for name in group} - model.float32_matrices()
 
 
 def bucket_elements(ranks: int, elements: int) -> int:
@@ -72,6 +80,9 @@ class DeepSpeedBackend:
     DeepSpeed 0.19 has no reduce-scatter under ZeRO 1 and 2: whatever `reduce_scatter` says, it all-reduces every bucket
     (twice the traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times
     n - 1 hops; B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
+
+    For updated weights DeepSpeed would wait at the end of its step. Under ZeRO 1 and 2 a `WeightGather` brings them
+    while the next forward runs, and of DeepSpeed's step its counters alone are used.
     """
 
     def __init__(
@@ -123,6 +134,21 @@ class DeepSpeedBackend:
             for index, master in enumerate(masters):
                 name = next(f.name for f in self.layout.fragments if f.master == index)
                 self.masters[kinds[name]].append(master)
+        self._gather: WeightGather | None = None
+        self._means: list[Tensor] = []
+        if self._stage in (1, 2):
+            self._zero.step = self._step_slices
+            self._gather = WeightGather(
+                forward.model,
+                [
+                    FlatGroup(whole, master, [f for f in fragments if f.master == index])
+                    for index, (whole, master) in enumerate(zip(self._zero.bit16_groups_flat, masters, strict=True))
+                ],
+                rounded=read_in_bf16(forward.model, groups, forward.dtype, fp8=config.train.fp8),
+                lazily=not config.train.compile,
+                rank=world.rank,
+                ranks=world.size,
+            )
         self._mean = None
         if self._stage < 3:
             self._mean = GradientMean(
@@ -135,6 +161,8 @@ class DeepSpeedBackend:
             )
 
     def forward(self, phase: str, inputs: dict[str, Any]) -> Any:
+        if self._gather is not None:
+            self._gather.before_forward()
         return self._engine(phase, **inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -154,9 +182,9 @@ class DeepSpeedBackend:
                 parameter.grad = None
         self._accumulation.close()
         self._accumulation = None
-        # DeepSpeed found no gradients to reduce and put zeros here.
-        for index, mean in enumerate(means):
-            self._zero.averaged_gradients[index] = [mean]
+        self._means = means
+        for index in range(len(means)):
+            self._zero.averaged_gradients[index] = None  # zeros: DeepSpeed found no gradients to reduce
 
     def update(self) -> Tensor:
         if self._stage == 3:
@@ -168,9 +196,19 @@ class DeepSpeedBackend:
         self._engine.step()
         return norm
 
+    def _step_slices(self) -> None:
+        """The optimizer on this rank's slices, in the place of DeepSpeed's own step."""
+        for master, mean in zip(self.layout.masters, self._means, strict=True):
+            master.grad = mean
+        self._means = []
+        self._optimizer.step()
+        for master in self.layout.masters:
+            master.grad = None
+        self._gather.begin()
+
     def publish(self) -> None:
-        if self._stage in (1, 2):
-            self._zero.update_lp_params()
+        if self._gather is not None:
+            self._gather.publish()
         elif self._stage == 3:
             for name, full in self.layout.gather(lambda master: master):
                 parameter = self._parameters[name]
@@ -180,6 +218,10 @@ class DeepSpeedBackend:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         if self._stage < 3:
+            if self._gather is not None:
+                self._gather.finish()
+                if self._gather.holds_rounded:
+                    self.publish()
             yield
             return
         # ZeRO 3's module hooks release a layer after its forward and fetch it with a collective before the next,
@@ -199,8 +241,7 @@ class DeepSpeedBackend:
 
         DeepSpeed would take it too, but read it on the host, which drains the device once a step.
         """
-        gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
-        squares = nn.utils.get_total_norm(gradients, foreach=True).square()
+        squares = nn.utils.get_total_norm(self._means, foreach=True).square()
         dist.all_reduce(squares)
         return squares.sqrt()
 

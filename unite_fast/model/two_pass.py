@@ -123,3 +123,7 @@ class TwoPassModel(nn.Module, ABC):
             for name, parameter in self.named_parameters()
             if parameter.ndim >= 2 and not any(part in f".{name}" for part in excluded)
         }
+
+    def float32_matrices(self) -> set[str]:
+        """Names of those among them that the training passes read in float32 under autocast, too."""
+        return {name for name in self.matrix_parameters() if any(part in f".{name}" for part in (".time.", ".label."))}
