@@ -1,8 +1,10 @@
 """Packages: `unite_fast` (the trainer) and `unite_kernels` (the folder kernels/, usable on its own)."""
 
+import sys
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # The kernels need torch and Triton and nothing else; everything the trainer needs is an extra.
 KERNELS = [
@@ -39,6 +41,20 @@ TEST = [
     "kernels>=0.17,<0.18; platform_system == 'Linux'",  # Hugging Face's loader, which tests load unite_kernels with
 ]
 
+# Plain C behind ctypes, no module: what it has of OpenMP is left to the runtime that torch has loaded (kernels/cpu.c).
+# Without a C compiler it is left out, and plain PyTorch serves.
+CPU = ["kernels/cpu.c", "kernels/cpu_rows.h"]
+SOURCES = zlib.crc32(b"".join((Path(__file__).parent / file).read_bytes() for file in CPU))
+OPENMP = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"
+cpu = Extension(
+    "unite_kernels._cpu",
+    sources=CPU[:1],
+    depends=CPU[1:],
+    define_macros=[("UNITE_SOURCES", f"{SOURCES}u")],
+    extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", OPENMP],
+    optional=True,
+)
+
 setup(
     name="unite_fast",
     version="0.1.0",
@@ -48,6 +64,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
+    ext_modules=[cpu],
     package_data={"unite_fast.report": ["page.*"], "unite_fast.pictures_molecules": ["page.html"]},
     install_requires=KERNELS,
     extras_require={

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import adaln_kernels
+from . import adaln_kernels, cpu
 from .dispatch import (
     NAMESPACE,
     check_contiguous,
@@ -179,7 +179,12 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
         check_parameter(operator, name, vector, (width,), "x", x)
     for name, term in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_parameter(operator, name, term, (batch, width), "x", x)
-    compute = _operator if use_triton(x) else adaln_reference
+    if use_triton(x):
+        compute = _operator
+    elif not layer and cpu.serves(x, branch, gate, closing_weight, weight, shift, scale):
+        return cpu.adaln(x, branch, gate, closing_weight, weight, shift, scale, offsets, eps)
+    else:
+        compute = adaln_reference
     return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer)
 
 

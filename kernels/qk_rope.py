@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import cpu
 from .dispatch import NAMESPACE, check_contiguous, check_floats, check_parameter, device_of, use_triton
-from .rms import unit_rms, unit_rms_parts
+from .rms import unit_rms
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -38,47 +38,6 @@ def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     # A pair as one complex number: twice as fast on a CPU as products of every second element.
     pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None, None]
     return torch.cat([torch.view_as_real(pairs).flatten(-2).to(qkv.dtype), v], dim=2)
-
-
-class _OnCpu(torch.autograd.Function):
-    """`qk_norm_rope` in float32 with fewer reads and copies than autograd takes of the reference; heads before tokens
-    in memory, as attention by batched products wants them. A training step of 8 to 28 tokens a sample takes 0.98 of its
-    time with it.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
-        batch, tokens, _, heads, width = qkv.shape
-        ahead = (0, 0, unrotated, 0)  # the identity for the leading tokens
-        cos, sin = cos[: tokens - unrotated], sin[: tokens - unrotated]
-        table = torch.complex(F.pad(cos, ahead, value=1.0), F.pad(sin, ahead))[:, None, None]
-        weight = torch.stack([q_weight, k_weight])[:, None]
-        qk, v = qkv.split([2, 1], dim=2)
-        unit, inverse = unit_rms_parts(qk, eps)
-        out = qkv.new_empty(3, batch, heads, tokens, width).permute(1, 3, 0, 2, 4)
-        torch.mul(_pairs(unit * weight), table, out=_pairs(out[:, :, :2]))
-        out[:, :, 2:] = v
-        ctx.save_for_backward(unit, inverse, weight, table)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        unit, inverse, weight, table = ctx.saved_tensors
-        turned = torch.empty_like(unit)
-        torch.mul(_pairs(grad[:, :, :2]), table.conj(), out=_pairs(turned))
-        products = turned * unit
-        grad_weight = products.sum(dim=(0, 1)).sum(dim=1)
-        along = (products * weight).mean(-1, keepdim=True)
-        grad_qkv = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        torch.mul(turned.mul_(weight).addcmul_(unit, along, value=-1), inverse, out=grad_qkv[:, :, :2])
-        grad_qkv[:, :, 2:] = grad[:, :, 2:]
-        return grad_qkv, grad_weight[0], grad_weight[1], None, None, None, None
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """Neighbours (2i, 2i + 1) of the last dimension as one complex number, a view."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 @triton.jit
@@ -303,8 +262,8 @@ def qk_norm_rope(
     check_contiguous("qk_norm_rope", "qkv", qkv)
     if use_triton(qkv):
         compute = _qk_norm_rope
-    elif qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not torch.compiler.is_compiling():
-        compute = _OnCpu.apply
+    elif cpu.serves(qkv, q_weight, k_weight, cos, sin):
+        compute = cpu.qk_norm_rope
     else:
         compute = qk_norm_rope_reference
     return compute(qkv, q_weight, k_weight, cos, sin, unrotated, eps)

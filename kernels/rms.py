@@ -13,7 +13,10 @@ class _UnitRms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        unit, inverse = unit_rms_parts(x, eps)
+        # The norm is the one fused reduction of squares PyTorch has on a CPU.
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        unit = x * inverse
         ctx.save_for_backward(unit, inverse)
         return unit
 
@@ -22,14 +25,6 @@ class _UnitRms(torch.autograd.Function):
         unit, inverse = ctx.saved_tensors
         along = (grad * unit).mean(-1, keepdim=True)
         return torch.addcmul(grad, unit, along, value=-1).mul_(inverse), None
-
-
-def unit_rms_parts(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x · inverse, inverse = 1 / √(mean(x²) + eps)), without gradients."""
-    # The norm is the one fused reduction of squares PyTorch has on a CPU.
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    inverse = mean_square.add_(eps).rsqrt_()
-    return x * inverse, inverse
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:

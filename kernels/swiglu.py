@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
 from .dispatch import NAMESPACE, check_contiguous, check_floats, device_of, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
@@ -150,4 +151,6 @@ def swiglu(x: Tensor) -> Tensor:
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"swiglu: x has shape {tuple(x.shape)}; its last dimension holds two halves and must be even")
     check_contiguous("swiglu", "x", x)
-    return _swiglu(x) if use_triton(x) else swiglu_reference(x)
+    if use_triton(x):
+        return _swiglu(x)
+    return cpu.swiglu(x) if cpu.serves(x) else swiglu_reference(x)

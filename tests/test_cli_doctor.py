@@ -10,8 +10,8 @@ from cli_toy import run
 from unite_fast import doctor
 
 EXPECTED = {
-    "PyTorch", "CUDA", "bfloat16", "Triton", "C compiler", "FlashAttention", "DALI", "NVIDIA Apex", "DeepSpeed",
-    "DeepSpeed ops", "torch.compile", "FP8",
+    "PyTorch", "CUDA", "bfloat16", "Triton", "CPU operators", "C compiler", "FlashAttention", "DALI", "NVIDIA Apex",
+    "DeepSpeed", "DeepSpeed ops", "torch.compile", "FP8",
 }  # fmt: skip
 
 

@@ -134,6 +134,13 @@ def _triton() -> str:
     return f"{triton.__version__}, runs the fused operators of unite_kernels"
 
 
+def _cpu_operators() -> str:
+    cpu = _import("unite_kernels.cpu")
+    if cpu.LIBRARY is None:
+        raise Missing(cpu.STATE)
+    return "compiled, runs the fused operators of a block in float32 on a CPU"
+
+
 def _compiler() -> str:
     for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
         found = shutil.which(name)
@@ -271,6 +278,12 @@ PARTS = (
         _triton,
         "the fused operators run as plain PyTorch, which reads and writes activations several times",
         "pip install triton on Linux, and a CUDA device",
+    ),
+    Part(
+        "CPU operators",
+        _cpu_operators,
+        "on a CPU plain PyTorch runs a block's operators, a training step takes about a tenth longer",
+        "a C compiler, GCC on Linux, and then pip install --force-reinstall --no-deps --editable . in the repository",
     ),
     Part(
         "C compiler",

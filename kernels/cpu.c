@@ -1,0 +1,129 @@
+/* Operators in float32 for CPUs: each row is read once where PyTorch reads it once an operation.
+ *
+ * Plain C, called through ctypes (cpu.py), which checks shapes, dtypes and strides. Compiled with OpenMP and not linked
+ * with it: its functions are those of the runtime that PyTorch has loaded, whose threads then serve both. A sample is
+ * worked on by one thread, so results do not depend on their number.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { MAX_WIDTH = 2048, MAX_HEAD = 256 };
+/* Elements below which starting threads costs more than they save, as PyTorch has it (at::internal::GRAIN_SIZE). */
+enum { GRAIN = 32768 };
+
+/* CRC-32 of this file and cpu_rows.h, by which cpu.py tells a library that was compiled from others. */
+uint32_t unite_sources(void) { return UNITE_SOURCES; }
+
+struct adaln {
+    const float *x, *branch, *gate, *closing, *weight, *shift, *scale;
+    float *residual, *normed;
+    const int32_t *offsets; /* [samples + 1], or samples of `tokens` each */
+    int64_t samples, tokens, width, gate_stride, shift_stride, scale_stride;
+    float eps;
+};
+
+struct adaln_backward {
+    const float *grad_residual, *grad_normed, *x, *branch, *gate, *closing, *weight, *scale;
+    float *grad_x, *grad_branch;
+    float *along, *grad_shift, *grad_gate, *grad_closing; /* [samples, width], zero at first */
+    const int32_t *offsets;
+    int64_t samples, tokens, width, gate_stride, scale_stride;
+    float eps;
+};
+
+struct rope {
+    const float *qkv, *q_weight, *k_weight, *cosine, *sine; /* qkv [samples, tokens, 3, heads, width] */
+    float *out;                                             /* [3, samples, heads, tokens, width] */
+    int64_t samples, tokens, heads, width, unrotated;
+    float eps;
+};
+
+struct rope_backward {
+    const float *grad, *qkv, *q_weight, *k_weight, *cosine, *sine; /* grad as qkv, in any order but for its last */
+    float *grad_qkv, *grad_weights;                                /* [samples, 2, width], zero at first */
+    int64_t strides[4];                                            /* of grad */
+    int64_t samples, tokens, heads, width, unrotated;
+    float eps;
+};
+
+#define NAME(function) function##_baseline
+#include "cpu_rows.h"
+#undef NAME
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SETS 3
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(function) function##_avx2
+#include "cpu_rows.h"
+#undef NAME
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma")
+#define NAME(function) function##_avx512
+#include "cpu_rows.h"
+#undef NAME
+#pragma GCC pop_options
+#define OF_EACH(function) {function##_baseline, function##_avx2, function##_avx512}
+static int set(void) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+        return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+#else
+#define SETS 1
+#define OF_EACH(function) {function##_baseline}
+static int set(void) { return 0; }
+#endif
+
+static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
+    return offsets ? offsets[sample] : sample * tokens;
+}
+
+void unite_swiglu(const float *x, float *out, int64_t rows, int64_t F) {
+    static void (*const of[SETS])(const float *, float *, int64_t) = OF_EACH(swiglu);
+    void (*const run)(const float *, float *, int64_t) = of[set()];
+#pragma omp parallel for if (rows * F > GRAIN) schedule(static)
+    for (int64_t row = 0; row < rows; row++) run(x + row * 2 * F, out + row * F, F);
+}
+
+void unite_swiglu_backward(const float *grad, const float *x, float *grad_x, int64_t rows, int64_t F) {
+    static void (*const of[SETS])(const float *, const float *, float *, int64_t) = OF_EACH(swiglu_backward);
+    void (*const run)(const float *, const float *, float *, int64_t) = of[set()];
+#pragma omp parallel for if (rows * F > GRAIN) schedule(static)
+    for (int64_t row = 0; row < rows; row++) run(grad + row * F, x + row * 2 * F, grad_x + row * 2 * F, F);
+}
+
+void unite_adaln(const struct adaln *o) {
+    static void (*const of[SETS])(const struct adaln *, int64_t, int64_t, int64_t) = OF_EACH(adaln);
+    void (*const run)(const struct adaln *, int64_t, int64_t, int64_t) = of[set()];
+    const int64_t elements = begin_of(o->offsets, o->tokens, o->samples) * o->width;
+#pragma omp parallel for if (elements > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++)
+        run(o, sample, begin_of(o->offsets, o->tokens, sample), begin_of(o->offsets, o->tokens, sample + 1));
+}
+
+void unite_adaln_backward(const struct adaln_backward *o) {
+    static void (*const of[SETS])(const struct adaln_backward *, int64_t, int64_t, int64_t) = OF_EACH(adaln_backward);
+    void (*const run)(const struct adaln_backward *, int64_t, int64_t, int64_t) = of[set()];
+    const int64_t elements = begin_of(o->offsets, o->tokens, o->samples) * o->width;
+#pragma omp parallel for if (elements > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++)
+        run(o, sample, begin_of(o->offsets, o->tokens, sample), begin_of(o->offsets, o->tokens, sample + 1));
+}
+
+void unite_rope(const struct rope *o) {
+    static void (*const of[SETS])(const struct rope *, int64_t) = OF_EACH(rope);
+    void (*const run)(const struct rope *, int64_t) = of[set()];
+#pragma omp parallel for if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++) run(o, sample);
+}
+
+void unite_rope_backward(const struct rope_backward *o) {
+    static void (*const of[SETS])(const struct rope_backward *, int64_t) = OF_EACH(rope_backward);
+    void (*const run)(const struct rope_backward *, int64_t) = of[set()];
+#pragma omp parallel for if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++) run(o, sample);
+}

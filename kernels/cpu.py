@@ -1,0 +1,244 @@
+"""The operators of cpu.c for float32 tensors on a CPU, with their backward passes.
+
+setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes and under torch.compile the references
+in plain PyTorch serve. Shapes as in adaln.py, qk_rope.py and swiglu.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import zlib
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import get_backend
+
+
+HERE = Path(__file__).parent
+SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h")
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """(the compiled library, where it is), or (None, what is wrong with it)."""
+    names = [f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((HERE / name for name in names if (HERE / name).is_file()), None)
+    if path is None:
+        return None, "cpu.c was not compiled when unite_kernels was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # for another machine, or without an OpenMP in this process
+        return None, f"{path.name} cannot be loaded: {error}"
+    library.unite_sources.restype = c_uint32
+    if all(source.is_file() for source in SOURCES) and library.unite_sources() != fingerprint(SOURCES):
+        return None, f"{path.name} was compiled from other sources than those beside it"
+    declare(library)
+    return library, str(path)
+
+
+def fingerprint(sources: Sequence[Path]) -> int:
+    """CRC-32 of the files, one behind the other."""
+    return zlib.crc32(b"".join(source.read_bytes() for source in sources))
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether cpu.c computes with these tensors: its library is there and they are plain, in float32 and on a CPU."""
+    if LIBRARY is None or get_backend() == "torch" or torch.compiler.is_compiling():
+        return False
+    return all(
+        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
+        for x in tensors
+    )
+
+
+class _Adaln(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "branch", "gate", "closing", "weight", "shift", "scale")),
+        *((name, c_void_p) for name in ("residual", "normed", "offsets")),
+        *((name, c_int64) for name in ("samples", "tokens", "width", "gate_stride", "shift_stride", "scale_stride")),
+        ("eps", c_float),
+    ]
+
+
+class _AdalnBackward(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("grad_residual", "grad_normed", "x", "branch", "gate", "closing", "weight")),
+        *((name, c_void_p) for name in ("scale", "grad_x", "grad_branch", "along", "grad_shift", "grad_gate")),
+        *((name, c_void_p) for name in ("grad_closing", "offsets")),
+        *((name, c_int64) for name in ("samples", "tokens", "width", "gate_stride", "scale_stride")),
+        ("eps", c_float),
+    ]
+
+
+class _Rope(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "out")),
+        *((name, c_int64) for name in ("samples", "tokens", "heads", "width", "unrotated")),
+        ("eps", c_float),
+    ]
+
+
+class _RopeBackward(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("grad", "qkv", "q_weight", "k_weight", "cosine", "sine")),
+        *((name, c_void_p) for name in ("grad_qkv", "grad_weights")),
+        ("strides", c_int64 * 4),
+        *((name, c_int64) for name in ("samples", "tokens", "heads", "width", "unrotated")),
+        ("eps", c_float),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes what the functions of a compiled library take."""
+    library.unite_swiglu.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+    library.unite_swiglu_backward.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64]
+    library.unite_adaln.argtypes = [POINTER(_Adaln)]
+    library.unite_adaln_backward.argtypes = [POINTER(_AdalnBackward)]
+    library.unite_rope.argtypes = [POINTER(_Rope)]
+    library.unite_rope_backward.argtypes = [POINTER(_RopeBackward)]
+    for name in ("swiglu", "adaln", "rope"):
+        getattr(library, f"unite_{name}").restype = None
+        getattr(library, f"unite_{name}_backward").restype = None
+
+
+LIBRARY, STATE = load()
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        width = x.shape[-1] // 2
+        out = x.new_empty(*x.shape[:-1], width)
+        if out.numel():
+            LIBRARY.unite_swiglu(x.data_ptr(), out.data_ptr(), out.numel() // width, width)
+        ctx.save_for_backward(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad, grad_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1] // 2
+        if grad.numel():
+            LIBRARY.unite_swiglu_backward(
+                grad.data_ptr(), x.data_ptr(), grad_x.data_ptr(), grad.numel() // width, width
+            )
+        return grad_x
+
+
+class _AdaptiveNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, gate, closing, weight, shift, scale, offsets, eps):
+        normed = torch.empty_like(x)
+        residual = None if branch is None else torch.empty_like(x)
+        LIBRARY.unite_adaln(
+            _Adaln(
+                *map(_at, (x, branch, gate, closing, weight, shift, scale, residual, normed, offsets)),
+                scale.shape[0], x.shape[1], x.shape[2],
+                0 if gate is None else gate.stride(0), 0 if shift is None else shift.stride(0), scale.stride(0), eps,
+            )
+        )  # fmt: skip
+        stream = residual if branch is not None and closing is None else x
+        ctx.save_for_backward(stream, branch, gate, closing, weight, scale, offsets)
+        ctx.eps, ctx.shifts = eps, shift is not None
+        ctx.set_materialize_grads(False)
+        return residual, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_residual, grad_normed):
+        x, branch, gate, closing, weight, scale, offsets = ctx.saved_tensors
+        if grad_normed is None:
+            if grad_residual is None:
+                return (None,) * 9
+            grad_normed = torch.zeros_like(x)
+        grad_normed = grad_normed.contiguous()
+        grad_residual = None if grad_residual is None else grad_residual.contiguous()
+        grad_x, grad_branch = torch.empty_like(x), None if branch is None else torch.empty_like(branch)
+
+        def sums(wanted: bool) -> Tensor | None:
+            return x.new_zeros(scale.shape) if wanted else None
+
+        along, grad_shift = sums(True), sums(ctx.shifts)
+        grad_gate, grad_closing = sums(gate is not None), sums(closing is not None)
+        pointers = (
+            grad_residual, grad_normed, x, branch, gate, closing, weight, scale, grad_x, grad_branch, along, grad_shift,
+            grad_gate, grad_closing, offsets,
+        )  # fmt: skip
+        LIBRARY.unite_adaln_backward(
+            _AdalnBackward(
+                *map(_at, pointers), scale.shape[0], x.shape[1], x.shape[2],
+                0 if gate is None else gate.stride(0), scale.stride(0), ctx.eps,
+            )
+        )  # fmt: skip
+        grad_weight = None if weight is None else torch.addcmul(along, along, scale).sum(0)
+        grad_scale = along if weight is None else along * weight
+        grad_closing = None if closing is None else grad_closing.sum(0)
+        return grad_x, grad_branch, grad_gate, grad_closing, grad_weight, grad_shift, grad_scale, None, None
+
+
+class _QkNormRope(torch.autograd.Function):
+    """Heads before tokens in memory, as attention by batched products wants them."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
+        batch, tokens, _, heads, width = qkv.shape
+        out = qkv.new_empty(3, batch, heads, tokens, width)
+        pointers = (qkv, q_weight, k_weight, cos, sin, out)
+        LIBRARY.unite_rope(_Rope(*map(_at, pointers), batch, tokens, heads, width, unrotated, eps))
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.unrotated, ctx.eps = unrotated, eps
+        return out.permute(1, 3, 0, 2, 4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        batch, tokens, _, heads, width = qkv.shape
+        if grad.stride(-1) != 1:
+            grad = grad.contiguous()
+        grad_qkv, sums = torch.empty_like(qkv), qkv.new_zeros(batch, 2, width)
+        pointers = (grad, qkv, q_weight, k_weight, cos, sin, grad_qkv, sums)
+        LIBRARY.unite_rope_backward(
+            _RopeBackward(
+                *map(_at, pointers), (c_int64 * 4)(*grad.stride()[:4]),
+                batch, tokens, heads, width, ctx.unrotated, ctx.eps,
+            )
+        )  # fmt: skip
+        return grad_qkv, *sums.sum(0).unbind(), None, None, None, None
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`swiglu` of checked arguments that `serves` accepts."""
+    return _SwiGlu.apply(x)
+
+
+def adaln(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    closing: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    offsets: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, Tensor]:
+    """The RMSNorms of adaln.py, (residual or None, normed), of checked arguments that `serves` accepts."""
+    return _AdaptiveNorm.apply(x, branch, gate, closing, weight, shift, scale, offsets, eps)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
+) -> Tensor:
+    """`qk_norm_rope` of checked arguments that `serves` accepts."""
+    return _QkNormRope.apply(qkv, q_weight, k_weight, cos, sin, unrotated, eps)

@@ -1,0 +1,237 @@
+"""The operators that are compiled for CPUs: values and gradients, every set of instructions, and when they serve."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import test_kernels_adaln as adaln
+import test_kernels_qk_rope as rope
+import test_kernels_swiglu as swiglu
+import torch
+from kernel_testing import assert_twice_as_good, normal, outputs_and_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import unite_kernels as uk
+from unite_kernels import cpu
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason=cpu.STATE)
+RMS = [form for form in adaln.FORMS if "layer" not in form]
+# What setup.py compiles with, and without: the sets of instructions that a CPU may lack.
+FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+BASELINE = "-D__builtin_cpu_supports(name)=0"
+
+
+@pytest.fixture(params=["of this CPU", "baseline"])
+def library(request, monkeypatch, tmp_path):
+    """The installed library, which takes the widest instructions there are, and one that believes in none of them."""
+    if request.param == "baseline":
+        compiler = shutil.which(os.environ.get("CC", "gcc"))
+        if compiler is None:
+            pytest.skip("no C compiler")
+        made = tmp_path / "baseline.so"
+        options = [*FLAGS, "-Wall", "-Wextra", "-Werror", BASELINE, "-DUNITE_SOURCES=0", "-fPIC", "-shared"]
+        subprocess.run([compiler, *options, "-nostartfiles", KERNELS / "cpu.c", "-lm", "-o", made], check=True)
+        found = ctypes.CDLL(str(made))
+        cpu.declare(found)
+        monkeypatch.setattr(cpu, "LIBRARY", found)
+    return cpu.LIBRARY
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Counts what the compiled operators are given."""
+    calls = []
+    for name in ("swiglu", "adaln", "qk_norm_rope"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
+    return calls
+
+
+@pytest.mark.parametrize("shape", [*adaln.SHAPES, (2, 3, 2048), (3, 4, 1)])
+@pytest.mark.parametrize("form", RMS)
+def test_adaptive_norms_against_the_equation(library, served, form, shape):
+    function, names = adaln.FORMS[form]
+    inputs = adaln.inputs_of(names, shape, torch.float32)
+    truth = outputs_and_gradients(adaln.EQUATIONS[function], inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(adaln.EQUATIONS[function], inputs)
+    assert_twice_as_good(adaln.run("auto", function, inputs), naive, truth)
+    assert served == ["adaln"]
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 70, 3), (2, 0, 4), (1,)])
+@pytest.mark.parametrize("form", ["rms", "gated rms", "boundary"])
+def test_spans_are_the_samples_one_by_one(library, form, lengths):
+    function, names = adaln.FORMS[form]
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    terms = adaln.inputs_of(names, (len(lengths), 1, 24), torch.float32)
+    inputs = [
+        normal(1, sum(lengths), 24, seed=i) if x is not None and x.ndim == 3 else x for i, x in enumerate(terms)
+    ]
+    spans = uk.Spans(offsets, max(lengths))
+    found, plain = (
+        adaln.run(backend, lambda *given: function(*given, spans=spans), inputs) for backend in ("auto", "torch")
+    )
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # sums of 79 rows
+
+
+@pytest.mark.parametrize("shape, unrotated", rope.SHAPES)
+def test_rotary_embedding_against_the_equation(library, served, shape, unrotated):
+    inputs = rope.inputs_of(shape, torch.float32)
+    rotary = (*rope.tables(shape[1] + 3, shape[3]), unrotated)
+    truth = outputs_and_gradients(rope.equation(*rotary), inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(rope.equation(*rotary), inputs)
+    assert_twice_as_good(rope.run("auto", inputs, *rotary), naive, truth)
+    assert served == ["qk_norm_rope"]
+
+
+def test_a_gradient_in_any_order_of_memory(library):
+    inputs = [x.requires_grad_() for x in rope.inputs_of((3, 5, 2, 16), torch.float32)]
+    out = uk.qk_norm_rope(*inputs, *rope.tables(5, 16), 1)
+    grad = normal(*out.shape, seed=5)
+    orders = [grad, grad.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4), grad.mT.contiguous().mT]
+    first, *others = (torch.autograd.grad(out, inputs, order, retain_graph=True) for order in orders)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("shape", swiglu.SHAPES)
+def test_swiglu_against_the_equation(library, served, shape):
+    x = normal(*shape) * 3
+    truth = outputs_and_gradients(swiglu.equation, [x], lambda x: torch.float64)
+    naive = outputs_and_gradients(swiglu.equation, [x])
+    assert_twice_as_good(swiglu.run("auto", x), naive, truth)
+    assert served == ["swiglu"]
+
+
+def test_the_exponential_over_all_its_range(library):
+    """silu(g) · 1 within 4 units in the last place of its size, from underflow to overflow."""
+    gate = torch.linspace(-110, 110, 400_001)
+    found = uk.swiglu(torch.stack([gate, torch.ones_like(gate)], dim=-1).contiguous())[:, 0]
+    exact = gate.double() * torch.sigmoid(gate.double())
+    assert ((found - exact).abs() <= 4 * 2**-23 * exact.abs() + 1e-35).all()
+
+
+def test_what_is_not_finite_comes_out_as_in_pytorch(library):
+    gate = [math.nan, math.inf, -math.inf, 100.0, -100.0, 0.0, -0.0, 1e38]
+    x = torch.tensor(gate + [2.0] * len(gate))[None]
+    torch.testing.assert_close(swiglu.run("auto", x)[0], swiglu.run("torch", x)[0], equal_nan=True)
+    for form in ("rms", "gated rms", "boundary"):
+        function, names = adaln.FORMS[form]
+        for bad in (math.nan, math.inf, -math.inf):
+            inputs = adaln.inputs_of(names, (2, 3, 20), torch.float32)
+            inputs[0][1, 1, 7] = bad
+            found, plain = (adaln.run(backend, function, inputs) for backend in ("auto", "torch"))
+            assert all((a.isfinite() == b.isfinite()).all() for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("form", ["gated rms", "boundary"])
+def test_gradient_of_one_output_alone(library, form, used):
+    function, names = adaln.FORMS[form]
+    inputs = adaln.inputs_of(names, (2, 3, 20), torch.float32)
+    found = []
+    for backend in ("auto", "torch"):
+        with adaln.on_backend(backend):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            out = function(*leaves)[used]
+            found.append(torch.autograd.grad(out, leaves, normal(*out.shape), allow_unused=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (0, 0, 8)])
+def test_empty(library, shape):
+    for form in ("rms", "boundary"):
+        function, names = adaln.FORMS[form]
+        inputs = adaln.inputs_of(names, shape, torch.float32)
+        for ours, theirs in zip(*(adaln.run(backend, function, inputs) for backend in ("auto", "torch")), strict=True):
+            assert torch.equal(ours, theirs)
+    assert uk.swiglu(torch.empty(*shape)).shape == (*shape[:2], 4)
+    heads = torch.empty(*shape[:2], 3, 2, 8, requires_grad=True)
+    uk.qk_norm_rope(heads, torch.ones(8), torch.ones(8), *rope.tables(5, 8), 0).sum().backward()
+    assert heads.grad.shape == heads.shape
+
+
+def test_results_do_not_depend_on_the_threads():
+    function, names = adaln.FORMS["boundary"]
+    inputs = adaln.inputs_of(names, (7, 40, 384), torch.float32)
+    heads = rope.inputs_of((7, 40, 6, 64), torch.float32)
+    rotary = (*rope.tables(40, 64), 0)
+    x = normal(300, 700)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                [*adaln.run("auto", function, inputs), *rope.run("auto", heads, *rotary), *swiglu.run("auto", x)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_other_tensors_are_left_to_pytorch(served):
+    x = normal(2, 3, 8)
+    uk.swiglu(x.bfloat16())
+    with adaln.on_backend("torch"):
+        uk.swiglu(x)
+    with FakeTensorMode() as mode:
+        uk.swiglu(mode.from_tensor(x))
+    torch.compile(uk.swiglu, backend="aot_eager", fullgraph=True)(x)
+    uk.layer_norm_modulate(x, None, None, None, normal(2, 8))
+    assert served == []
+
+
+def installed(folder: Path, monkeypatch) -> tuple[Path, list[Path]]:
+    """A copy of what is installed, from which `cpu.load` loads: (library, sources)."""
+    folder.mkdir()
+    for file in [Path(cpu.STATE), *cpu.SOURCES]:
+        shutil.copy(file, folder)
+    sources = [folder / source.name for source in cpu.SOURCES]
+    monkeypatch.setattr(cpu, "HERE", folder)
+    monkeypatch.setattr(cpu, "SOURCES", sources)
+    return folder / Path(cpu.STATE).name, sources
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    _, sources = installed(tmp_path / "copy", monkeypatch)
+    assert cpu.load()[0] is not None
+    assert cpu.fingerprint(sources) == zlib.crc32(sources[0].read_bytes() + sources[1].read_bytes())
+    sources[1].write_text(sources[1].read_text() + "\n")
+    found, state = cpu.load()
+    assert found is None and "other sources" in state
+    for source in sources:
+        source.unlink()
+    assert cpu.load()[0] is not None  # as in a wheel, which has none
+
+
+def test_a_broken_or_missing_library_is_said_to_be_so(monkeypatch, tmp_path):
+    made, _ = installed(tmp_path / "copy", monkeypatch)
+    made.unlink()
+    found, state = cpu.load()
+    assert found is None and "not compiled" in state
+    made.write_bytes(b"no library")
+    found, state = cpu.load()
+    assert found is None and "cannot be loaded" in state
+
+
+def test_without_it_the_package_works():
+    program = (
+        "import importlib.machinery; importlib.machinery.EXTENSION_SUFFIXES.clear()\n"
+        "import torch, unite_kernels as uk; from unite_kernels import cpu\n"
+        "assert cpu.LIBRARY is None\n"
+        "print(uk.swiglu(torch.ones(2, 4)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "[2, 2]" in done.stdout, done.stderr
