@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { MAX_WIDTH = 2048, MAX_HEAD = 256 };
+enum { MAX_WIDTH = 2048, MAX_HEAD = 256, MAX_TOKENS = 64, WIDEST = 16 /* floats of a vector */ };
 /* Elements below which starting threads costs more than they save, as PyTorch has it (at::internal::GRAIN_SIZE). */
 enum { GRAIN = 32768 };
 
@@ -34,7 +34,7 @@ struct adaln_backward {
 
 struct rope {
     const float *qkv, *q_weight, *k_weight, *cosine, *sine; /* qkv [samples, tokens, 3, heads, width] */
-    float *out;                                             /* [3, samples, heads, tokens, width] */
+    float *out;                                             /* as qkv */
     int64_t samples, tokens, heads, width, unrotated;
     float eps;
 };
@@ -47,23 +47,43 @@ struct rope_backward {
     float eps;
 };
 
+struct attention {
+    const float *qkv; /* [samples, tokens, 3, heads, width] in any order but for its last, or all samples' tokens */
+    const float *grad; /* of out; backward alone */
+    float *out, *grad_qkv; /* [.., tokens, heads · width], [.., tokens, 3, heads, width] */
+    float *weights; /* [samples, heads, tokens, tokens in whole WIDEST] */
+    const int32_t *offsets; /* [samples + 1], or samples of `tokens` each, which are otherwise the longest's */
+    int64_t strides[4];    /* of qkv */
+    int64_t samples, tokens, heads, width;
+};
+
+static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
+    return offsets ? offsets[sample] : sample * tokens;
+}
+
 #define NAME(function) function##_baseline
+#define LANES 4
 #include "cpu_rows.h"
 #undef NAME
+#undef LANES
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SETS 3
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define NAME(function) function##_avx2
+#define LANES 8
 #include "cpu_rows.h"
 #undef NAME
+#undef LANES
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma")
 #define NAME(function) function##_avx512
+#define LANES 16
 #include "cpu_rows.h"
 #undef NAME
+#undef LANES
 #pragma GCC pop_options
 #define OF_EACH(function) {function##_baseline, function##_avx2, function##_avx512}
 static int set(void) {
@@ -77,10 +97,6 @@ static int set(void) {
 #define OF_EACH(function) {function##_baseline}
 static int set(void) { return 0; }
 #endif
-
-static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
-    return offsets ? offsets[sample] : sample * tokens;
-}
 
 void unite_swiglu(const float *x, float *out, int64_t rows, int64_t F) {
     static void (*const of[SETS])(const float *, float *, int64_t) = OF_EACH(swiglu);
@@ -126,4 +142,20 @@ void unite_rope_backward(const struct rope_backward *o) {
     void (*const run)(const struct rope_backward *, int64_t) = of[set()];
 #pragma omp parallel for if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
     for (int64_t sample = 0; sample < o->samples; sample++) run(o, sample);
+}
+
+void unite_attention(const struct attention *o) {
+    static void (*const of[SETS])(const struct attention *, int64_t, int64_t) = OF_EACH(attention);
+    void (*const run)(const struct attention *, int64_t, int64_t) = of[set()];
+#pragma omp parallel for collapse(2) if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++)
+        for (int64_t head = 0; head < o->heads; head++) run(o, sample, head);
+}
+
+void unite_attention_backward(const struct attention *o) {
+    static void (*const of[SETS])(const struct attention *, int64_t, int64_t) = OF_EACH(attention_backward);
+    void (*const run)(const struct attention *, int64_t, int64_t) = of[set()];
+#pragma omp parallel for collapse(2) if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
+    for (int64_t sample = 0; sample < o->samples; sample++)
+        for (int64_t head = 0; head < o->heads; head++) run(o, sample, head);
 }

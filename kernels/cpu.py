@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import get_backend
 
-
 HERE = Path(__file__).parent
 SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h")
+MAX_TOKENS, MAX_HEAD, WIDEST = 64, 256, 16  # of attention, as in cpu.c
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:
@@ -54,6 +54,11 @@ def serves(*tensors: Tensor | None) -> bool:
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
         for x in tensors
     )
+
+
+def serves_attention(qkv: Tensor) -> bool:
+    """Whether `attention` computes with qkv [.., d], up to MAX_TOKENS tokens: heads are whole vectors, at most MAX_HEAD."""
+    return qkv.shape[-1] % WIDEST == 0 and qkv.shape[-1] <= MAX_HEAD and serves(qkv)
 
 
 class _Adaln(Structure):
@@ -93,6 +98,14 @@ class _RopeBackward(Structure):
     ]
 
 
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("qkv", "grad", "out", "grad_qkv", "weights", "offsets")),
+        ("strides", c_int64 * 4),
+        *((name, c_int64) for name in ("samples", "tokens", "heads", "width")),
+    ]
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions of a compiled library take."""
     library.unite_swiglu.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
@@ -101,7 +114,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.unite_adaln_backward.argtypes = [POINTER(_AdalnBackward)]
     library.unite_rope.argtypes = [POINTER(_Rope)]
     library.unite_rope_backward.argtypes = [POINTER(_RopeBackward)]
-    for name in ("swiglu", "adaln", "rope"):
+    library.unite_attention.argtypes = [POINTER(_Attention)]
+    library.unite_attention_backward.argtypes = [POINTER(_Attention)]
+    for name in ("swiglu", "adaln", "rope", "attention"):
         getattr(library, f"unite_{name}").restype = None
         getattr(library, f"unite_{name}_backward").restype = None
 
@@ -187,17 +202,15 @@ class _AdaptiveNorm(torch.autograd.Function):
 
 
 class _QkNormRope(torch.autograd.Function):
-    """Heads before tokens in memory, as attention by batched products wants them."""
-
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
         batch, tokens, _, heads, width = qkv.shape
-        out = qkv.new_empty(3, batch, heads, tokens, width)
+        out = torch.empty_like(qkv)
         pointers = (qkv, q_weight, k_weight, cos, sin, out)
         LIBRARY.unite_rope(_Rope(*map(_at, pointers), batch, tokens, heads, width, unrotated, eps))
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
         ctx.unrotated, ctx.eps = unrotated, eps
-        return out.permute(1, 3, 0, 2, 4)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -215,6 +228,30 @@ class _QkNormRope(torch.autograd.Function):
             )
         )  # fmt: skip
         return grad_qkv, *sums.sum(0).unbind(), None, None, None, None
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, offsets, longest):
+        batch, tokens, _, heads, width = qkv.shape
+        ctx.sizes = (batch, tokens) if offsets is None else (len(offsets) - 1, longest)
+        out = qkv.new_empty(batch, tokens, heads * width)
+        samples, longest = ctx.sizes
+        weights = qkv.new_empty(samples, heads, longest, -(-longest // WIDEST) * WIDEST)
+        pointers = map(_at, (qkv, None, out, None, weights, offsets))
+        LIBRARY.unite_attention(_Attention(*pointers, (c_int64 * 4)(*qkv.stride()[:4]), *ctx.sizes, heads, width))
+        ctx.save_for_backward(qkv, weights, offsets)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, weights, offsets = ctx.saved_tensors
+        grad, grad_qkv = grad.contiguous(), torch.empty(qkv.shape)
+        pointers = map(_at, (qkv, grad, None, grad_qkv, weights, offsets))
+        strides, (*_, heads, width) = (c_int64 * 4)(*qkv.stride()[:4]), qkv.shape
+        LIBRARY.unite_attention_backward(_Attention(*pointers, strides, *ctx.sizes, heads, width))
+        return grad_qkv, None, None
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -242,3 +279,16 @@ def qk_norm_rope(
 ) -> Tensor:
     """`qk_norm_rope` of checked arguments that `serves` accepts."""
     return _QkNormRope.apply(qkv, q_weight, k_weight, cos, sin, unrotated, eps)
+
+
+def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> Tensor:
+    """softmax(q kᵀ / √d) v within samples of at most MAX_TOKENS tokens, where PyTorch's pays for many small blocks.
+
+    Args:
+        qkv: [B, N, 3, H, d] that `serves_attention` accepts.
+        offsets, longest: qkv is [1, T, 3, H, d], samples behind one another, as in `Spans`.
+
+    Returns:
+        [B, N, H·d].
+    """
+    return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)

@@ -1,4 +1,5 @@
-/* Rows of the operators for one set of vector instructions; cpu.c includes this once a set, with NAME to tell them apart.
+/* Rows of the operators for one set of vector instructions; cpu.c includes this once a set, with NAME to tell them apart
+ * and LANES, the floats of a vector.
  *
  * Shapes: C width of a row, F hidden width, H heads, d head width.
  */
@@ -166,7 +167,7 @@ static void NAME(rope)(const struct rope *o, int64_t sample) {
             const float *weight = which ? o->k_weight : o->q_weight;
             for (int64_t h = 0; h < H; h++) {
                 const float *x = from + (which * H + h) * d;
-                float *out = o->out + (((which * o->samples + sample) * H + h) * N + n) * d;
+                float *out = o->out + (sample * N + n) * 3 * H * d + (which * H + h) * d;
                 if (which == 2) {
                     memcpy(out, x, d * sizeof *x);
                     continue;
@@ -216,4 +217,137 @@ static void NAME(rope_backward)(const struct rope_backward *o, int64_t sample) {
             }
         }
     }
+}
+
+typedef float NAME(vector) __attribute__((vector_size(4 * LANES)));
+
+/* rows × vectors · LANES of C = A B, with the sums in registers. Number k of row r of A is A[r · lda + k · step], row k of
+ * B and row r of C are ldb and ldc apart. rows and vectors are constants where this is called.
+ */
+static inline __attribute__((always_inline)) void NAME(tile)(
+    const float *A, int64_t lda, int64_t step, int64_t K, const float *B, int64_t ldb, float *C, int64_t ldc, int rows,
+    int vectors
+) {
+    NAME(vector) sum[4][2] = {{{0}}};
+    for (int64_t k = 0; k < K; k++) {
+        for (int v = 0; v < vectors; v++) {
+            NAME(vector) b;
+            memcpy(&b, B + k * ldb + v * LANES, sizeof b);
+            for (int r = 0; r < rows; r++) sum[r][v] += A[r * lda + k * step] * b;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) memcpy(C + r * ldc + v * LANES, &sum[r][v], sizeof sum[r][v]);
+}
+
+/* C [n, m] = A [n, K] B [K, m]; m is a multiple of LANES. */
+static void NAME(product)(
+    const float *A, int64_t lda, int64_t step, int64_t n, int64_t K, const float *B, int64_t ldb, int64_t m, float *C,
+    int64_t ldc
+) {
+    for (int64_t j = 0; j < m;) {
+        const int two = m - j >= 2 * LANES;
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) {
+            if (two)
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 2);
+            else
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 1);
+        }
+        for (; i < n; i++) {
+            if (two)
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 2);
+            else
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 1);
+        }
+        j += two ? 2 * LANES : LANES;
+    }
+}
+
+/* to [columns, MAX_TOKENS] = x [n, columns] turned, with rows of x `stride` apart; 0 from n to padded. */
+static inline void NAME(turn)(const float *x, int64_t stride, int64_t n, int64_t padded, int64_t columns, float *to) {
+    for (int64_t i = 0; i < columns; i++) {
+        for (int64_t j = 0; j < n; j++) to[i * MAX_TOKENS + j] = x[j * stride + i];
+        for (int64_t j = n; j < padded; j++) to[i * MAX_TOKENS + j] = 0.0f;
+    }
+}
+
+/* Where one head of a sample stands: its first token, its tokens, these in whole vectors, floats from token to token in
+ * qkv and in out, and of a row of its weights, which stand [keys, queries], so that a softmax runs down its columns. */
+struct NAME(place) {
+    int64_t first, n, padded, step, row, queries;
+    const float *query, *key, *value;
+    float *weights;
+};
+
+static inline struct NAME(place) NAME(place_of)(const struct attention *o, int64_t sample, int64_t head) {
+    struct NAME(place) p;
+    p.first = begin_of(o->offsets, o->tokens, sample);
+    p.n = begin_of(o->offsets, o->tokens, sample + 1) - p.first;
+    p.padded = (p.n + LANES - 1) / LANES * LANES;
+    p.step = o->strides[1];
+    p.row = o->heads * o->width;
+    p.queries = (o->tokens + WIDEST - 1) / WIDEST * WIDEST;
+    p.query = o->qkv + (o->offsets ? p.first * p.step : sample * o->strides[0]) + head * o->strides[3];
+    p.key = p.query + o->strides[2];
+    p.value = p.key + o->strides[2];
+    p.weights = o->weights + (sample * o->heads + head) * o->tokens * p.queries;
+    return p;
+}
+
+static void NAME(attention)(const struct attention *o, int64_t sample, int64_t head) {
+    const struct NAME(place) p = NAME(place_of)(o, sample, head);
+    const int64_t d = o->width;
+    const float scale = 1.0f / sqrtf((float)d);
+    float queries[MAX_HEAD * MAX_TOKENS], most[MAX_TOKENS], sum[MAX_TOKENS];
+    NAME(turn)(p.query, p.step, p.n, p.padded, d, queries);
+    NAME(product)(p.key, p.step, 1, p.n, d, queries, MAX_TOKENS, p.padded, p.weights, p.queries);
+    for (int64_t i = 0; i < p.padded; i++) most[i] = -INFINITY, sum[i] = 0.0f;
+    for (int64_t j = 0; j < p.n; j++) {
+        const float *row = p.weights + j * p.queries;
+#pragma omp simd
+        for (int64_t i = 0; i < p.padded; i++) most[i] = row[i] > most[i] ? row[i] : most[i];
+    }
+    for (int64_t j = 0; j < p.n; j++) {
+        float *row = p.weights + j * p.queries;
+#pragma omp simd
+        for (int64_t i = 0; i < p.padded; i++) {
+            row[i] = NAME(exp)(scale * (row[i] - most[i]));
+            sum[i] += row[i];
+        }
+    }
+    for (int64_t i = 0; i < p.padded; i++) sum[i] = 1.0f / sum[i];
+    for (int64_t j = 0; j < p.n; j++) {
+        float *row = p.weights + j * p.queries;
+#pragma omp simd
+        for (int64_t i = 0; i < p.padded; i++) row[i] *= sum[i];
+    }
+    NAME(product)(p.weights, 1, p.queries, p.n, p.n, p.value, p.step, d, o->out + p.first * p.row + head * d, p.row);
+}
+
+static void NAME(attention_backward)(const struct attention *o, int64_t sample, int64_t head) {
+    const struct NAME(place) p = NAME(place_of)(o, sample, head);
+    const int64_t d = o->width;
+    const float scale = 1.0f / sqrtf((float)d);
+    const float *grad = o->grad + p.first * p.row + head * d;
+    float *grad_query = o->grad_qkv + p.first * 3 * p.row + head * d, *grad_key = grad_query + p.row;
+    float *grad_value = grad_key + p.row;
+    float turned[MAX_HEAD * MAX_TOKENS], scores[MAX_TOKENS * MAX_TOKENS], along[MAX_TOKENS];
+    NAME(turn)(grad, p.row, p.n, p.padded, d, turned);
+    NAME(product)(p.value, p.step, 1, p.n, d, turned, MAX_TOKENS, p.padded, scores, MAX_TOKENS);
+    for (int64_t i = 0; i < p.padded; i++) along[i] = 0.0f;
+    for (int64_t j = 0; j < p.n; j++) {
+        const float *weights = p.weights + j * p.queries, *row = scores + j * MAX_TOKENS;
+#pragma omp simd
+        for (int64_t i = 0; i < p.padded; i++) along[i] += weights[i] * row[i];
+    }
+    for (int64_t j = 0; j < p.n; j++) {
+        const float *weights = p.weights + j * p.queries;
+        float *row = scores + j * MAX_TOKENS;
+#pragma omp simd
+        for (int64_t i = 0; i < p.padded; i++) row[i] = scale * weights[i] * (row[i] - along[i]);
+    }
+    NAME(product)(scores, 1, MAX_TOKENS, p.n, p.n, p.key, p.step, d, grad_query, 3 * p.row);
+    NAME(product)(scores, MAX_TOKENS, 1, p.n, p.n, p.query, p.step, d, grad_key, 3 * p.row);
+    NAME(product)(p.weights, p.queries, 1, p.n, p.n, grad, p.row, d, grad_value, 3 * p.row);
 }

@@ -235,7 +235,7 @@ def qk_norm_rope(
         eps: added to the mean square.
 
     Returns:
-        [B, N, 3, H, d], new, in an order of memory that depends on the device.
+        [B, N, 3, H, d], new, contiguous.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or strides other than these.

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import test_attention
 import test_kernels_adaln as adaln
 import test_kernels_qk_rope as rope
 import test_kernels_swiglu as swiglu
@@ -20,6 +21,7 @@ from kernel_testing import assert_twice_as_good, normal, outputs_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unite_kernels as uk
+from unite_fast.model.attention import attend
 from unite_kernels import cpu
 
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -50,7 +52,7 @@ def library(request, monkeypatch, tmp_path):
 def served(monkeypatch):
     """Counts what the compiled operators are given."""
     calls = []
-    for name in ("swiglu", "adaln", "qk_norm_rope"):
+    for name in ("swiglu", "adaln", "qk_norm_rope", "attention"):
         original = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
     return calls
@@ -102,6 +104,40 @@ def test_a_gradient_in_any_order_of_memory(library):
     first, *others = (torch.autograd.grad(out, inputs, order, retain_graph=True) for order in orders)
     for other in others:
         assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 2, 16), (2, 28, 4, 32), (1, 1, 3, 48), (2, 64, 1, 256), (0, 5, 2, 16)])
+def test_attention_against_the_equation(library, served, shape):
+    batch, tokens, heads, width = shape
+    qkv = 2 * normal(batch, tokens, 3, heads, width)
+    truth = outputs_and_gradients(test_attention.equation, [qkv], lambda x: torch.float64)
+    naive = outputs_and_gradients(test_attention.equation, [qkv])
+    assert_twice_as_good(outputs_and_gradients(attend, [qkv]), naive, truth)
+    heads_first = qkv.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
+    strided = qkv.mT.contiguous().mT
+    for other in (heads_first, strided):
+        assert all(map(torch.equal, outputs_and_gradients(attend, [other]), outputs_and_gradients(attend, [qkv])))
+    assert served == ["attention"] * 5
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 64, 3), (2, 0, 29), (1,)])
+def test_attention_within_spans(library, served, lengths):
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    qkv = normal(1, sum(lengths), 3, 2, 32)
+    found = outputs_and_gradients(lambda x: attend(x, uk.Spans(offsets, max(lengths))), [qkv])
+
+    def one_by_one(x):
+        return torch.cat([test_attention.equation(part) for part in x.split(lengths, dim=1)], dim=1)
+
+    for ours, theirs in zip(found, outputs_and_gradients(one_by_one, [qkv]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+    assert served == ["attention"]
+
+
+def test_attention_to_what_is_not_finite(library):
+    qkv = normal(2, 12, 3, 2, 16)
+    qkv[0, 3, 0, 1, 5], qkv[1, 2, 1, 0, 0], qkv[1, 7, 2, 1, 3] = math.nan, math.inf, math.nan
+    assert torch.equal(attend(qkv).isfinite(), test_attention.equation(qkv).isfinite())
 
 
 @pytest.mark.parametrize("shape", swiglu.SHAPES)
@@ -174,8 +210,9 @@ def test_results_do_not_depend_on_the_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(
-                [*adaln.run("auto", function, inputs), *rope.run("auto", heads, *rotary), *swiglu.run("auto", x)]
-            )
+                [*adaln.run("auto", function, inputs), *rope.run("auto", heads, *rotary), *swiglu.run("auto", x),
+                 *outputs_and_gradients(attend, heads[:1])]
+            )  # fmt: skip
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
@@ -190,6 +227,8 @@ def test_other_tensors_are_left_to_pytorch(served):
         uk.swiglu(mode.from_tensor(x))
     torch.compile(uk.swiglu, backend="aot_eager", fullgraph=True)(x)
     uk.layer_norm_modulate(x, None, None, None, normal(2, 8))
+    attend(normal(1, 65, 3, 1, 16))
+    attend(normal(1, 5, 3, 1, 8))
     assert served == []
 
 

@@ -9,13 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from unite_kernels import Spans
+from unite_kernels import Spans, cpu
 
-# Tokens up to which batched products beat PyTorch's attention on a CPU. Forward and backward in float32, four heads of
-# 32, took 0.66 of its time at 8 tokens (128 samples), 0.60 at 12, 0.78 at 28 (32), 0.87 at 58 (16) and 1.05 at 128 (4).
-SHORT = 64
+# Tokens up to which the attention of unite_kernels.cpu serves float32 on a CPU.
+SHORT = cpu.MAX_TOKENS
 
 
 def _flash3() -> Callable[[Tensor], Tensor]:
@@ -62,6 +60,8 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
     Returns:
         [B, N, H·d], the heads side by side.
     """
+    if (qkv.shape[1] if spans is None else spans.longest) <= SHORT and cpu.serves_attention(qkv):
+        return cpu.attention(qkv, *(spans or ()))
     if spans is not None:
         return _attend_spans(qkv[0], spans)[None].flatten(2)
     flash = flash_backend() if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) else None
@@ -72,46 +72,9 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
 
 def _attend_padded(qkv: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` of qkv [B, N, 3, H, d] to the tokens that a mask [B, N] bool calls real, all if None: [B, N, H·d]."""
-    short = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and qkv.shape[1] <= SHORT
-    if short and not torch.compiler.is_compiling():
-        return _ShortAttention.apply(qkv, mask)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
     keys = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keys).transpose(1, 2).flatten(2)
-
-
-class _ShortAttention(torch.autograd.Function):
-    """`_attend_padded` of few tokens on a CPU, where PyTorch's pays for each of its many small blocks.
-
-    Scores stand as [B·H, keys, queries], so that the softmax runs down columns and vectorises over the queries: along
-    rows shorter than a vector it takes four times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, mask: Tensor | None) -> Tensor:
-        batch, tokens, _, heads, width = qkv.shape
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width).unbind(0)
-        scores = torch.bmm(key, query.mT).mul_(width**-0.5)
-        if mask is not None:
-            scores.view(batch, heads, tokens, tokens).masked_fill_(~mask[:, None, :, None], -torch.inf)
-        weights = torch.softmax(scores, dim=1)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.shape = qkv.shape
-        return torch.bmm(weights.mT, value).view(batch, heads, tokens, width).transpose(1, 2).flatten(2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
-        batch, tokens, _, heads, width = ctx.shape
-        grad = grad.view(batch, tokens, heads, width).transpose(1, 2).reshape(batch * heads, tokens, width)
-        grads = grad.new_empty(3, *query.shape)
-        torch.bmm(weights, grad, out=grads[2])
-        along = torch.bmm(value, grad.mT).mul_(weights)
-        scores = torch.addcmul(along, weights, along.sum(dim=1, keepdim=True), value=-1).mul_(width**-0.5)
-        torch.bmm(scores.mT, key, out=grads[0])
-        torch.bmm(scores, query, out=grads[1])
-        return grads.view(3, batch, heads, tokens, width).permute(1, 3, 0, 2, 4), None
 
 
 def _attend_spans(qkv: Tensor, spans: Spans) -> Tensor:
