@@ -39,4 +39,4 @@ $(VENV)/.installed-%: setup.py pyproject.toml kernels/cpu.c kernels/cpu_rows.h
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/_cpu*.so
