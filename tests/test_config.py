@@ -51,6 +51,7 @@ def test_shipped_configurations_are_valid(path):
         (merged(evaluation={"metrics": ["fid"]}), ["evaluation.metrics", "'gfid'"]),
         ({"train": MINIMAL["train"]}, ["data", "required"]),
         ({**MINIMAL, "name": "../escape"}, ["name"]),
+        ({**MINIMAL, "name": ".."}, ["name", "'..'"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(data, words):

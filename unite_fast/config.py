@@ -298,7 +298,7 @@ class Config(Section):
     """A whole run; on another modality its sections of the model and the data are that modality's own."""
 
     modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run, used for its folder")
+    name: str = Field("run", pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="name of the run, used for its folder")
     runs: str = Field("runs", description="folder that holds run folders")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
