@@ -52,6 +52,8 @@ def test_shipped_configurations_are_valid(path):
         ({"train": MINIMAL["train"]}, ["data", "required"]),
         ({**MINIMAL, "name": "../escape"}, ["name"]),
         ({**MINIMAL, "name": ".."}, ["name", "'..'"]),
+        (merged(sampling={"interval": [1, 0.1]}), ["sampling.interval: [1, 0.1] must rise"]),
+        ({"modality": "molecules", "train": MINIMAL["train"], "sampling": {"interval": [1, 0]}}, ["sampling.interval"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(data, words):

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from unite_fast.errors import UserError
 from unite_fast.section import Section
@@ -26,6 +26,16 @@ MODALITIES = {
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _rising(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if low >= high:
+        raise ValueError(f"[{low:g}, {high:g}] must rise, or guidance never acts; sampling.guidance = 1 turns it off")
+    return interval
+
+
+Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_rising)]
 
 # Published sizes (UNITE, arXiv 2603.22283): depth L, width C, heads H.
 ENCODER_PRESETS = {
@@ -275,7 +285,7 @@ class SamplingConfig(Section):
     solver: Literal["euler", "heun", "dopri5"] = Field("dopri5", description="ODE solver")
     steps: Annotated[int, Field(ge=2)] = Field(50, description="time points, shifted by objective.time_shift")
     guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="w of null + w (class - null)")
-    interval: tuple[Fraction, Fraction] = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
+    interval: Interval = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
 
 
 class EvaluationConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unite_fast.config import Config, Fraction, PositiveInt, Sizes, TwoPassConfig, fill_preset
+from unite_fast.config import Config, Fraction, Interval, PositiveInt, Sizes, TwoPassConfig, fill_preset
 from unite_fast.section import Section
 
 ELEMENTS = 5  # H C N O F
@@ -108,7 +108,7 @@ class MoleculeSamplingConfig(Section):
     solver: Literal["euler", "heun"] = Field("euler", description="ODE solver")
     steps: Annotated[int, Field(ge=2)] = Field(101, description="time points, shifted by objective.time_shift; one more than solver steps")
     guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="w of null + w (class - null)")
-    interval: tuple[Fraction, Fraction] = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
+    interval: Interval = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
 
 
 class MoleculeEvaluationConfig(Section):
