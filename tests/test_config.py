@@ -73,12 +73,20 @@ def test_overrides(tmp_path):
     config = Config.load(path, ["data.path=/a=b", "train.global_batch=256", "model.decoder.depth=2", "train.micro_batch=auto"])
     assert (config.data.path, config.train.global_batch, config.model.decoder.depth) == ("/a=b", 256, 2)
     assert config.train.micro_batch == "auto"
-    for override, word in (("train.global_batch", "key.path=value"), ("data.path.x=1", "not a section")):
+    for override, word in (
+        ("train.global_batch", "key.path=value"),
+        ("data.path.x=1", "not a section"),
+        ("train.steps=" + "[" * 100_000, "train.steps"),
+        ("train.steps=" + "9" * 5_000, "train.steps"),
+    ):
         with pytest.raises(UserError, match=word):
             Config.load(path, [override])
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "not JSON"), ("[]", "JSON object"), (None, "cannot read")])
+@pytest.mark.parametrize(
+    ("text", "word"), [("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "JSON object"), (None, "cannot read")],
+    ids=["cut", "deep", "array", "absent"],
+)
 def test_files_that_are_no_configuration(tmp_path, text, word):
     path = tmp_path / "c.json"
     if text is not None:

@@ -375,7 +375,7 @@ class Config(Section):
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read configuration {path}: {error.strerror or error}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"configuration {path} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"configuration {path} must be a JSON object, found {type(data).__name__}")
@@ -414,7 +414,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = key.split(".")
     node = data
