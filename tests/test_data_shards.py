@@ -245,6 +245,16 @@ def test_other_content_is_never_mixed_in(tmp_path):
         packed(root, root)
 
 
+def test_shards_do_not_go_into_their_source(tmp_path):
+    root = tree(tmp_path / "d")
+    (tmp_path / "link").symlink_to(root)
+    before = sorted(root.rglob("*"))
+    for destination in (root / "s", tmp_path / "link" / "deep" / "s"):
+        with pytest.raises(UserError, match="lies in .* choose a folder beside it"):
+            packed(root, destination)
+    assert sorted(root.rglob("*")) == before
+
+
 def test_unwritable_destination(tmp_path, capsys):
     root = tree(tmp_path / "d")
     (tmp_path / "file").write_text("")

@@ -85,8 +85,12 @@ def prepare(
         advance: told how many images are done.
 
     Raises:
-        UserError: a destination that holds something else, no readable image, a full disk, a process that died.
+        UserError: a destination that holds something else or lies in the source, no readable image, a full disk, a
+            process that died.
     """
+    if source.root.resolve() in destination.resolve().parents:
+        # It would count as one more class of the source, without images: neither a run nor this command could go on.
+        raise UserError(f"{destination} lies in {source.root}, which is to be packed: choose a folder beside it")
     if source.prepared_size is not None and size not in (None, source.prepared_size):
         raise UserError(
             f"{source.root} was itself prepared with --size {source.prepared_size}: take the original images to "
