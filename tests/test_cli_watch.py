@@ -133,6 +133,10 @@ def test_sparklines():
 def test_wrong_folders_are_one_sentence(tmp_path, capsys):
     assert mistake(capsys, "watch", tmp_path / "no", "--once") == f"no folder {tmp_path / 'no'}"
     assert "holds no run" in mistake(capsys, "watch", tmp_path)
+    file = tmp_path / "config.json"
+    for key, content, what in (("train", "3", "an object"), ("model", "[]", "an object"), ("modality", "[]", "text")):
+        file.write_text(f'{{"{key}": {content}}}')
+        assert mistake(capsys, "watch", tmp_path) == f"{file} is no run's configuration: its {key} must be {what}"
 
 
 def test_looking_does_not_wait_for_torch(tmp_path):

@@ -148,6 +148,9 @@ def open_run(path: str | Path) -> RunFolder:
     config = _read_object(folder / CONFIG, problems)
     if config is None:
         raise UserError(problems[0])
+    for key, kind, what in (("modality", str, "text"), ("train", dict, "an object"), ("model", dict, "an object")):
+        if not isinstance(config.get(key, kind()), kind):
+            raise UserError(f"{folder / CONFIG} is no run's configuration: its {key} must be {what}")
     metrics = []
     if (folder / METRICS).is_file():
         try:
