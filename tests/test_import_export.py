@@ -194,6 +194,14 @@ def test_truncated_files(name, keep, tmp_path, capsys):
     assert str(path) in says and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"hello", b".gitignore", b"a list of things to do\n", b"<!DOCTYPE html>"])
+def test_files_of_something_else(content, tmp_path, capsys):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    says = mistake(capsys, "import", path, "--out", tmp_path / "out")
+    assert says.startswith(f"{path} is not a PyTorch weights file") and not (tmp_path / "out").exists()
+
+
 def test_files_that_are_not_there(tmp_path, capsys):
     assert mistake(capsys, "import", tmp_path / "no.pt", "--out", tmp_path) == f"no file {tmp_path / 'no.pt'}"
     assert mistake(capsys, "import", tmp_path, "--out", tmp_path / "out") == f"no file {tmp_path}"

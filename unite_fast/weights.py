@@ -68,14 +68,15 @@ def read_file(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, LookupError, TypeError, AttributeError):
+        # The latter from any other file's bytes, taken for a pickle's instructions; their words would help nobody.
         raise UserError(
             f"{path} is not a PyTorch weights file, or it holds objects other than tensors and plain containers, "
             f"which are refused because loading them can run code"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, struct.error) as error:
+    except (RuntimeError, EOFError, ValueError, struct.error) as error:
         raise UserError(f"{path} is truncated or not a PyTorch file: {(str(error) or 'it is empty').splitlines()[0]}") from None
 
 
