@@ -1,4 +1,4 @@
-"""Fused operators for diffusion transformers: Triton on CUDA, plain PyTorch elsewhere."""
+"""Fused operators for diffusion transformers: Triton on CUDA, compiled C on CPUs, plain PyTorch elsewhere."""
 
 from .adaln import (
     Spans,

@@ -27,9 +27,9 @@ def set_backend(name: str) -> None:
     """Choose who computes, for the whole process.
 
     Args:
-        name: "auto" takes the Triton kernels for CUDA tensors and plain PyTorch elsewhere; "torch" takes plain PyTorch
-            everywhere; "triton" takes the kernels everywhere, and on a CPU that needs Triton's interpreter
-            (TRITON_INTERPRET=1 before the first import of triton).
+        name: "auto" takes the Triton kernels for CUDA tensors, cpu.c for what it serves, and plain PyTorch elsewhere;
+            "torch" takes plain PyTorch everywhere; "triton" takes the kernels everywhere, and on a CPU that needs
+            Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton).
 
     Raises:
         ValueError: any other name.

@@ -93,6 +93,17 @@ def test_resume_is_exact_to_the_bit(folder, options):
     assert [record["step"] for record in records] == [1, 5, 10, 11, 15, 20]
 
 
+def test_a_run_that_is_further_than_its_configuration_is_not_said_to_be_at_its_end(folder, capsys):
+    data = {"val_path": str(folder / "val")}
+    run = train(config(folder, train={"steps": 6}, data=data))
+    capsys.readouterr()
+    train(config(folder, train={"steps": 2}, data=data), resume=True)
+    assert "more than the 2 steps" in "".join(capsys.readouterr())
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    assert json.loads((run / "export" / "model.json").read_text())["made_by"]["step"] == 6
+    assert checkpoint.latest_step(run) == 6 and not list(run.glob("evaluations/*00000002*"))
+
+
 def test_an_existing_run_is_not_overwritten(folder):
     train(config(folder, train={"steps": 2}))
     with pytest.raises(UserError, match="already holds a run.*--resume"):

@@ -228,7 +228,7 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of weights, data order and every random draw")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
-    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA and PyTorch elsewhere")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")
     checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")

@@ -182,7 +182,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.stream.close()
-        self.report.finish(self.total, self._seconds_before + meter.seconds)
+        self.report.finish(engine.step_count, self._seconds_before + meter.seconds)
         return self.folder
 
     def _micro_batches(self, meter: Meter) -> StepLosses:
@@ -225,6 +225,11 @@ class Run:
         )
         if self.first_step:
             line.say(f"continuing after step {self.first_step}")
+        if self.first_step > self.total:
+            line.say(
+                f"warning: that is more than the {self.total} steps which the configuration asks for: nothing is trained, "
+                f"and what a finished run leaves is of step {self.first_step}"
+            )
         if self._changed:
             line.say(f"warning: {self._changed}")
 
