@@ -182,7 +182,7 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
     if use_triton(x):
         compute = _operator
     elif not layer and cpu.serves(x, branch, gate, closing_weight, weight, shift, scale):
-        return cpu.adaln(x, branch, gate, closing_weight, weight, shift, scale, offsets, eps)
+        return cpu.adaln(x, branch, gate, closing_weight, weight, shift, scale, offsets, longest, eps)
     else:
         compute = adaln_reference
     return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer)

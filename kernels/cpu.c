@@ -48,17 +48,27 @@ struct rope_backward {
 };
 
 struct attention {
-    const float *qkv; /* [samples, tokens, 3, heads, width] in any order but for its last, or all samples' tokens */
-    const float *grad; /* of out; backward alone */
-    float *out, *grad_qkv; /* [.., tokens, heads · width], [.., tokens, 3, heads, width] */
-    float *weights; /* [samples, heads, tokens, tokens in whole WIDEST] */
-    const int32_t *offsets; /* [samples + 1], or samples of `tokens` each, which are otherwise the longest's */
-    int64_t strides[4];    /* of qkv */
+    const float *qkv;       /* [samples, tokens, 3, heads, width] in any order but for its last, or [1, all tokens, ..] */
+    const float *grad;      /* of out; backward alone */
+    float *out, *grad_qkv;  /* [.., heads · width] and [.., 3, heads, width] of all tokens */
+    float *weights;         /* [samples, heads, tokens, tokens in whole WIDEST] */
+    const int32_t *offsets; /* [samples + 1], or samples of `tokens` each; with them `tokens` is the longest's */
+    int64_t strides[4];     /* of qkv */
     int64_t samples, tokens, heads, width;
 };
 
 static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
     return offsets ? offsets[sample] : sample * tokens;
+}
+
+/* Whether offsets [samples + 1] rise from 0 to all tokens and no sample is longer than the longest. */
+int unite_offsets(const int32_t *offsets, int64_t samples, int64_t tokens, int64_t longest) {
+    int good = offsets[0] == 0 && offsets[samples] == tokens;
+    for (int64_t sample = 0; sample < samples; sample++) {
+        const int64_t length = (int64_t)offsets[sample + 1] - offsets[sample];
+        good &= length >= 0 && length <= longest;
+    }
+    return good;
 }
 
 #define NAME(function) function##_baseline

@@ -116,12 +116,21 @@ def declare(library: ctypes.CDLL) -> None:
     library.unite_rope_backward.argtypes = [POINTER(_RopeBackward)]
     library.unite_attention.argtypes = [POINTER(_Attention)]
     library.unite_attention_backward.argtypes = [POINTER(_Attention)]
+    library.unite_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int64]
     for name in ("swiglu", "adaln", "rope", "attention"):
         getattr(library, f"unite_{name}").restype = None
         getattr(library, f"unite_{name}_backward").restype = None
 
 
 LIBRARY, STATE = load()
+
+
+def _check_offsets(offsets: Tensor | None, tokens: int, longest: int) -> None:
+    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given."""
+    if offsets is not None and not LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest):
+        raise ValueError(
+            f"the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer than {longest}"
+        )
 
 
 def _at(x: Tensor | None) -> int | None:
@@ -268,9 +277,11 @@ def adaln(
     shift: Tensor | None,
     scale: Tensor,
     offsets: Tensor | None,
+    longest: int,
     eps: float,
 ) -> tuple[Tensor | None, Tensor]:
     """The RMSNorms of adaln.py, (residual or None, normed), of checked arguments that `serves` accepts."""
+    _check_offsets(offsets, x.shape[1], longest)
     return _AdaptiveNorm.apply(x, branch, gate, closing, weight, shift, scale, offsets, eps)
 
 
@@ -291,4 +302,5 @@ def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> T
     Returns:
         [B, N, H·d].
     """
+    _check_offsets(offsets, qkv.shape[1], longest)
     return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)

@@ -134,6 +134,17 @@ def test_attention_within_spans(library, served, lengths):
     assert served == ["attention"]
 
 
+@pytest.mark.parametrize(
+    ("offsets", "longest"), [([0, 5, 9], 4), ([0, 5, 11], 6), ([0, 6, 4, 10], 6), ([1, 5, 10], 6), ([0, 70, 10], 10)]
+)
+def test_spans_outside_of_the_tokens_are_refused(offsets, longest):
+    spans = uk.Spans(torch.tensor(offsets, dtype=torch.int32), longest)
+    with pytest.raises(ValueError, match="rise from 0 to 10, the tokens, with no sample longer than"):
+        attend(normal(1, 10, 3, 1, 16), spans)
+    with pytest.raises(ValueError, match="rise from 0 to 10"):
+        uk.rms_norm_modulate(normal(1, 10, 8), None, None, normal(len(offsets) - 1, 8), spans=spans)
+
+
 def test_attention_to_what_is_not_finite(library):
     qkv = normal(2, 12, 3, 2, 16)
     qkv[0, 3, 0, 1, 5], qkv[1, 2, 1, 0, 0], qkv[1, 7, 2, 1, 3] = math.nan, math.inf, math.nan
