@@ -162,8 +162,7 @@ class WeightGather:
         sizes = [fragment.shape.numel() for _, fragment in self._exact]
         values = self._exact[0][0].own.new_zeros(sum(sizes))
         for (group, fragment), value in zip(self._exact, values.split(sizes), strict=True):
-            piece = group.own.narrow(0, fragment.offset, fragment.length)
-            value.narrow(0, fragment.start, fragment.length).copy_(piece)
+            fragment.put(group.own, value)
             self._exact_values[fragment.name] = value.view(fragment.shape)
         self._exact_work = dist.all_reduce(values, async_op=True)
 

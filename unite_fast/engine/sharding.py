@@ -30,6 +30,10 @@ class Fragment:
     start: int
     length: int
 
+    def put(self, held: Tensor, whole: Tensor) -> None:
+        """Copy this rank's piece from `held`, flat and laid out as its master, to its place in the flat `whole`."""
+        whole.narrow(0, self.start, self.length).copy_(held.narrow(0, self.offset, self.length))
+
 
 class Layout:
     """Masters of this rank and the fragments of every trained parameter in them.
@@ -72,9 +76,7 @@ class Layout:
                 continue
             # Adding zeros is exact, needs no equal sizes, and works alike on gloo and NCCL.
             full = torch.zeros(fragment.shape.numel(), dtype=local.dtype, device=local.device)
-            full.narrow(0, fragment.start, fragment.length).copy_(
-                local.narrow(0, fragment.offset, fragment.length)
-            )
+            fragment.put(local, full)
             dist.all_reduce(full)
             yield fragment.name, full.view(fragment.shape)
 
