@@ -127,7 +127,8 @@ def served(root) -> tuple[list, dict[str, str]]:
     """Three epochs, and reasons by class/file."""
     with stream(root) as images:
         batches = [next(images) for _ in range(3)]
-        names = [re.search(r"c\d/[\w.-]+", path).group() for path in images.bad_files]
+        # From the end: a temporary folder's random name may itself end in what looks like a class.
+        names = [re.search(r"\b(c\d/[\w.-]+)\)?$", path)[1] for path in images.bad_files]
         return batches, dict(zip(names, images.bad_files.values(), strict=True))
 
 
