@@ -202,6 +202,7 @@ def test_unreadable_permissions(unprivileged):  # noqa: F811
     if user == 65534:
         os.seteuid(0)
     root = data_set(unprivileged / "d", "secret.png", png(flat("L", 1)))
+    served(root)  # imports what is imported late, which another user may be unable to
     (root / "c1" / "secret.png").chmod(0)
     unprivileged.chmod(0o777)
     if user == 65534:
