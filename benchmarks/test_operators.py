@@ -323,6 +323,7 @@ def test_operator(operator, sizes, direction, benchmark, bandwidth, results):
 
     turns = {name: turn(name) for name in contenders}
     benchmark.pedantic(contest.play, args=(turns, times), rounds=measure.ROUNDS[measure.DEVICE])
+    contest.settle(turns, times, lambda: contest.ratios(times), seconds=5)
     ratios = contest.ratios(times)
     seconds = {name: measure.spread(samples) for name, samples in times.items()}
     median = seconds["ours"]["median"]

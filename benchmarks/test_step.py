@@ -85,14 +85,16 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
     turns = {who: turn(who, step, batches[who], sizes[who]) for who, step in steps.items()}
     found = {who: [] for who in steps}
     benchmark.pedantic(contest.play, args=(turns, found), rounds=ROUNDS[measure.DEVICE])
-    wall, process = ({who: [pair[i] for pair in pairs] for who, pairs in found.items()} for i in (0, 1))
     # On a CPU ratios, MFU and floors take processor time: waiting for a core that others hold is not the step's doing.
-    ratios = contest.ratios(wall if on_gpu else process)
+    judged = 0 if on_gpu else 1
+    contest.settle(turns, found, lambda: contest.ratios(column(found, judged)), seconds=60)
+    wall, process = column(found, 0), column(found, 1)
+    ratios = contest.ratios((wall, process)[judged])
     result = {
         "direction": "step",
         "shape": f"{given or 'largest'} {unit}",
         "dtype": "bfloat16" if on_gpu else "float32",
-        "rounds": ROUNDS[measure.DEVICE],
+        "rounds": len(found[contest.OURS]),
         "batch": sizes,
         "seconds": {who: measure.spread([s * sizes[who] for s in times]) for who, times in wall.items()},
         "times_faster_than": {rival: ratio.value for rival, ratio in ratios.items()},
@@ -103,7 +105,12 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
         "p95_over_median": {who: measure.tail(times) for who, times in wall.items()},
         "peak_bytes": peak,
     }
-    return result, statistics.median((wall if on_gpu else process)[contest.OURS])
+    return result, statistics.median((wall, process)[judged][contest.OURS])
+
+
+def column(found: dict[str, list[tuple[float, float]]], index: int) -> dict[str, list[float]]:
+    """Of each contender's pairs of `turn`, the wall clock's seconds (0) or the process's (1)."""
+    return {who: [pair[index] for pair in pairs] for who, pairs in found.items()}
 
 
 @pytest.mark.timeout(3600)  # compiling takes minutes

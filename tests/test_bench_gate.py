@@ -122,6 +122,33 @@ def test_rounds_alternate_and_ratios_are_paired():
     assert contest.paired([3.0], [2.0]).error > gate.BAND_MOST  # one round never disagrees with itself
 
 
+@pytest.mark.parametrize("noise, least, most", [(0.0, 5, 10), (0.06, 20, 200)])
+def test_rounds_go_on_until_the_ratio_is_known(noise, least, most):
+    machine = Machine(3, noise)
+    turns = {"ours": machine.call(1.0), "plain": machine.call(TRUE_RATIO)}
+    times = {"ours": [], "plain": []}
+    for _ in range(contest.FEWEST_ROUNDS):
+        contest.play(turns, times)
+    contest.settle(turns, times, lambda: contest.ratios(times), seconds=60)
+    ratio = contest.ratios(times)["plain"]
+    assert ratio.error <= contest.ENOUGH and ratio.value == pytest.approx(TRUE_RATIO, rel=4 * contest.ENOUGH)
+    assert least <= len(times["ours"]) == len(times["plain"]) <= most
+
+
+def test_a_ratio_that_cannot_be_known_ends_in_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(contest.time, "monotonic", lambda: clock[0])
+
+    def turn() -> float:
+        clock[0] += 1.0
+        return 1.0 + clock[0] % 7
+
+    times = {"ours": [turn()], "plain": [turn()]}
+    contest.settle({"ours": turn, "plain": turn}, times, lambda: contest.ratios(times), seconds=90)
+    assert contest.ratios(times)["plain"].error > contest.ENOUGH
+    assert len(times["ours"]) == 1 + 90 / 2
+
+
 def record(results: list[dict], day: int, device_class: str = "cpu-test") -> dict:
     return {
         "device": "simulated", "device_class": device_class, "date": f"2026-01-{day:02d}T00:00:00+00:00",
