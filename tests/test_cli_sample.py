@@ -126,6 +126,16 @@ def test_a_new_call_replaces_the_former_samples_only(folder, tmp_path):
     }  # fmt: skip
 
 
+def test_former_samples_stay_where_drawing_fails(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    _sample(folder, out, "--count", 5)
+    former = {path.name: path.read_bytes() for path in out.iterdir()}
+    with small_disk(max(len(content) for name, content in former.items() if "_class" in name) + 100):
+        says = mistake(capsys, "sample", "--run", folder, "--out", out, "--count", 6, "--seed", 1)  # the sheet's too large
+    assert says.startswith("cannot write picture") and "sheet.png" in says
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == former
+
+
 def test_one_class_fills_several_rows_of_the_sheet(folder, tmp_path):
     heights, widths = [], []
     for count in (10, 23):

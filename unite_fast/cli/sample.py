@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import shutil
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,20 +126,18 @@ def sample(
     folder = out_dir or _default_folder(run)
     where = pick_device(device)
     model = trained.build(where)
-    _clear(folder)
     shown = _Sheet(chosen[: min(count, SHEET_CLASSES)])
-    with progress("sampling", count) as bar, explain_memory(batch):
+    with _replacing(folder) as aside, progress("sampling", count) as bar, explain_memory(batch):
         for first in range(0, count, batch):
             piece = labels[first : first + batch]
             images = draw(model, torch.tensor(piece), settings, seed=seed, first=first).cpu()
             for index, image in enumerate(images, start=first):
-                save_png(image, folder / files[index])
+                save_png(image, aside / files[index])
                 shown.add(labels[index], image)
             bar.advance(bar.task_ids[0], len(piece))
-    shown.write(folder / SHEET, trained.class_names)
-    names = trained.class_names
-    write_json(
-        {
+        shown.write(aside / SHEET, trained.class_names)
+        names = trained.class_names
+        record = {
             "model": {"origin": trained.origin, **trained.made_by},
             "sampling": settings,
             "seed": seed,
@@ -145,9 +147,8 @@ def sample(
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
             "torch": str(torch.__version__),
             "images": [{"file": file, "class": label} for file, label in zip(files, labels, strict=True)],
-        },
-        folder / RECORD,
-    )
+        }
+        write_json(record, aside / RECORD)
     step = trained.made_by.get("step")
     low, high = settings["interval"]
     out().print(
@@ -224,12 +225,24 @@ def _default_folder(run: Path) -> Path:
     return (run.parents[1] if run.parent.name == "checkpoints" else run) / "samples"
 
 
-def _clear(folder: Path) -> None:
-    """Remove the samples of a former call, which would otherwise mix with these."""
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files replace the samples of a former call once all are there, RECORD last.
+
+    Where writing fails or is interrupted, the former samples stay as they were.
+    """
+    aside = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if OURS.fullmatch(path.name) or path.name in (RECORD, SHEET):
+        aside.mkdir(exist_ok=True)
+        yield aside
+        (folder / RECORD).unlink(missing_ok=True)
+        for path in list(folder.iterdir()):
+            if OURS.fullmatch(path.name) or path.name == SHEET:
                 path.unlink()
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == RECORD):
+            path.replace(folder / path.name)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
