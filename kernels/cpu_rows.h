@@ -9,7 +9,8 @@ static inline float NAME(exp)(float x) {
      * 2 units in the last place below e^88, infinite from there on. */
     x = x < -87.0f ? -87.0f : x;
     x = x > 89.0f ? 89.0f : x;
-    const float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to an integer: 1.5 · 2^23 */
+    const float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 · 2^23: the integer k in the last bits */
+    const float k = shifted - 12582912.0f;
     const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -18,7 +19,9 @@ static inline float NAME(exp)(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const int32_t bits = ((int32_t)k + 127) << 23;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127u) << 23; /* any bits where x is no number: p is none, too */
     float power;
     memcpy(&power, &bits, sizeof power);
     return p * power;
