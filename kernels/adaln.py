@@ -21,6 +21,7 @@ from .dispatch import (
     check_floats,
     check_like,
     check_parameter,
+    check_tensors,
     use_triton,
 )
 from .rms import unit_rms
@@ -170,7 +171,8 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
         raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
     check_contiguous(operator, "x", x)
     batch, _, width = x.shape
-    offsets, longest = spans or (None, 0)
+    check_tensors(operator, scale=scale)
+    offsets, longest = (None, 0) if spans is None else spans
     if offsets is not None:
         batch = _check_spans(operator, x, offsets, longest)
     if branch is not None:
@@ -253,6 +255,7 @@ def gated_residual_rms_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("gated_residual_rms_norm_modulate", branch=branch, gate=gate)
     return _adaln(
         "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, spans, eps, False
     )
@@ -287,6 +290,7 @@ def block_boundary(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("block_boundary", branch=branch, gate=gate, closing_weight=closing_weight)
     return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, spans, eps, False)
 
 
@@ -333,6 +337,7 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("gated_residual_layer_norm_modulate", branch=branch, gate=gate)
     return _adaln(
         "gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True
     )

@@ -83,8 +83,17 @@ def check_programs(operator: str, name: str, count: int) -> None:
         raise ValueError(f"{operator}: {name} is {count}; the kernel takes at most {MAX_PROGRAMS_Y}, split the call")
 
 
+def check_tensors(operator: str, **tensors: object) -> None:
+    """Refuse what is no tensor, None included, by its argument's name."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            found = "None" if x is None else f"a {type(x).__module__}.{type(x).__name__}".replace("builtins.", "")
+            raise TypeError(f"{operator}: {name} is {found}; it must be a tensor")
+
+
 def check_floats(operator: str, name: str, x: Tensor) -> None:
     """Refuse a dtype the operators do not compute in."""
+    check_tensors(operator, **{name: x})
     if x.dtype not in FLOATS:
         raise TypeError(f"{operator}: {name} is {x.dtype}; it must be float32, float16 or bfloat16")
 
@@ -116,6 +125,7 @@ def check_parameter(
     neighbours in memory along the last dimension."""
     if x is None:
         return
+    check_tensors(operator, **{name: x})
     if x.shape != shape:
         raise ValueError(
             f"{operator}: {name} has shape {tuple(x.shape)}; it must be {tuple(shape)} for this {first_name}"

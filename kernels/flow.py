@@ -208,10 +208,10 @@ def flow_noise(
             that is not positive.
         TypeError: another dtype than float32, float16 and bfloat16.
     """
+    check_floats("flow_noise", "z", z)
     check_address("flow_noise", seed, step, stream, first_draw, z.device)
     if z.dim() != 3:
         raise ValueError(f"flow_noise: z has shape {tuple(z.shape)}; it must be [B, K, D]")
-    check_floats("flow_noise", "z", z)
     check_contiguous("flow_noise", "z", z)
     if draws < 0:
         raise ValueError(f"flow_noise: draws is {draws}; it must not be negative")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, device_of, use_triton
+from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, check_tensors, device_of, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -296,6 +296,7 @@ def latent_norm_mix(
         ValueError: shapes that do not fit together, tensors on different devices, or strides.
         TypeError: a mask that is not bool, or another tensor that is not floating.
     """
+    check_tensors("latent_norm_mix", z=z, weight=weight, bias=bias, mask=mask, t=t, noise=noise)
     if z.dim() != 3:
         raise ValueError(f"latent_norm_mix: z has shape {tuple(z.shape)}; it must be [B, K, D]")
     batch, _, channels = z.shape
@@ -355,6 +356,7 @@ def latent_norm_flow_loss(
             positive.
         TypeError: a tensor that is not floating.
     """
+    check_tensors("latent_norm_flow_loss", pred=pred, z1=z1, t=t, weight=weight, bias=bias)
     if pred.dim() not in (3, 4):
         raise ValueError(
             f"latent_norm_flow_loss: pred has shape {tuple(pred.shape)}; it must be [S, B, K, D] or [B, K, D]"
