@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .dispatch import get_backend
+from .dispatch import first_derivatives, get_backend
 
 HERE = Path(__file__).parent
 SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h")
@@ -148,7 +147,7 @@ class _SwiGlu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("swiglu")
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad, grad_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1] // 2
@@ -178,7 +177,7 @@ class _AdaptiveNorm(torch.autograd.Function):
         return residual, normed
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("adaln")
     def backward(ctx, grad_residual, grad_normed):
         x, branch, gate, closing, weight, scale, offsets = ctx.saved_tensors
         if grad_normed is None:
@@ -222,7 +221,7 @@ class _QkNormRope(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("qk_norm_rope")
     def backward(ctx, grad):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         batch, tokens, _, heads, width = qkv.shape
@@ -253,7 +252,7 @@ class _ShortAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("attention")
     def backward(ctx, grad):
         qkv, weights, offsets = ctx.saved_tensors
         grad, grad_qkv = grad.contiguous(), torch.empty(qkv.shape)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,6 +67,45 @@ def use_triton(x: Tensor) -> bool:
             )
         return True
     return False
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient as it is, whose own backward pass raises."""
+
+    @staticmethod
+    def forward(ctx, grad, leaf, operator):
+        ctx.operator = operator
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"{ctx.operator}: its backward pass has no derivative; set_backend('torch') before the forward pass for "
+            "second derivatives"
+        )
+
+
+def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
+    """Decorates the backward pass of an operator whose gradients autograd cannot see into.
+
+    PyTorch's once_differentiable leaves such gradients out of a second backward pass without a word where the incoming
+    one is constant, as it is behind a sum.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *grads):
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            leaf = torch.zeros((), requires_grad=True)
+            found = (found,) if isinstance(found, Tensor) else found
+            return tuple(None if grad is None else _Refused.apply(grad, leaf, operator) for grad in found)
+
+        return once
+
+    return decorate
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, check_tensors, device_of, use_triton
+from .dispatch import (
+    NAMESPACE,
+    check_contiguous,
+    check_device,
+    check_floats,
+    check_tensors,
+    device_of,
+    first_derivatives,
+    use_triton,
+)
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -226,6 +235,7 @@ def _save_loss(ctx, inputs, output):
     ctx.save_for_backward(*gradients)
 
 
+@first_derivatives("latent_norm_flow_loss")
 def _backward_loss(ctx, grad, *_):
     grad_pred, grad_z1, affine = ctx.saved_tensors
     scale = grad / grad_z1.numel()

@@ -96,3 +96,24 @@ def test_second_derivatives_in_plain_pytorch(name):
     with on_backend("torch"):
         found = penalty_gradient(operator, x)
     torch.testing.assert_close(found.double(), penalty_gradient(equation, x.double()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@each_operator
+def test_second_derivatives_are_right_or_refused(name, backend):
+    x, operator, equation = OPERATORS[name]
+    with on_backend(backend):
+        # Behind a plain sum the incoming gradient is constant, and so nothing but the input needs a second derivative.
+        for reduce in (lambda y: y.square().sum(), lambda y: y.sum()):
+            leaf = x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(reduce(operator(leaf)), leaf, create_graph=True)
+            true = x.detach().double().requires_grad_()
+            (expected,) = torch.autograd.grad(reduce(equation(true)), true, create_graph=True)
+            torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
+            try:
+                (grad.square() + leaf.square()).sum().backward()
+            except RuntimeError as refusal:
+                assert "no derivative; set_backend" in str(refusal) or "no autograd formula" in str(refusal)
+            else:
+                (expected.square() + true.square()).sum().backward()
+                torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=1e-4, atol=1e-4)
