@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .toolchain import AVAILABLE
 
@@ -47,16 +48,30 @@ def get_backend() -> str:
     return _backend
 
 
+def transformed() -> bool:
+    """Inside a transform of torch.func or forward-mode differentiation, which see into plain PyTorch alone: of a Triton
+    operator's tangents they would silently make zeros."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the Triton kernels serve this tensor.
 
     Raises:
-        RuntimeError: backend "triton" without Triton, or with a tensor that is not on CUDA and no interpreter.
+        RuntimeError: backend "triton" without Triton, with a tensor that is not on CUDA and no interpreter, or inside a
+            transform of torch.func or forward-mode differentiation.
     """
     if _backend == "torch" or (_backend == "auto" and not AVAILABLE):
         return False
     if not AVAILABLE:
         raise RuntimeError("unite_kernels: backend 'triton' needs Triton: pip install triton, or set_backend('auto')")
+    if not torch.compiler.is_compiling() and transformed():
+        if _backend == "auto":
+            return False
+        raise RuntimeError(
+            "unite_kernels: backend 'triton' has no part in torch.func and forward-mode differentiation; choose "
+            "set_backend('auto'), which leaves these to plain PyTorch"
+        )
     if x.is_cuda:
         return True
     if _backend == "triton":

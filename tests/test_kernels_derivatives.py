@@ -117,3 +117,37 @@ def test_second_derivatives_are_right_or_refused(name, backend):
             else:
                 (expected.square() + true.square()).sum().backward()
                 torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=1e-4, atol=1e-4)
+
+
+@each_operator
+def test_transforms_of_torch_func(name):
+    x, operator, equation = OPERATORS[name]
+    rows = torch.stack([x, 2 * x])
+
+    def energy(function, x):
+        return function(x).square().sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        found, true = (transform(lambda x: energy(f, x))(x.to(d)) for f, d in ((operator, None), (equation, torch.double)))
+        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+    found = torch.func.vmap(torch.func.grad(lambda x: energy(operator, x)))(rows)
+    for ours, row in zip(found, rows, strict=True):
+        torch.testing.assert_close(ours, torch.func.grad(lambda x: energy(operator, x))(row), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(operator)(rows)[0], operator(x), rtol=1e-4, atol=1e-5)
+    with on_backend("triton"), pytest.raises(RuntimeError, match="no part in torch.func and forward-mode"):
+        torch.func.vmap(operator)(rows)
+
+
+@each_operator
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_forward_mode_is_right_or_refused(name, backend):
+    x, operator, equation = OPERATORS[name]
+    direction = normal(*x.shape, seed=13)
+    expected = torch.func.jvp(equation, (x.double(),), (direction.double(),))[1]
+    with on_backend(backend), torch.autograd.forward_ad.dual_level():
+        try:
+            found = torch.autograd.forward_ad.unpack_dual(operator(torch.autograd.forward_ad.make_dual(x, direction)))
+        except RuntimeError as refusal:
+            assert "forward mode" in str(refusal) or "forward-mode" in str(refusal)
+        else:
+            torch.testing.assert_close(found.tangent.double(), expected, rtol=1e-4, atol=1e-4)
