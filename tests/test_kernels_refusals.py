@@ -83,6 +83,17 @@ def test_what_is_no_tensor_is_refused(call, backend):
                     function(**given, **others)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("longest", [1])
+def test_spans_of_no_tokens(backend, longest):
+    offsets = torch.zeros(3, dtype=torch.int32, device=X.device)
+    x, scale = normal(1, 0, 8).requires_grad_(), normal(2, 8).requires_grad_()
+    with on_backend(backend):
+        out = uk.rms_norm_modulate(x, None, None, scale, spans=uk.Spans(offsets, longest))
+        out.sum().backward()
+    assert out.shape == x.grad.shape == (1, 0, 8) and not scale.grad.any()
+
+
 def test_a_weight_without_gradient_is_refused():
     weight, mean = normal(3, 4), normal(12)
     with pytest.raises(TypeError, match=r"^muon_momentum_: gradients\[1\] is None; it must be a tensor$"):
