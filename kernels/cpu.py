@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import itertools
 import zlib
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_void_p
@@ -124,11 +125,21 @@ def declare(library: ctypes.CDLL) -> None:
 LIBRARY, STATE = load()
 
 
-def _check_offsets(offsets: Tensor | None, tokens: int, longest: int) -> None:
-    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given."""
-    if offsets is not None and not LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest):
+def check_offsets(operator: str, offsets: Tensor, tokens: int, longest: int) -> None:
+    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given: offsets on a CPU, since
+    reading others would wait for their device."""
+    if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling() or transformed():
+        return
+    if LIBRARY is None:
+        numbers = offsets.tolist()
+        good = numbers[0] == 0 and numbers[-1] == tokens
+        good = good and all(0 <= last - first <= longest for first, last in itertools.pairwise(numbers))
+    else:
+        good = LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest)
+    if not good:
         raise ValueError(
-            f"the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer than {longest}"
+            f"{operator}: the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer than "
+            f"{longest}"
         )
 
 
@@ -276,11 +287,9 @@ def adaln(
     shift: Tensor | None,
     scale: Tensor,
     offsets: Tensor | None,
-    longest: int,
     eps: float,
 ) -> tuple[Tensor | None, Tensor]:
     """The RMSNorms of adaln.py, (residual or None, normed), of checked arguments that `serves` accepts."""
-    _check_offsets(offsets, x.shape[1], longest)
     return _AdaptiveNorm.apply(x, branch, gate, closing, weight, shift, scale, offsets, eps)
 
 
@@ -301,5 +310,6 @@ def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> T
     Returns:
         [B, N, H·d].
     """
-    _check_offsets(offsets, qkv.shape[1], longest)
+    if offsets is not None:
+        check_offsets("attention", offsets, qkv.shape[1], longest)
     return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)

@@ -8,6 +8,7 @@ import torch
 from kernel_testing import normal, on_backend
 
 import unite_kernels as uk
+from unite_kernels import cpu
 
 X, VECTOR, TERM = normal(2, 3, 8), normal(8), normal(2, 8)
 TIMES = torch.zeros(2, device=X.device)
@@ -83,8 +84,33 @@ def test_what_is_no_tensor_is_refused(call, backend):
                     function(**given, **others)
 
 
+@pytest.mark.skipif(X.is_cuda, reason="offsets on a GPU are not read")
+@pytest.mark.parametrize("library", [cpu.LIBRARY, None], ids=["compiled", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-@pytest.mark.parametrize("longest", [1])
+def test_spans_outside_of_the_tokens_are_refused(monkeypatch, backend, dtype, library):
+    monkeypatch.setattr(cpu, "LIBRARY", library)
+    x, term = normal(1, 10, 8).to(dtype), normal(2, 8)
+    with on_backend(backend):
+        uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans(torch.tensor([0, 4, 10], dtype=torch.int32), 6))
+        # Too long for the longest, short of the tokens, beyond them, falling, and a gap before the first.
+        for offsets, longest in (([0, 4, 10], 5), ([0, 5, 9], 5), ([0, 5, 11], 6), ([0, 12, 10], 10), ([1, 5, 11], 6)):
+            spans = uk.Spans(torch.tensor(offsets, dtype=torch.int32), longest)
+            with pytest.raises(ValueError, match="^rms_norm_modulate: the offsets of the spans must rise from 0 to 10"):
+                uk.rms_norm_modulate(x, None, None, term, spans=spans)
+
+
+def test_spans_of_another_form_are_refused():
+    x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
+    for spans, found in ((offsets, "a Tensor"), ([0, 4, 10], "a list")):
+        with pytest.raises(TypeError, match=rf"^rms_norm_modulate: spans is {found}; it must be Spans\(offsets, longest\)"):
+            uk.rms_norm_modulate(x, None, None, term, spans=spans)
+    with pytest.raises(TypeError, match="^rms_norm_modulate: offsets is a list; it must be a tensor"):
+        uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans([0, 4, 10], 6))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("longest", [0, 1])
 def test_spans_of_no_tokens(backend, longest):
     offsets = torch.zeros(3, dtype=torch.int32, device=X.device)
     x, scale = normal(1, 0, 8).requires_grad_(), normal(2, 8).requires_grad_()
