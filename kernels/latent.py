@@ -310,8 +310,6 @@ def latent_norm_mix(
     if z.dim() != 3:
         raise ValueError(f"latent_norm_mix: z has shape {tuple(z.shape)}; it must be [B, K, D]")
     batch, _, channels = z.shape
-    if mask.dtype != torch.bool:
-        raise TypeError(f"latent_norm_mix: mask is {mask.dtype}; it must be bool")
     for name, x, shape in (
         ("z", z, z.shape),
         ("weight", weight, (channels,)),
@@ -391,12 +389,14 @@ def latent_norm_flow_loss(
 
 
 def _check(operator: str, name: str, x: Tensor, shape: tuple[int, ...], first_name: str, first: Tensor) -> None:
-    """Every floating dtype is welcome beside every other: all are read into float32."""
+    """Every floating dtype is welcome beside every other: all are read into float32. The mask is bool."""
     if x.shape != shape:
         raise ValueError(
             f"{operator}: {name} has shape {tuple(x.shape)}; it must be {tuple(shape)} for this {first_name}"
         )
-    if x.dtype != torch.bool:
+    if name != "mask":
         check_floats(operator, name, x)
+    elif x.dtype != torch.bool:
+        raise TypeError(f"{operator}: mask is {x.dtype}; it must be bool")
     check_device(operator, name, x, first_name, first)
     check_contiguous(operator, name, x)
