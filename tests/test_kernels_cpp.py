@@ -284,6 +284,31 @@ def test_the_header_says_which_sizes_are_multiples_of_16(prefix):
 
 
 @needs_build
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("CAPABILITIES=9.0", 'has "9.0"; a compute capability is written without point and letters: 80, 90, 100'),
+        ("CAPABILITIES=80;sm_90", 'has "sm_90"'),
+        ("CAPABILITIES=", "UNITE_CAPABILITIES is empty"),
+        ("KERNELS=", "UNITE_KERNELS is empty"),
+    ],
+)
+def test_settings_are_refused_while_configuring(tmp_path, setting, message):
+    command = ["cmake", "-B", tmp_path, "-S", ROOT, f"-DPython3_EXECUTABLE={sys.executable}", f"-DUNITE_{setting}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and message in " ".join(done.stderr.split()), done.stderr
+
+
+@needs_build
+def test_settings_may_repeat_themselves(tmp_path):
+    settings = ["-DUNITE_CAPABILITIES=90;86;86", "-DUNITE_KERNELS=philox_uniform;philox_uniform"]
+    sh("cmake", "-B", tmp_path, "-S", ROOT, f"-DPython3_EXECUTABLE={sys.executable}", *settings)
+    sh("cmake", "--build", tmp_path)
+    header = " ".join((tmp_path / "generated" / "unite_kernels.h").read_text().split())
+    assert "Devices: compute capability 8.6 to 8.9, 9.0, and by the driver's own compiler every one after" in header
+
+
+@needs_build
 @pytest.mark.parametrize(("flags", "init", "expected"), [(["-DOLD"], "0", -2), ([], "100", 100)])
 def test_driver_that_cannot_be_used(library, driver, flags, init, expected):
     code = "print(u.unite_initialize(), u.unite_initialize())"

@@ -211,12 +211,13 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for entry, rule in chosen:
         write(arguments.output / f"{entry.name}.c", source(entry, rule, arguments.capabilities))
-    majors = [f"{c // 10}.x" if c < 90 else f"{c // 10}.{c % 10}" for c in arguments.capabilities]
+    # Machine code before 9.0 runs on later minor versions too, but on no earlier one.
+    served = [f"{c // 10}.{c % 10}" + (f" to {c // 10}.9" if c < 90 else "") for c in sorted(arguments.capabilities)]
     oldest = min(arguments.capabilities)
     later = f", and by the driver's own compiler every one after {oldest // 10}.{oldest % 10}" if oldest < 90 else ""
     header = string.Template((HERE / "unite_kernels.h.in").read_text()).substitute(
         version=arguments.version,
-        devices=f"compute capability {', '.join(majors)}{later}",
+        devices=f"compute capability {', '.join(served)}{later}",
         functions="\n\n".join(declaration(entry, rule) for entry, rule in chosen),
     )
     write(arguments.output / "unite_kernels.h", header)
