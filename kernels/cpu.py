@@ -1,7 +1,7 @@
 """The operators of cpu.c for float32 tensors on a CPU, with their backward passes.
 
-setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile and in
-torch.func the references in plain PyTorch serve. Shapes as in adaln.py, qk_rope.py and swiglu.py.
+setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile, in torch.func
+and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in adaln.py, qk_rope.py and swiglu.py.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def fingerprint(sources: Sequence[Path]) -> int:
 def serves(*tensors: Tensor | None) -> bool:
     """Whether cpu.c computes with these tensors: its library is there and they are plain, in float32 and on a CPU."""
     if LIBRARY is None or get_backend() == "torch" or torch.compiler.is_compiling() or transformed():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # a mode that traces or counts would see memory that nobody writes
         return False
     return all(
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
