@@ -1,7 +1,8 @@
 """The operators of cpu.c for float32 tensors on a CPU, with their backward passes.
 
 setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile, in torch.func
-and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in adaln.py, qk_rope.py and swiglu.py.
+and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in
+adaln.py, qk_rope.py and swiglu.py.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ LIBRARY, STATE = load()
 
 
 def check_offsets(operator: str, offsets: Tensor, tokens: int, longest: int) -> None:
-    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given: offsets on a CPU, since
-    reading others would wait for their device."""
+    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given: offsets on a CPU,
+    since reading others would wait for their device."""
     if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling() or transformed():
         return
     if LIBRARY is None:
@@ -140,8 +141,8 @@ def check_offsets(operator: str, offsets: Tensor, tokens: int, longest: int) -> 
         good = LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest)
     if not good:
         raise ValueError(
-            f"{operator}: the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer than "
-            f"{longest}"
+            f"{operator}: the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer "
+            f"than {longest}"
         )
 
 

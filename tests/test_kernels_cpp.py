@@ -279,7 +279,8 @@ def test_the_header_says_which_sizes_are_multiples_of_16(prefix):
         "block_boundary_forward_bf16_768": [],
         "swiglu_forward_bf16_2048": [],
     }.items():
-        comment = " ".join(header.split(f"UNITE_API int unite_{function}(")[0].rsplit("/*", 1)[1].replace("*", " ").split())
+        comment = header.split(f"UNITE_API int unite_{function}(")[0].rsplit("/*", 1)[1]
+        comment = " ".join(comment.replace("*", " ").split())
         assert re.findall(r"(\w+) must be a multiple of 16", comment) == sizes, function
 
 

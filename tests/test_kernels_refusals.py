@@ -103,7 +103,7 @@ def test_spans_outside_of_the_tokens_are_refused(monkeypatch, backend, dtype, li
 def test_spans_of_another_form_are_refused():
     x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
     for spans, found in ((offsets, "a Tensor"), ([0, 4, 10], "a list")):
-        with pytest.raises(TypeError, match=rf"^rms_norm_modulate: spans is {found}; it must be Spans\(offsets, longest\)"):
+        with pytest.raises(TypeError, match=f"^rms_norm_modulate: spans is {found}; it must be Spans"):
             uk.rms_norm_modulate(x, None, None, term, spans=spans)
     with pytest.raises(TypeError, match="^rms_norm_modulate: offsets is a list; it must be a tensor"):
         uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans([0, 4, 10], 6))

@@ -134,7 +134,8 @@ def declaration(entry, rule) -> str:
     about = rule.about.format(**constants_of(entry))
     sizes = [name for name in aligned_integers(entry, rule) if not name.endswith("_stride")]  # strides: the file's head
     multiples = "".join(f" {name} must be a multiple of 16." for name in sizes)
-    comment = textwrap.fill(f"{about}{multiples} Elements: {elements}.", 116, initial_indent="/* ", subsequent_indent=" * ")
+    text = f"{about}{multiples} Elements: {elements}."
+    comment = textwrap.fill(text, 116, initial_indent="/* ", subsequent_indent=" * ")
     types_of_parameters = signature(entry, rule).items()
     parameters = ", ".join(["CUstream cuda_stream", *(f"{kind} {name}" for name, kind in types_of_parameters)])
     # A parameter's type and name stay on one line.
