@@ -21,6 +21,7 @@ from .dispatch import (
     check_floats,
     check_like,
     check_parameter,
+    check_tensors,
     use_triton,
 )
 from .rms import unit_rms
@@ -170,9 +171,11 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
         raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
     check_contiguous(operator, "x", x)
     batch, _, width = x.shape
-    offsets, longest = spans or (None, 0)
-    if offsets is not None:
-        batch = _check_spans(operator, x, offsets, longest)
+    check_tensors(operator, scale=scale)
+    offsets, longest = None, 0
+    if spans is not None:
+        batch = _check_spans(operator, x, spans)
+        offsets, longest = spans
     if branch is not None:
         check_like(operator, "branch", branch, "x", x)
     for name, vector in (("closing_weight", closing_weight), ("weight", weight), ("bias", bias)):
@@ -182,23 +185,28 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
     if use_triton(x):
         compute = _operator
     elif not layer and cpu.serves(x, branch, gate, closing_weight, weight, shift, scale):
-        return cpu.adaln(x, branch, gate, closing_weight, weight, shift, scale, offsets, longest, eps)
+        return cpu.adaln(x, branch, gate, closing_weight, weight, shift, scale, offsets, eps)
     else:
         compute = adaln_reference
     return compute(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer)
 
 
-def _check_spans(operator: str, x: Tensor, offsets: Tensor, longest: int) -> int:
-    """Number of samples. The offsets' values stay on the device and are the caller's to keep."""
+def _check_spans(operator: str, x: Tensor, spans: Spans) -> int:
+    """Number of samples. On other devices than a CPU the offsets' values are the caller's to keep."""
+    if not isinstance(spans, tuple) or len(spans) != 2:
+        raise TypeError(f"{operator}: spans is a {type(spans).__name__}; it must be Spans(offsets, longest)")
+    offsets, longest = spans
+    check_tensors(operator, offsets=offsets)
     if x.shape[0] != 1 or offsets.ndim != 1 or offsets.numel() < 2 or offsets.dtype != torch.int32:
         raise ValueError(
             f"{operator}: with spans x must be [1, T, C] and the offsets [B + 1] int32; here x is {tuple(x.shape)} and "
             f"the offsets are {tuple(offsets.shape)} {offsets.dtype}"
         )
-    if not 1 <= longest <= max(1, x.shape[1]):
+    if not min(1, x.shape[1]) <= longest <= max(1, x.shape[1]):
         raise ValueError(f"{operator}: the longest span is {longest}; it must lie in [1, {x.shape[1]}], the tokens")
     check_device(operator, "offsets", offsets, "x", x)
     check_contiguous(operator, "offsets", offsets)
+    cpu.check_offsets(operator, offsets, x.shape[1], longest)
     return offsets.numel() - 1
 
 
@@ -253,6 +261,7 @@ def gated_residual_rms_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("gated_residual_rms_norm_modulate", branch=branch, gate=gate)
     return _adaln(
         "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, spans, eps, False
     )
@@ -287,6 +296,7 @@ def block_boundary(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("block_boundary", branch=branch, gate=gate, closing_weight=closing_weight)
     return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, spans, eps, False)
 
 
@@ -333,6 +343,7 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("gated_residual_layer_norm_modulate", branch=branch, gate=gate)
     return _adaln(
         "gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True
     )

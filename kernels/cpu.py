@@ -1,13 +1,15 @@
 """The operators of cpu.c for float32 tensors on a CPU, with their backward passes.
 
-setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes and under torch.compile the references
-in plain PyTorch serve. Shapes as in adaln.py, qk_rope.py and swiglu.py.
+setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile, in torch.func
+and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in
+adaln.py, qk_rope.py and swiglu.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import itertools
 import zlib
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_void_p
@@ -15,9 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .dispatch import get_backend
+from .dispatch import first_derivatives, get_backend, transformed
 
 HERE = Path(__file__).parent
 SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h")
@@ -48,7 +49,9 @@ def fingerprint(sources: Sequence[Path]) -> int:
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether cpu.c computes with these tensors: its library is there and they are plain, in float32 and on a CPU."""
-    if LIBRARY is None or get_backend() == "torch" or torch.compiler.is_compiling():
+    if LIBRARY is None or get_backend() == "torch" or torch.compiler.is_compiling() or transformed():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # a mode that traces or counts would see memory that nobody writes
         return False
     return all(
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
@@ -125,11 +128,21 @@ def declare(library: ctypes.CDLL) -> None:
 LIBRARY, STATE = load()
 
 
-def _check_offsets(offsets: Tensor | None, tokens: int, longest: int) -> None:
-    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given."""
-    if offsets is not None and not LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest):
+def check_offsets(operator: str, offsets: Tensor, tokens: int, longest: int) -> None:
+    """Refuse samples that lie outside of the tokens, or outside of what the longest one is given: offsets on a CPU,
+    since reading others would wait for their device."""
+    if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling() or transformed():
+        return
+    if LIBRARY is None:
+        numbers = offsets.tolist()
+        good = numbers[0] == 0 and numbers[-1] == tokens
+        good = good and all(0 <= last - first <= longest for first, last in itertools.pairwise(numbers))
+    else:
+        good = LIBRARY.unite_offsets(offsets.data_ptr(), len(offsets) - 1, tokens, longest)
+    if not good:
         raise ValueError(
-            f"the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer than {longest}"
+            f"{operator}: the offsets of the spans must rise from 0 to {tokens}, the tokens, with no sample longer "
+            f"than {longest}"
         )
 
 
@@ -148,7 +161,7 @@ class _SwiGlu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("swiglu")
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad, grad_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1] // 2
@@ -178,7 +191,7 @@ class _AdaptiveNorm(torch.autograd.Function):
         return residual, normed
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("adaln")
     def backward(ctx, grad_residual, grad_normed):
         x, branch, gate, closing, weight, scale, offsets = ctx.saved_tensors
         if grad_normed is None:
@@ -222,7 +235,7 @@ class _QkNormRope(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("qk_norm_rope")
     def backward(ctx, grad):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         batch, tokens, _, heads, width = qkv.shape
@@ -253,7 +266,7 @@ class _ShortAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("attention")
     def backward(ctx, grad):
         qkv, weights, offsets = ctx.saved_tensors
         grad, grad_qkv = grad.contiguous(), torch.empty(qkv.shape)
@@ -277,11 +290,9 @@ def adaln(
     shift: Tensor | None,
     scale: Tensor,
     offsets: Tensor | None,
-    longest: int,
     eps: float,
 ) -> tuple[Tensor | None, Tensor]:
     """The RMSNorms of adaln.py, (residual or None, normed), of checked arguments that `serves` accepts."""
-    _check_offsets(offsets, x.shape[1], longest)
     return _AdaptiveNorm.apply(x, branch, gate, closing, weight, shift, scale, offsets, eps)
 
 
@@ -302,5 +313,6 @@ def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> T
     Returns:
         [B, N, H·d].
     """
-    _check_offsets(offsets, qkv.shape[1], longest)
+    if offsets is not None:
+        check_offsets("attention", offsets, qkv.shape[1], longest)
     return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)

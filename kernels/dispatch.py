@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .toolchain import AVAILABLE
 
@@ -45,16 +48,30 @@ def get_backend() -> str:
     return _backend
 
 
+def transformed() -> bool:
+    """Inside a transform of torch.func or forward-mode differentiation, which see into plain PyTorch alone: of a Triton
+    operator's tangents they would silently make zeros."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the Triton kernels serve this tensor.
 
     Raises:
-        RuntimeError: backend "triton" without Triton, or with a tensor that is not on CUDA and no interpreter.
+        RuntimeError: backend "triton" without Triton, with a tensor that is not on CUDA and no interpreter, or inside a
+            transform of torch.func or forward-mode differentiation.
     """
     if _backend == "torch" or (_backend == "auto" and not AVAILABLE):
         return False
     if not AVAILABLE:
         raise RuntimeError("unite_kernels: backend 'triton' needs Triton: pip install triton, or set_backend('auto')")
+    if not torch.compiler.is_compiling() and transformed():
+        if _backend == "auto":
+            return False
+        raise RuntimeError(
+            "unite_kernels: backend 'triton' has no part in torch.func and forward-mode differentiation; choose "
+            "set_backend('auto'), which leaves these to plain PyTorch"
+        )
     if x.is_cuda:
         return True
     if _backend == "triton":
@@ -65,6 +82,45 @@ def use_triton(x: Tensor) -> bool:
             )
         return True
     return False
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient as it is, whose own backward pass raises."""
+
+    @staticmethod
+    def forward(ctx, grad, leaf, operator):
+        ctx.operator = operator
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"{ctx.operator}: its backward pass has no derivative; set_backend('torch') before the forward pass for "
+            "second derivatives"
+        )
+
+
+def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
+    """Decorates the backward pass of an operator whose gradients autograd cannot see into.
+
+    PyTorch's once_differentiable leaves such gradients out of a second backward pass without a word where the incoming
+    one is constant, as it is behind a sum.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *grads):
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            leaf = torch.zeros((), requires_grad=True)
+            found = (found,) if isinstance(found, Tensor) else found
+            return tuple(None if grad is None else _Refused.apply(grad, leaf, operator) for grad in found)
+
+        return once
+
+    return decorate
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -83,8 +139,17 @@ def check_programs(operator: str, name: str, count: int) -> None:
         raise ValueError(f"{operator}: {name} is {count}; the kernel takes at most {MAX_PROGRAMS_Y}, split the call")
 
 
+def check_tensors(operator: str, **tensors: object) -> None:
+    """Refuse what is no tensor, None included, by its argument's name."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            found = "None" if x is None else f"a {type(x).__module__}.{type(x).__name__}".replace("builtins.", "")
+            raise TypeError(f"{operator}: {name} is {found}; it must be a tensor")
+
+
 def check_floats(operator: str, name: str, x: Tensor) -> None:
     """Refuse a dtype the operators do not compute in."""
+    check_tensors(operator, **{name: x})
     if x.dtype not in FLOATS:
         raise TypeError(f"{operator}: {name} is {x.dtype}; it must be float32, float16 or bfloat16")
 
@@ -116,6 +181,7 @@ def check_parameter(
     neighbours in memory along the last dimension."""
     if x is None:
         return
+    check_tensors(operator, **{name: x})
     if x.shape != shape:
         raise ValueError(
             f"{operator}: {name} has shape {tuple(x.shape)}; it must be {tuple(shape)} for this {first_name}"

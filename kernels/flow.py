@@ -206,13 +206,15 @@ def flow_noise(
     Raises:
         ValueError: z is not three-dimensional or not contiguous, an address out of range, an unknown law, or a shift
             that is not positive.
-        TypeError: another dtype than float32, float16 and bfloat16.
+        TypeError: another dtype than float32, float16 and bfloat16, or a fractional address or number of draws.
     """
+    check_floats("flow_noise", "z", z)
     check_address("flow_noise", seed, step, stream, first_draw, z.device)
     if z.dim() != 3:
         raise ValueError(f"flow_noise: z has shape {tuple(z.shape)}; it must be [B, K, D]")
-    check_floats("flow_noise", "z", z)
     check_contiguous("flow_noise", "z", z)
+    if isinstance(draws, float):
+        raise TypeError(f"flow_noise: draws is {draws!r}; it must be an integer")
     if draws < 0:
         raise ValueError(f"flow_noise: draws is {draws}; it must not be negative")
     if law not in LAWS:

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, device_of, use_triton
+from .dispatch import (
+    NAMESPACE,
+    check_contiguous,
+    check_device,
+    check_floats,
+    check_tensors,
+    device_of,
+    first_derivatives,
+    use_triton,
+)
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -226,6 +235,7 @@ def _save_loss(ctx, inputs, output):
     ctx.save_for_backward(*gradients)
 
 
+@first_derivatives("latent_norm_flow_loss")
 def _backward_loss(ctx, grad, *_):
     grad_pred, grad_z1, affine = ctx.saved_tensors
     scale = grad / grad_z1.numel()
@@ -296,11 +306,10 @@ def latent_norm_mix(
         ValueError: shapes that do not fit together, tensors on different devices, or strides.
         TypeError: a mask that is not bool, or another tensor that is not floating.
     """
+    check_tensors("latent_norm_mix", z=z, weight=weight, bias=bias, mask=mask, t=t, noise=noise)
     if z.dim() != 3:
         raise ValueError(f"latent_norm_mix: z has shape {tuple(z.shape)}; it must be [B, K, D]")
     batch, _, channels = z.shape
-    if mask.dtype != torch.bool:
-        raise TypeError(f"latent_norm_mix: mask is {mask.dtype}; it must be bool")
     for name, x, shape in (
         ("z", z, z.shape),
         ("weight", weight, (channels,)),
@@ -355,6 +364,7 @@ def latent_norm_flow_loss(
             positive.
         TypeError: a tensor that is not floating.
     """
+    check_tensors("latent_norm_flow_loss", pred=pred, z1=z1, t=t, weight=weight, bias=bias)
     if pred.dim() not in (3, 4):
         raise ValueError(
             f"latent_norm_flow_loss: pred has shape {tuple(pred.shape)}; it must be [S, B, K, D] or [B, K, D]"
@@ -379,12 +389,14 @@ def latent_norm_flow_loss(
 
 
 def _check(operator: str, name: str, x: Tensor, shape: tuple[int, ...], first_name: str, first: Tensor) -> None:
-    """Every floating dtype is welcome beside every other: all are read into float32."""
+    """Every floating dtype is welcome beside every other: all are read into float32. The mask is bool."""
     if x.shape != shape:
         raise ValueError(
             f"{operator}: {name} has shape {tuple(x.shape)}; it must be {tuple(shape)} for this {first_name}"
         )
-    if x.dtype != torch.bool:
+    if name != "mask":
         check_floats(operator, name, x)
+    elif x.dtype != torch.bool:
+        raise TypeError(f"{operator}: mask is {x.dtype}; it must be bool")
     check_device(operator, name, x, first_name, first)
     check_contiguous(operator, name, x)

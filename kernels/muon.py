@@ -11,7 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_device, check_floats, device_of, upload, use_triton
+from .dispatch import (
+    NAMESPACE,
+    check_contiguous,
+    check_device,
+    check_floats,
+    check_tensors,
+    device_of,
+    upload,
+    use_triton,
+)
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -255,6 +264,7 @@ def muon_momentum_(
     _check_masters(operator, "gradients", gradients, momenta)
     _check_results(operator, "means", means, momenta)
     if coefficient is not None:
+        check_tensors(operator, coefficient=coefficient)
         if coefficient.dim() or coefficient.dtype != torch.float32:
             raise ValueError(
                 f"{operator}: coefficient is {coefficient.dtype} of shape {tuple(coefficient.shape)}; it must be 0-dim "
@@ -331,6 +341,8 @@ def _check_masters(operator: str, name: str, tensors: list[Tensor], first: list[
     """Float32 tensors of the shapes of the first list, contiguous, all on one device."""
     device = first[0].device
     for index, (tensor, like) in enumerate(zip(tensors, first, strict=True)):
+        if not isinstance(tensor, Tensor):  # a weight without gradient, say
+            check_tensors(operator, **{f"{name}[{index}]": tensor})
         if tensor.dtype != torch.float32:
             raise TypeError(f"{operator}: {name}[{index}] is {tensor.dtype}; it must be float32")
         if tensor.shape != like.shape:

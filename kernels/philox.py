@@ -188,8 +188,14 @@ def check_address(function: str, seed: int, step: Step, stream: int, first_draw:
     Raises:
         ValueError: seed, stream, first_draw or an int step out of range, or a step tensor that is not 0-dim int64 on
             `device`.
+        TypeError: a fractional one.
     """
-    for name, value, bits in (("seed", seed, 63), ("stream", stream, 31), ("first_draw", first_draw, 31)):
+    numbers = [("seed", seed, 63), ("stream", stream, 31), ("first_draw", first_draw, 31)]
+    if not isinstance(step, Tensor):
+        numbers.append(("step", step, 63))
+    for name, value, bits in numbers:
+        if isinstance(value, float):
+            raise TypeError(f"{function}: {name} is {value!r}; it must be an integer")
         if not 0 <= value < 2**bits:
             raise ValueError(f"{function}: {name} is {value}; it must lie in [0, 2**{bits})")
     if isinstance(step, Tensor):
@@ -198,8 +204,6 @@ def check_address(function: str, seed: int, step: Step, stream: int, first_draw:
                 f"{function}: step is a {step.dtype} tensor of shape {tuple(step.shape)} on {step.device}; "
                 f"it must be a 0-dim int64 on {device}"
             )
-    elif step < 0:
-        raise ValueError(f"{function}: step is {step}; it must not be negative")
 
 
 def step_tensor(step: Step, device: torch.device) -> Tensor:
@@ -223,15 +227,19 @@ def philox_uniform(
     Args:
         shape: of one draw.
         seed: in [0, 2⁶³).
-        step: int, or 0-dim int64 tensor on `device` (read there, without waiting for it).
+        step: int in [0, 2⁶³) of which the low 32 bits count, or 0-dim int64 tensor on `device` (read there, without
+            waiting for it).
         stream: in [0, 2³¹); what should be independent takes its own.
         draws: S for a leading dimension of draws first_draw … first_draw + S − 1; None for draw `first_draw` alone.
+        device: None for PyTorch's default.
+        dtype: a floating one. The numbers are made in float32 and rounded to it: in 16 bits, 1 is among them.
 
     Returns:
         [*shape], or [S, *shape] with `draws`.
 
     Raises:
-        ValueError: an address out of range.
+        ValueError: an address out of range, or a shape with a negative size.
+        TypeError: a fractional address, or a dtype that is not floating.
     """
     return _draw("philox_uniform", False, shape, seed, step, stream, draws, first_draw, device, dtype)
 
@@ -257,8 +265,10 @@ def philox_normal(
 def _draw(function, normal, shape, seed, step, stream, draws, first_draw, device, dtype):
     device = torch.empty(0, device=device).device  # "cuda" gains its index, None becomes the default device
     check_address(function, seed, step, stream, first_draw, device)
+    if not dtype.is_floating_point:
+        raise TypeError(f"{function}: dtype is {dtype}; it must be floating")
     rows, count = 1 if draws is None else draws, math.prod(shape)
-    if min(rows, count) < 0:
+    if min(rows, *shape, 0) < 0:
         raise ValueError(f"{function}: shape is {tuple(shape)} and draws {draws}; neither may be negative")
     step = step_tensor(step, device)
     word = 2 * stream  # odd words are the times of flow_noise: no stream of a caller can meet them

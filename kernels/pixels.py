@@ -15,6 +15,7 @@ from .dispatch import (
     check_floats,
     check_parameter,
     check_programs,
+    check_tensors,
     device_of,
     use_triton,
 )
@@ -166,6 +167,7 @@ def patch_l1(tokens: Tensor, images: Tensor, patch_size: int) -> tuple[Tensor, T
         ValueError: shapes that do not fit together, tensors on different devices, or strides.
         TypeError: another dtype than float32, float16 and bfloat16.
     """
+    check_tensors("patch_l1", tokens=tokens, images=images)
     if tokens.dim() != 3 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
             f"patch_l1: tokens have shape {tuple(tokens.shape)} and images {tuple(images.shape)}; "
@@ -371,6 +373,7 @@ def lpips_distance(features_a: Tensor, features_b: Tensor, weight: Tensor) -> Te
         TypeError: another dtype than float32, float16 and bfloat16.
     """
     operator = "lpips_distance"
+    check_tensors(operator, features_a=features_a, features_b=features_b, weight=weight)
     if features_a.dim() != 4:
         raise ValueError(f"{operator}: features_a has shape {tuple(features_a.shape)}; it must be [B, C, H, W]")
     if features_b.shape != features_a.shape or features_b.dtype != features_a.dtype:

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .dispatch import NAMESPACE, check_contiguous, check_floats, check_parameter, device_of, use_triton
+from .dispatch import (
+    NAMESPACE,
+    check_contiguous,
+    check_floats,
+    check_parameter,
+    check_tensors,
+    device_of,
+    use_triton,
+)
 from .rms import unit_rms
 from .specialisation import Specialisation
 from .toolchain import tl, triton
@@ -241,6 +249,7 @@ def qk_norm_rope(
         TypeError, ValueError: shapes, dtypes, devices or strides other than these.
     """
     check_floats("qk_norm_rope", "qkv", qkv)
+    check_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qk_norm_rope: qkv has shape {tuple(qkv.shape)}; it must be [B, N, 3, H, d]")
     tokens, width = qkv.shape[1], qkv.shape[4]

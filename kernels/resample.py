@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_programs, device_of, upload, use_triton
+from .dispatch import NAMESPACE, check_contiguous, check_programs, check_tensors, device_of, upload, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -291,6 +291,7 @@ def centre_crop(pixels: Tensor, sizes: Sequence[tuple[int, int]], side: int, *, 
         TypeError: pixels of another dtype.
         ValueError: sizes that do not add up to the pixels, or below 1; a side below 1.
     """
+    check_tensors("centre_crop", pixels=pixels)
     if pixels.dtype != torch.uint8:
         raise TypeError(f"centre_crop: pixels are {pixels.dtype}; they must be uint8")
     check_contiguous("centre_crop", "pixels", pixels)

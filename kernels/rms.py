@@ -11,22 +11,34 @@ class _UnitRms(torch.autograd.Function):
     and backward of [32, 24, 128] and [64, 80, 192] in float32 took 0.40 and 8.9 ms on one CPU core, this 0.27 and 2.1.
     """
 
-    @staticmethod
-    def forward(ctx, x, eps):
-        # The norm is the one fused reduction of squares PyTorch has on a CPU.
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
-        unit = x * inverse
-        ctx.save_for_backward(unit, inverse)
-        return unit
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad):
+    def forward(x, eps):
+        # The norm is the one fused reduction of squares PyTorch has on a CPU.
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        return x * inverse, inverse
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        # Both are outputs, so that autograd knows how they hang on x when the backward pass is differentiated.
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, grad_inverse):
         unit, inverse = ctx.saved_tensors
-        along = (grad * unit).mean(-1, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1).mul_(inverse), None
+        if grad is None:
+            found = torch.zeros_like(unit)
+        else:
+            along = (grad * unit).mean(-1, keepdim=True)
+            found = torch.addcmul(grad, unit, along, value=-1).mul_(inverse)
+        if grad_inverse is not None:  # second derivatives alone
+            found = found - unit * (grad_inverse * inverse.square() / unit.shape[-1])
+        return found, None
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) over the last dimension, float32 or float64."""
-    return _UnitRms.apply(x, eps)
+    return _UnitRms.apply(x, eps)[0]

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,7 @@ for code in (
     launch(p(0x10), p(0x100), p(0x200), -1),
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 1, 1, 768, 770, f(1)),  # stride
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 2**31 - 1, 64, 768, 768, f(1)),
+    u.unite_philox_normal(p(0x10), p(0x100), p(0x200), 1, ctypes.c_int64(0), 0, 0, 17),  # a size that must be aligned
     launch(p(0x10), p(0), p(0), 0),          # nothing to do
     launch(p(0), p(0x100), p(0x200), 1),     # no current context
     launch(p(0x10), p(0x100), p(0x200), 1),
@@ -260,9 +262,51 @@ for code in (
 """
     lines = call(library, code, LD_LIBRARY_PATH=driver(), CAPABILITY="75")
     codes = [int(line.split()[0]) for line in lines]
-    assert codes == [-4, -4, -4, -4, -4, 0, 201, -3]
-    assert lines[6] == "201 words of the driver"
-    assert "architecture" in lines[7]
+    assert codes == [-4, -4, -4, -4, -4, -4, 0, 201, -3]
+    assert "an address is 0" in lines[1] and "a size is no multiple of 16" in lines[5]
+    assert lines[7] == "201 words of the driver"
+    assert "architecture" in lines[8]
+
+
+@needs_build
+def test_the_header_says_which_sizes_are_multiples_of_16(prefix):
+    header = (prefix / "include" / "unite_kernels.h").read_text()
+    for function, sizes in {
+        "philox_normal": ["count"],
+        "latent_norm_mix_forward_fp32_32": ["tokens"],
+        "lpips_distance_forward_bf16_64": ["pixels"],
+        "block_boundary_sum_bf16": ["width"],
+        "block_boundary_forward_bf16_768": [],
+        "swiglu_forward_bf16_2048": [],
+    }.items():
+        comment = header.split(f"UNITE_API int unite_{function}(")[0].rsplit("/*", 1)[1]
+        comment = " ".join(comment.replace("*", " ").split())
+        assert re.findall(r"(\w+) must be a multiple of 16", comment) == sizes, function
+
+
+@needs_build
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("CAPABILITIES=9.0", 'has "9.0"; a compute capability is written without point and letters: 80, 90, 100'),
+        ("CAPABILITIES=80;sm_90", 'has "sm_90"'),
+        ("CAPABILITIES=", "UNITE_CAPABILITIES is empty"),
+        ("KERNELS=", "UNITE_KERNELS is empty"),
+    ],
+)
+def test_settings_are_refused_while_configuring(tmp_path, setting, message):
+    command = ["cmake", "-B", tmp_path, "-S", ROOT, f"-DPython3_EXECUTABLE={sys.executable}", f"-DUNITE_{setting}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and message in " ".join(done.stderr.split()), done.stderr
+
+
+@needs_build
+def test_settings_may_repeat_themselves(tmp_path):
+    settings = ["-DUNITE_CAPABILITIES=90;86;86", "-DUNITE_KERNELS=philox_uniform;philox_uniform"]
+    sh("cmake", "-B", tmp_path, "-S", ROOT, f"-DPython3_EXECUTABLE={sys.executable}", *settings)
+    sh("cmake", "--build", tmp_path)
+    header = " ".join((tmp_path / "generated" / "unite_kernels.h").read_text().split())
+    assert "Devices: compute capability 8.6 to 8.9, 9.0, and by the driver's own compiler every one after" in header
 
 
 @needs_build

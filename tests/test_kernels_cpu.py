@@ -19,6 +19,8 @@ import test_kernels_swiglu as swiglu
 import torch
 from kernel_testing import assert_twice_as_good, normal, outputs_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import unite_kernels as uk
 from unite_fast.model.attention import attend
@@ -252,6 +254,15 @@ def installed(folder: Path, monkeypatch) -> tuple[Path, list[Path]]:
     monkeypatch.setattr(cpu, "HERE", folder)
     monkeypatch.setattr(cpu, "SOURCES", sources)
     return folder / Path(cpu.STATE).name, sources
+
+
+def test_a_tracer_sees_all_that_is_computed(served):
+    x = normal(2, 8)
+    traced = make_fx(uk.swiglu)(x)
+    torch.testing.assert_close(traced(2 * x), uk.swiglu(2 * x))
+    with FlopCounterMode(display=False):
+        uk.swiglu(x)
+    assert served == ["swiglu"]
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):

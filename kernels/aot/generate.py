@@ -120,6 +120,11 @@ def signature(entry, rule) -> dict[str, str]:
     return pointers | sizes | numbers
 
 
+def aligned_integers(entry, rule) -> list[str]:
+    """Parameters of the C function that are integers and, as the kernel was compiled, multiples of 16."""
+    return [name for name, kind in signature(entry, rule).items() if kind.startswith("int") and name in entry.aligned]
+
+
 def declaration(entry, rule) -> str:
     types = {}
     for name, kind in entry.arguments.items():
@@ -127,7 +132,10 @@ def declaration(entry, rule) -> str:
             types.setdefault(kind[1:], []).append(name)
     elements = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in types.items())
     about = rule.about.format(**constants_of(entry))
-    comment = textwrap.fill(f"{about} Elements: {elements}.", 116, initial_indent="/* ", subsequent_indent=" * ")
+    sizes = [name for name in aligned_integers(entry, rule) if not name.endswith("_stride")]  # strides: the file's head
+    multiples = "".join(f" {name} must be a multiple of 16." for name in sizes)
+    text = f"{about}{multiples} Elements: {elements}."
+    comment = textwrap.fill(text, 116, initial_indent="/* ", subsequent_indent=" * ")
     types_of_parameters = signature(entry, rule).items()
     parameters = ", ".join(["CUstream cuda_stream", *(f"{kind} {name}" for name, kind in types_of_parameters)])
     # A parameter's type and name stay on one line.
@@ -150,7 +158,7 @@ def source(entry, rule, capabilities: list[int]) -> str:
         lines.append(f"    if (wide_{name} > INT32_MAX)\n        return UNITE_ERROR_ARGUMENT;")
         lines.append(f"    int32_t {name} = (int32_t)wide_{name};")
     wrong = [f"!unite_address_ok({name})" for name, kind in parameters.items() if kind == "CUdeviceptr"]
-    wrong += [f"{name} % 16 != 0" for name in integers if name in entry.aligned]
+    wrong += [f"{name} % 16 != 0" for name in aligned_integers(entry, rule)]
     images = compile_images(entry, capabilities)
     scratch = [f"scratch_{index}" for index in range(images.pop("scratch_count"))]
     return string.Template((HERE / "kernel.c.in").read_text()).substitute(
@@ -204,12 +212,13 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for entry, rule in chosen:
         write(arguments.output / f"{entry.name}.c", source(entry, rule, arguments.capabilities))
-    majors = [f"{c // 10}.x" if c < 90 else f"{c // 10}.{c % 10}" for c in arguments.capabilities]
+    # Machine code before 9.0 runs on later minor versions too, but on no earlier one.
+    served = [f"{c // 10}.{c % 10}" + (f" to {c // 10}.9" if c < 90 else "") for c in sorted(arguments.capabilities)]
     oldest = min(arguments.capabilities)
     later = f", and by the driver's own compiler every one after {oldest // 10}.{oldest % 10}" if oldest < 90 else ""
     header = string.Template((HERE / "unite_kernels.h.in").read_text()).substitute(
         version=arguments.version,
-        devices=f"compute capability {', '.join(majors)}{later}",
+        devices=f"compute capability {', '.join(served)}{later}",
         functions="\n\n".join(declaration(entry, rule) for entry, rule in chosen),
     )
     write(arguments.output / "unite_kernels.h", header)

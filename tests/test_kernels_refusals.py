@@ -1,0 +1,128 @@
+"""What is no tensor, given to the operators: refused by name on every backend, before anything reads its address."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_testing import normal, on_backend
+
+import unite_kernels as uk
+from unite_kernels import cpu
+
+X, VECTOR, TERM = normal(2, 3, 8), normal(8), normal(2, 8)
+TIMES = torch.zeros(2, device=X.device)
+FEATURES = normal(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+NORM = {"weight": VECTOR, "shift": TERM, "scale": TERM}
+# Arguments that are tensors, those that may be None, and the others.
+CALLS = [
+    (uk.rms_norm_modulate, {"x": X, **NORM}, {"weight", "shift"}, {}),
+    (uk.layer_norm_modulate, {"x": X, "bias": VECTOR, **NORM}, {"weight", "bias", "shift"}, {}),
+    (
+        uk.gated_residual_rms_norm_modulate,
+        {"x": X, "branch": X, "gate": TERM, **NORM},
+        {"weight", "shift"},
+        {},
+    ),
+    (
+        uk.gated_residual_layer_norm_modulate,
+        {"x": X, "branch": X, "gate": TERM, "bias": VECTOR, **NORM},
+        {"weight", "bias", "shift"},
+        {},
+    ),
+    (
+        uk.block_boundary,
+        {"x": X, "branch": X, "gate": TERM, "closing_weight": VECTOR, **NORM},
+        {"weight", "shift"},
+        {},
+    ),
+    (
+        uk.qk_norm_rope,
+        {
+            "qkv": normal(2, 3, 3, 2, 8),
+            "q_weight": VECTOR,
+            "k_weight": VECTOR,
+            "cos": normal(3, 4),
+            "sin": normal(3, 4),
+        },
+        set(),
+        {"unrotated": 0},
+    ),
+    (uk.swiglu, {"x": X}, set(), {}),
+    (uk.flow_noise, {"z": X}, set(), {"draws": 2, "seed": 0, "step": 0}),
+    (
+        uk.latent_norm_mix,
+        {"z": X, "weight": VECTOR, "bias": VECTOR, "mask": TIMES > 0, "t": TIMES, "noise": X},
+        set(),
+        {},
+    ),
+    (uk.latent_norm_flow_loss, {"pred": X, "z1": X, "t": TIMES, "weight": VECTOR, "bias": VECTOR}, set(), {}),
+    (uk.patch_l1, {"tokens": normal(2, 4, 12), "images": normal(2, 3, 4, 4)}, set(), {"patch_size": 2}),
+    (uk.lpips_distance, {"features_a": FEATURES, "features_b": FEATURES, "weight": VECTOR}, set(), {}),
+    (
+        uk.centre_crop,
+        {"pixels": torch.zeros(27, dtype=torch.uint8, device=X.device)},
+        set(),
+        {"sizes": [(3, 3)], "side": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].__name__)
+def test_what_is_no_tensor_is_refused(call, backend):
+    function, tensors, optional, others = call
+    with on_backend(backend):
+        function(**tensors, **others)
+        for name in tensors:
+            for wrong, found in ((None, "None"), (np.zeros(3, np.float32), "a numpy.ndarray"), (1.0, "a float")):
+                given = {**tensors, name: wrong}
+                if wrong is None and name in optional:
+                    function(**given, **others)
+                    continue
+                with pytest.raises(TypeError, match=f"^{function.__name__}: {name} is {found}; it must be a tensor$"):
+                    function(**given, **others)
+
+
+@pytest.mark.skipif(X.is_cuda, reason="offsets on a GPU are not read")
+@pytest.mark.parametrize("library", [cpu.LIBRARY, None], ids=["compiled", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_spans_outside_of_the_tokens_are_refused(monkeypatch, backend, dtype, library):
+    monkeypatch.setattr(cpu, "LIBRARY", library)
+    x, term = normal(1, 10, 8).to(dtype), normal(2, 8)
+    with on_backend(backend):
+        uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans(torch.tensor([0, 4, 10], dtype=torch.int32), 6))
+        # Too long for the longest, short of the tokens, beyond them, falling, and a gap before the first.
+        for offsets, longest in (([0, 4, 10], 5), ([0, 5, 9], 5), ([0, 5, 11], 6), ([0, 12, 10], 10), ([1, 5, 11], 6)):
+            spans = uk.Spans(torch.tensor(offsets, dtype=torch.int32), longest)
+            with pytest.raises(ValueError, match="^rms_norm_modulate: the offsets of the spans must rise from 0 to 10"):
+                uk.rms_norm_modulate(x, None, None, term, spans=spans)
+
+
+def test_spans_of_another_form_are_refused():
+    x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
+    for spans, found in ((offsets, "a Tensor"), ([0, 4, 10], "a list")):
+        with pytest.raises(TypeError, match=f"^rms_norm_modulate: spans is {found}; it must be Spans"):
+            uk.rms_norm_modulate(x, None, None, term, spans=spans)
+    with pytest.raises(TypeError, match="^rms_norm_modulate: offsets is a list; it must be a tensor"):
+        uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans([0, 4, 10], 6))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("longest", [0, 1])
+def test_spans_of_no_tokens(backend, longest):
+    offsets = torch.zeros(3, dtype=torch.int32, device=X.device)
+    x, scale = normal(1, 0, 8).requires_grad_(), normal(2, 8).requires_grad_()
+    with on_backend(backend):
+        out = uk.rms_norm_modulate(x, None, None, scale, spans=uk.Spans(offsets, longest))
+        out.sum().backward()
+    assert out.shape == x.grad.shape == (1, 0, 8) and not scale.grad.any()
+
+
+def test_a_weight_without_gradient_is_refused():
+    weight, mean = normal(3, 4), normal(12)
+    with pytest.raises(TypeError, match=r"^muon_momentum_: gradients\[1\] is None; it must be a tensor$"):
+        uk.muon_momentum_([weight, weight], [weight, None], [mean, mean], 0.9)
+    with pytest.raises(TypeError, match="^muon_momentum_: coefficient is a float; it must be a tensor$"):
+        uk.muon_momentum_([weight], [weight], [mean], 0.9, 1.0)
