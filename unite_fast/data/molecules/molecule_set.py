@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import zipfile
@@ -173,6 +174,10 @@ def assemble(
             would be left out.
     """
     kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+    # Of the molecules that share a name: their atoms' digests and the last number given. Comparing each with all would
+    # take days where 100,000 share one.
+    known: set[tuple[str, bytes]] = set()
+    numbers: Counter[str] = Counter()
     smiles: list[str | None] = []
     gaps: list[float | None] = []
     left_out = Counter(skipped or {})
@@ -182,12 +187,19 @@ def assemble(
         where = molecule.where or molecule.name
         if not (np.abs(positions) < FARTHEST).all():  # false for NaN as well
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
-        name, reason = _place(kept, molecule.name, codes, positions)
+        content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
+        same = molecule.name, hashlib.blake2b(content, digest_size=16).digest()
+        reason = "an exact repetition" if same in known else _unusable(codes)
         if reason is not None:
             if strict:
                 raise UserError(f"{where}: {reason}; without --strict such molecules are left out and counted")
             left_out[reason] += 1
             continue
+        known.add(same)
+        name = molecule.name
+        while name in kept:
+            numbers[molecule.name] += 1
+            name = f"{molecule.name}#{numbers[molecule.name] + 1}"
         kept[name] = codes, positions
         smiles.append(molecule.smiles)
         gaps.append(molecule.gap)
@@ -207,27 +219,15 @@ def assemble(
     )
 
 
-def _place(
-    kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]],
-    name: str,
-    codes: NDArray[np.uint8],
-    positions: NDArray[np.float64],
-) -> tuple[str, str | None]:
-    """The name a molecule gets, or why it is left out."""
+def _unusable(codes: NDArray[np.uint8]) -> str | None:
+    """Why a molecule of these elements [n] is left out, if it is."""
     if len(codes) == 0:
-        return name, "no atoms"
+        return "no atoms"
     if len(codes) > MAX_ATOMS:
-        return name, f"more than {MAX_ATOMS} atoms"
+        return f"more than {MAX_ATOMS} atoms"
     if not codes.all():
-        return name, f"an element other than {' '.join(SYMBOLS)}"
-    unique, number = name, 1
-    while unique in kept:
-        other_codes, other_positions = kept[unique]
-        if np.array_equal(codes, other_codes) and np.array_equal(positions, other_positions):
-            return name, "an exact repetition"
-        number += 1
-        unique = f"{name}#{number}"
-    return unique, None
+        return f"an element other than {' '.join(SYMBOLS)}"
+    return None
 
 
 def _pad(
