@@ -37,7 +37,7 @@ def test_what_cannot_be_held_is_left_out_and_counted_or_refused():
     found = assemble(molecules, "test")
     assert found.names == ("water", "largest")
     assert found.skipped == {"an element other than H C N O F": 1, "more than 29 atoms": 1, "no atoms": 1}
-    with pytest.raises(UserError, match="salt.xyz, line 3: an element other than H C N O F; without --strict"):
+    with pytest.raises(UserError, match="salt.xyz, line 3: an element other than H C N O F; with data.strict=false"):
         assemble(molecules, "test", strict=True)
     with pytest.raises(UserError, match="no molecule to use .*1 × an element other"):
         assemble([unknown], "test")

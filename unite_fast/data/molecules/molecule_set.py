@@ -192,7 +192,7 @@ def assemble(
         reason = "an exact repetition" if same in known else _unusable(codes)
         if reason is not None:
             if strict:
-                raise UserError(f"{where}: {reason}; without --strict such molecules are left out and counted")
+                raise UserError(f"{where}: {reason}; with data.strict=false such molecules are left out and counted")
             left_out[reason] += 1
             continue
         known.add(same)

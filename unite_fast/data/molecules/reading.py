@@ -90,7 +90,7 @@ def _one_file(path: Path) -> Path:
     try:
         if not path.is_dir():
             if not path.exists():
-                raise UserError(f"no file or folder {path}: set the path to molecules, see unite_fast.data.molecules")
+                raise UserError(f"no file or folder {path}: docs/molecules.md says what can be read")
             return path
         if _xyz_files(path):
             return path
