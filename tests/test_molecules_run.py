@@ -225,6 +225,15 @@ def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
     # Molecules of both files that are the same but for their names' repetition are told apart or taken once.
     assert latents.shape == (len(names), 29, 8) and len(names) >= 3
     assert not latents[0, counts[0] :].any() and latents[0, : counts[0]].abs().min() > 0
+    for name in "ab":
+        (tmp_path / f"{name}.xyz").write_text(f"2\nname=h{name}\nH 0 0 0\nH 0 0 0.74\n2\n\nH 0 0 0\nCl 0 0 1.27\n")
+    files = [tmp_path / "a.xyz", tmp_path / "b.xyz"]
+    for given, count in ((files[:1], 1), (files, 2)):
+        capsys.readouterr()
+        assert run("reconstruct", "--run", finished, *given, "--out", tmp_path / "re") == 0
+        assert f"warning: left out: {count} × an element other than H C N O F" in capsys.readouterr().err
+        record = json.loads((tmp_path / "re" / "reconstructions.json").read_text())
+        assert record["skipped"] == {"an element other than H C N O F": count}
 
 
 def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
