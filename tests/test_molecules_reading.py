@@ -64,6 +64,19 @@ def test_qm9_folder(tmp_path, molecules, end):
     assert found.skipped == {}
 
 
+def test_a_gap_that_is_missing_leaves_the_others(tmp_path):
+    path = tmp_path / "a.xyz"
+    path.write_text("".join(f"1\n{gap}\nH 0 0 0\n" for gap in ("gap=1.5", "", "gap=nan", "gap=2")))
+    found = load_molecules(path, cache=tmp_path / "cache")
+    assert_array_equal(found.gap, np.float32([1.5, np.nan, np.nan, 2]))
+    assert_array_equal(load_molecules(path, cache=tmp_path / "cache").gap, found.gap)
+    write_xyz(found, tmp_path / "b.xyz")
+    assert "nan" not in (tmp_path / "b.xyz").read_text()
+    assert_array_equal(load_molecules(tmp_path / "b.xyz").gap, found.gap)
+    path.write_text("1\n\nH 0 0 0\n1\ngap=nan\nC 0 0 0\n")
+    assert load_molecules(path).gap is None
+
+
 def test_mathematica_exponents(tmp_path):
     (tmp_path / "a.xyz").write_text("2\n\nH 1.5*^-6 0 7.5*^-1\nH -2.5*^-5\t0.0 -.1*^1\n")
     positions = load_molecules(tmp_path / "a.xyz").positions[0, :2]

@@ -141,6 +141,11 @@ def test_a_property_labels_molecules_by_bins_of_equal_share(tmp_path):
     without = replace(small_set(), gap=None)
     with pytest.raises(UserError, match="data.condition is 'gap'"):
         PropertyBins.of(without, "gap", 3)
+    unknown = gaps.copy()
+    unknown[[2, 5]] = np.nan
+    some = replace(made.parts.train, gap=unknown)
+    with pytest.raises(UserError, match=f"none for 2 of the {len(gaps)} training molecules, '{some.names[2]}' first"):
+        PropertyBins.of(some, "gap", 3)
     with pytest.raises(UserError, match="lower model.num_classes"):
         PropertyBins.of(replace(without, gap=np.ones(len(without), np.float32)), "gap", 3)
 

@@ -101,12 +101,18 @@ class PropertyBins:
         """Bins of equal share of a set's molecules.
 
         Raises:
-            UserError: the set has no such property, or fewer different values than bins.
+            UserError: the set, or a molecule of it, has no such property, or it has fewer different values than bins.
         """
         values = getattr(molecules, name)
         if values is None:
             raise UserError(
                 f"data.condition is {name!r}, but {molecules.source} states none: take QM9's XYZ files, or set it to null"
+            )
+        unknown = np.flatnonzero(~np.isfinite(values))
+        if len(unknown):
+            raise UserError(
+                f"data.condition is {name!r}, but {molecules.source} states none for {len(unknown)} of the {len(values)} "
+                f"training molecules, {molecules.names[unknown[0]]!r} first: add it, remove them, or set it to null"
             )
         edges = np.quantile(values.astype(np.float64), np.linspace(0, 1, bins + 1))
         if not (np.diff(edges) > 0).all():

@@ -51,7 +51,7 @@ class MoleculeSet:
         names: of the molecules, each once.
         source: one line on where they come from, for records and captions.
         smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
-        gap: [n] float32, HOMO-LUMO gap in eV, or None.
+        gap: [n] float32, HOMO-LUMO gap in eV, NaN where the source states none; None where it states none at all.
         skipped: reason -> number of molecules that were left out.
     """
 
@@ -179,7 +179,7 @@ def assemble(
     known: set[tuple[str, bytes]] = set()
     numbers: Counter[str] = Counter()
     smiles: list[str | None] = []
-    gaps: list[float | None] = []
+    gaps: list[float] = []
     left_out = Counter(skipped or {})
     for molecule in molecules:
         codes = np.asarray(molecule.elements, np.uint8)
@@ -202,7 +202,7 @@ def assemble(
             name = f"{molecule.name}#{numbers[molecule.name] + 1}"
         kept[name] = codes, positions
         smiles.append(molecule.smiles)
-        gaps.append(molecule.gap)
+        gaps.append(np.nan if molecule.gap is None else molecule.gap)
     if not kept:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there are none"
         raise UserError(f"{source}: no molecule to use ({reasons})")
@@ -214,7 +214,7 @@ def assemble(
         names=tuple(kept),
         source=source,
         smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
-        gap=None if None in gaps else np.array(gaps, np.float32),
+        gap=None if np.isnan(gaps).all() else np.array(gaps, np.float32),
         skipped=dict(left_out),
     )
 
