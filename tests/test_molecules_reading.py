@@ -1,7 +1,9 @@
 """Readers on files written here in QM9's formats: whole ones, damaged ones, and everything in between."""
 
 import bz2
+import gzip
 import io
+import lzma
 import os
 import tarfile
 
@@ -109,6 +111,42 @@ def test_half_downloaded_archive_names_the_last_whole_member(tmp_path, molecules
         archive.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"a is cut off or damaged after .*, member \d+: download it again"):
             load_molecules(archive)
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+@pytest.mark.parametrize("kind", ["sdf", "xyz"])
+def test_one_compressed_file_is_told_from_a_damaged_archive(tmp_path, opener, kind):
+    water = _small(WATER, METHANE)
+    (write_sdf if kind == "sdf" else write_xyz)(water, tmp_path / "a")
+    path = tmp_path / f"a.{kind}.gz"
+    with opener(path, "wb") as file:
+        file.write((tmp_path / "a").read_bytes())
+    with pytest.raises(UserError, match="is one compressed file and no tar archive: unpack it first"):
+        load_molecules(path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_without_xyz_files_says_so(tmp_path, mode):
+    """As QM9 is also handed round: gdb9.sdf and its table in an archive."""
+    water = _small(WATER)
+    archive = _tar(tmp_path / "gdb9.tar", [("gdb9.sdf", sdf_text(water, 0, "gdb_1")), ("gdb9.sdf.csv", "mol_id")], mode)
+    with pytest.raises(UserError, match="gdb9.tar holds no .xyz file, and nothing else is read from an archive"):
+        load_molecules(archive)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    """Windows' editors begin UTF-8 with one, and so does Excel a table."""
+    water = _small(WATER)
+    texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(water, 0, ""), "c": "1\nname=c\nH 0 0 0\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    found = [load_molecules(tmp_path / name).names for name in texts]
+    assert found == [("a",), ("b_1",), ("c",)]
+    archive = _tar(tmp_path / "d.tar", [("a.xyz", "\ufeff" + texts["a.xyz"])])
+    assert load_molecules(archive).names == ("a",)
+    (tmp_path / "gdb9.sdf").write_text(sdf_text(water, 0, "gdb_1"))
+    (tmp_path / "gdb9.sdf.csv").write_text("mol_id,gap\ngdb_1,0.5\n", encoding="utf-8-sig")
+    assert_allclose(load_molecules(tmp_path / "gdb9.sdf").gap, [0.5 * HARTREE], rtol=1e-6)
 
 
 def test_archive_cut_exactly_between_members(tmp_path, molecules):
