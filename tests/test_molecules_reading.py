@@ -186,6 +186,7 @@ def test_uncharacterized_molecules_are_left_out_even_under_strict(tmp_path, mole
 
 CUTS = {
     "count": (lambda lines: ["five", *lines[1:]], "line 1: here the number of atoms should stand, found 'five'"),
+    "digits": (lambda lines: ["9" * 5000, *lines[1:]], "line 1: here the number of atoms should stand, found '999"),
     "empty": (lambda lines: ["", " "], "line 1: the file is empty"),
     "no tail": (lambda lines: lines[:-1], "cut off: line 1 announces 3 atoms, and QM9 three lines"),
     "no atoms": (lambda lines: lines[:3], "line 3: cut off"),
@@ -241,6 +242,16 @@ def test_broken_sdf_names_file_and_line(tmp_path, cut, message):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=f"a.sdf, {message}"):
         load_molecules(path)
+
+
+def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
+    formaldehyde = ("OCHH", [[0, 1.2, 0], [0, 0, 0], [0.94, -0.54, 0], [-0.94, -0.54, 0]])
+    text = sdf_text(_small(formaldehyde), 0, "flat")
+    (tmp_path / "a.sdf").write_text(text)
+    assert len(load_molecules(tmp_path / "a.sdf")) == 1
+    (tmp_path / "a.sdf").write_text(text + text.replace("3D", "2D"))
+    with pytest.raises(UserError, match="a.sdf, line 15: a drawing in 2D, no molecule in space"):
+        load_molecules(tmp_path / "a.sdf")
 
 
 def test_unknown_elements_large_molecules_and_repetitions(tmp_path):

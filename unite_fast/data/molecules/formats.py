@@ -92,8 +92,8 @@ def canonical(smiles: str | None) -> str | None:
 
 def _count(line: str, file: str, number: int) -> int:
     text = line.strip()
-    # isdecimal is true of digits that int() reads and false of signs, dots and superscripts.
-    if not text.isdecimal():
+    # isdecimal is true of digits that int() reads and false of signs, dots and superscripts; int() refuses thousands.
+    if not text.isdecimal() or len(text) > 9:
         raise UserError(f"{file}, line {number}: here the number of atoms should stand, found {_shown(text)}")
     return int(text)
 
@@ -151,7 +151,7 @@ def read_sdf(lines: Iterable[str], file: str) -> Iterator[Molecule]:
         file: its name, for messages and for the names of nameless molecules.
 
     Raises:
-        UserError: cut off, broken, or a V3000 record, with the line.
+        UserError: cut off, broken, a V3000 record or one in two dimensions, with the line.
     """
     record: list[str] = []
     before = count = 0
@@ -189,5 +189,8 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
             raise UserError(f"{file}, line {number}: three coordinates and an element expected, found {_shown(line)}")
         positions.append([_number(line[at : at + 10], file, number) for at in (0, 10, 20)])
         elements.append(CODE_OF_SYMBOL.get(line[31:34].strip(), 0))
+    # A flat molecule is flat in 3D as well, so the record's own word counts.
+    if lines[1][20:22] == "2D" and not any(z for _, _, z in positions):
+        raise UserError(f"{file}, line {before + 2}: a drawing in 2D, no molecule in space: give 3D coordinates in Å")
     name = lines[0].strip() or f"{PurePath(file).stem}_{record}"
     return Molecule(name, elements, positions, where=f"{file}, line {before + 1}")
