@@ -241,6 +241,13 @@ def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
         assert record["skipped"] == {"an element other than H C N O F": count}
 
 
+def test_export_writes_a_folder_that_commands_read_and_describes_it(finished, tmp_path, capsys):
+    assert run("export", finished, "--out", tmp_path / "model") == 0
+    described = capsys.readouterr().out
+    assert all(words in described for words in ("at most 29 atoms each", "8 channels an atom")), described
+    assert run("sample", "--run", tmp_path / "model", "--count", 2, "--out", tmp_path / "samples") == 0
+
+
 def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
     """The model reads what it was trained on; what is written is in the order and pose of the file."""
     trained = train(config(tmp_path, data={"order": "canonical", "orientation": "aligned"}))
