@@ -300,9 +300,11 @@ def test_parquet(tmp_path, molecules):
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-6)
     assert found.names == molecules.names and found.gap[5] == 5
-    nested = columns | {"positions": [points.tolist() for _, points in atoms]}
+    nested = columns | {"positions": [points.tolist() for _, points in atoms], "smiles": ["OCC", *[None] * 11]}
     parquet.write_table(pyarrow.table(nested), path)
-    coordinates_close(load_molecules(path), molecules, 1e-6)
+    found = load_molecules(path)
+    coordinates_close(found, molecules, 1e-6)
+    assert found.smiles == ("CCO", *[""] * 11)  # canonical
     parquet.write_table(pyarrow.table(columns | {"positions": [[0.0] * 7] * 12}), path)
     with pytest.raises(UserError, match="a.parquet, row 1: .* coordinates, found 7"):
         load_molecules(path)

@@ -110,6 +110,14 @@ def test_npz_of_others(tmp_path):
         read_npz(path, strict=True)
 
 
+def test_smiles_of_others_are_made_canonical(tmp_path):
+    """Novelty compares them with canonical ones; a stated stereo centre or another spelling would pass for new."""
+    stated = np.array(["O([H])[H]", "no SMILES", "[H]O[H]"])
+    shifted = np.array(WATER) * np.array([1.0, 1.01, 1.02])[:, None, None]
+    np.savez(tmp_path / "a.npz", atomic_numbers=[[8, 1, 1]] * 3, positions=shifted, smiles=stated)
+    assert read_npz(tmp_path / "a.npz").smiles == ("O", "", "O")
+
+
 def test_bad_npz_files(tmp_path):
     path = tmp_path / "bad.npz"
     numbers, positions = np.ones((2, 3), int), np.ones((2, 3, 3))

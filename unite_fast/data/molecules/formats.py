@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
-from rdkit import Chem
-
-from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule
+from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, canonical_smiles
 from unite_fast.errors import UserError
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
@@ -66,7 +64,7 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
             single = frame == 1 and stop == end
             name = pairs.get("name") or f"{PurePath(file).stem}{'' if single else f'_{frame}'}"
             gap = _number(pairs["gap"], file, start + 2) if "gap" in pairs else None
-            yield Molecule(name, elements, positions, canonical(pairs.get("smiles")), gap, where)
+            yield Molecule(name, elements, positions, canonical_smiles(pairs.get("smiles")), gap, where)
         start = stop
 
 
@@ -81,13 +79,7 @@ def _qm9(lines: Sequence[str], atoms: range, comment: str, file: str) -> Molecul
     if len(smiles) != 2:
         raise UserError(f"{file}, line {atoms.stop + 2}: QM9 gives two SMILES here, this line has {len(smiles)} fields")
     gap = _number(fields[QM9_GAP], file, atoms.start) * HARTREE
-    return Molecule(f"gdb_{int(fields[1])}", elements, positions, canonical(smiles[1]), gap)
-
-
-def canonical(smiles: str | None) -> str | None:
-    """RDKit's canonical SMILES without stereochemistry, or None for none or one that RDKit refuses."""
-    molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    return None if molecule is None else Chem.MolToSmiles(molecule, isomericSmiles=False)
+    return Molecule(f"gdb_{int(fields[1])}", elements, positions, canonical_smiles(smiles[1]), gap)
 
 
 def _count(line: str, file: str, number: int) -> int:
