@@ -15,7 +15,7 @@ def read_parquet(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read one molecule a row.
 
     Columns: atomic_numbers (list of n integers) and positions (list of 3n numbers, or n lists of three, in Å); name,
-    smiles and gap (eV) may be missing.
+    smiles (made canonical) and gap (eV) may be missing.
 
     Raises:
         UserError: pyarrow missing, a file that is no whole Parquet file, a column missing or of another kind, and as

@@ -237,7 +237,7 @@ def _archive(path: Path) -> Iterator[Molecule]:
             if not stream.ends_in_zeros():
                 raise EOFError
         if not members:
-            raise UserError(f"{path} holds no .xyz file, and nothing else is read from an archive: unpack what is in it")
+            raise UserError(f"{path} holds no .xyz file, and nothing else is read from an archive: unpack it first")
     except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
