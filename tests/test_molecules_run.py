@@ -188,6 +188,17 @@ def test_data_that_cannot_be_used(tmp_path):
         train(config(tmp_path, data={"path": str(tmp_path / "two.npz")}))
 
 
+def test_what_is_left_out_is_said_in_every_session(tmp_path, caplog):
+    frames = [f"2\n\nH 0 0 0\nH 0 0 0.7{step}\n" for step in range(6)] + ["2\n\nH 0 0 0\nCl 0 0 1.27\n"]
+    (tmp_path / "a.xyz").write_text("".join(frames))
+    data = config(tmp_path, data={"path": str(tmp_path / "a.xyz"), "cache": str(tmp_path / "cache")}).data
+    for _ in range(2):  # the second reads the cache
+        caplog.clear()
+        load_parts(data)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "a.xyz: 6 molecules; left out: 1 × an element other than H C N O F" in caplog.text
+
+
 def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):
     assert "serves runs on images; " in mistake(
         capsys, "import", tmp_path / "published.pt", "--config", finished / "config.json"

@@ -77,9 +77,6 @@ def load_molecules(
     molecules = _without_uncharacterized(_read(path, strict), path)
     if order == "canonical":
         molecules, _ = canonical(molecules)
-    if molecules.skipped:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
-        log.info("%s: %d molecules; left out: %s", path, len(molecules), reasons)
     if stored is not None:
         write_npz(molecules, stored)
     return molecules
