@@ -1,7 +1,9 @@
 """Readers on files written here in QM9's formats: whole ones, damaged ones, and everything in between."""
 
 import bz2
+import gzip
 import io
+import lzma
 import os
 import tarfile
 
@@ -64,6 +66,19 @@ def test_qm9_folder(tmp_path, molecules, end):
     assert found.skipped == {}
 
 
+def test_a_gap_that_is_missing_leaves_the_others(tmp_path):
+    path = tmp_path / "a.xyz"
+    path.write_text("".join(f"1\n{gap}\nH 0 0 0\n" for gap in ("gap=1.5", "", "gap=nan", "gap=2")))
+    found = load_molecules(path, cache=tmp_path / "cache")
+    assert_array_equal(found.gap, np.float32([1.5, np.nan, np.nan, 2]))
+    assert_array_equal(load_molecules(path, cache=tmp_path / "cache").gap, found.gap)
+    write_xyz(found, tmp_path / "b.xyz")
+    assert "nan" not in (tmp_path / "b.xyz").read_text()
+    assert_array_equal(load_molecules(tmp_path / "b.xyz").gap, found.gap)
+    path.write_text("1\n\nH 0 0 0\n1\ngap=nan\nC 0 0 0\n")
+    assert load_molecules(path).gap is None
+
+
 def test_mathematica_exponents(tmp_path):
     (tmp_path / "a.xyz").write_text("2\n\nH 1.5*^-6 0 7.5*^-1\nH -2.5*^-5\t0.0 -.1*^1\n")
     positions = load_molecules(tmp_path / "a.xyz").positions[0, :2]
@@ -96,6 +111,42 @@ def test_half_downloaded_archive_names_the_last_whole_member(tmp_path, molecules
         archive.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"a is cut off or damaged after .*, member \d+: download it again"):
             load_molecules(archive)
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+@pytest.mark.parametrize("kind", ["sdf", "xyz"])
+def test_one_compressed_file_is_told_from_a_damaged_archive(tmp_path, opener, kind):
+    water = _small(WATER, METHANE)
+    (write_sdf if kind == "sdf" else write_xyz)(water, tmp_path / "a")
+    path = tmp_path / f"a.{kind}.gz"
+    with opener(path, "wb") as file:
+        file.write((tmp_path / "a").read_bytes())
+    with pytest.raises(UserError, match="is one compressed file and no tar archive: unpack it first"):
+        load_molecules(path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_without_xyz_files_says_so(tmp_path, mode):
+    """As QM9 is also handed round: gdb9.sdf and its table in an archive."""
+    water = _small(WATER)
+    archive = _tar(tmp_path / "gdb9.tar", [("gdb9.sdf", sdf_text(water, 0, "gdb_1")), ("gdb9.sdf.csv", "mol_id")], mode)
+    with pytest.raises(UserError, match="gdb9.tar holds no .xyz file, and nothing else is read from an archive"):
+        load_molecules(archive)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    """Windows' editors begin UTF-8 with one, and so does Excel a table."""
+    water = _small(WATER)
+    texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(water, 0, ""), "c": "1\nname=c\nH 0 0 0\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    found = [load_molecules(tmp_path / name).names for name in texts]
+    assert found == [("a",), ("b_1",), ("c",)]
+    archive = _tar(tmp_path / "d.tar", [("a.xyz", "\ufeff" + texts["a.xyz"])])
+    assert load_molecules(archive).names == ("a",)
+    (tmp_path / "gdb9.sdf").write_text(sdf_text(water, 0, "gdb_1"))
+    (tmp_path / "gdb9.sdf.csv").write_text("mol_id,gap\ngdb_1,0.5\n", encoding="utf-8-sig")
+    assert_allclose(load_molecules(tmp_path / "gdb9.sdf").gap, [0.5 * HARTREE], rtol=1e-6)
 
 
 def test_archive_cut_exactly_between_members(tmp_path, molecules):
@@ -135,6 +186,7 @@ def test_uncharacterized_molecules_are_left_out_even_under_strict(tmp_path, mole
 
 CUTS = {
     "count": (lambda lines: ["five", *lines[1:]], "line 1: here the number of atoms should stand, found 'five'"),
+    "digits": (lambda lines: ["9" * 5000, *lines[1:]], "line 1: here the number of atoms should stand, found '999"),
     "empty": (lambda lines: ["", " "], "line 1: the file is empty"),
     "no tail": (lambda lines: lines[:-1], "cut off: line 1 announces 3 atoms, and QM9 three lines"),
     "no atoms": (lambda lines: lines[:3], "line 3: cut off"),
@@ -192,6 +244,16 @@ def test_broken_sdf_names_file_and_line(tmp_path, cut, message):
         load_molecules(path)
 
 
+def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
+    formaldehyde = ("OCHH", [[0, 1.2, 0], [0, 0, 0], [0.94, -0.54, 0], [-0.94, -0.54, 0]])
+    text = sdf_text(_small(formaldehyde), 0, "flat")
+    (tmp_path / "a.sdf").write_text(text)
+    assert len(load_molecules(tmp_path / "a.sdf")) == 1
+    (tmp_path / "a.sdf").write_text(text + text.replace("3D", "2D"))
+    with pytest.raises(UserError, match="a.sdf, line 15: a drawing in 2D, no molecule in space"):
+        load_molecules(tmp_path / "a.sdf")
+
+
 def test_unknown_elements_large_molecules_and_repetitions(tmp_path):
     water = _small(WATER)
     object.__setattr__(water, "smiles", ("O",))
@@ -238,9 +300,11 @@ def test_parquet(tmp_path, molecules):
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-6)
     assert found.names == molecules.names and found.gap[5] == 5
-    nested = columns | {"positions": [points.tolist() for _, points in atoms]}
+    nested = columns | {"positions": [points.tolist() for _, points in atoms], "smiles": ["OCC", *[None] * 11]}
     parquet.write_table(pyarrow.table(nested), path)
-    coordinates_close(load_molecules(path), molecules, 1e-6)
+    found = load_molecules(path)
+    coordinates_close(found, molecules, 1e-6)
+    assert found.smiles == ("CCO", *[""] * 11)  # canonical
     parquet.write_table(pyarrow.table(columns | {"positions": [[0.0] * 7] * 12}), path)
     with pytest.raises(UserError, match="a.parquet, row 1: .* coordinates, found 7"):
         load_molecules(path)

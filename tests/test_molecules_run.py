@@ -141,6 +141,11 @@ def test_a_property_labels_molecules_by_bins_of_equal_share(tmp_path):
     without = replace(small_set(), gap=None)
     with pytest.raises(UserError, match="data.condition is 'gap'"):
         PropertyBins.of(without, "gap", 3)
+    unknown = gaps.copy()
+    unknown[[2, 5]] = np.nan
+    some = replace(made.parts.train, gap=unknown)
+    with pytest.raises(UserError, match=f"none for 2 of the {len(gaps)} training molecules, '{some.names[2]}' first"):
+        PropertyBins.of(some, "gap", 3)
     with pytest.raises(UserError, match="lower model.num_classes"):
         PropertyBins.of(replace(without, gap=np.ones(len(without), np.float32)), "gap", 3)
 
@@ -181,6 +186,17 @@ def test_data_that_cannot_be_used(tmp_path):
     write_npz(small_set(1).select([0, 1]), tmp_path / "two.npz")
     with pytest.raises(UserError, match="at least 5"):
         train(config(tmp_path, data={"path": str(tmp_path / "two.npz")}))
+
+
+def test_what_is_left_out_is_said_in_every_session(tmp_path, caplog):
+    frames = [f"2\n\nH 0 0 0\nH 0 0 0.7{step}\n" for step in range(6)] + ["2\n\nH 0 0 0\nCl 0 0 1.27\n"]
+    (tmp_path / "a.xyz").write_text("".join(frames))
+    data = config(tmp_path, data={"path": str(tmp_path / "a.xyz"), "cache": str(tmp_path / "cache")}).data
+    for _ in range(2):  # the second reads the cache
+        caplog.clear()
+        load_parts(data)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "a.xyz: 6 molecules; left out: 1 × an element other than H C N O F" in caplog.text
 
 
 def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):
@@ -225,6 +241,22 @@ def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
     # Molecules of both files that are the same but for their names' repetition are told apart or taken once.
     assert latents.shape == (len(names), 29, 8) and len(names) >= 3
     assert not latents[0, counts[0] :].any() and latents[0, : counts[0]].abs().min() > 0
+    for name in "ab":
+        (tmp_path / f"{name}.xyz").write_text(f"2\nname=h{name}\nH 0 0 0\nH 0 0 0.74\n2\n\nH 0 0 0\nCl 0 0 1.27\n")
+    files = [tmp_path / "a.xyz", tmp_path / "b.xyz"]
+    for given, count in ((files[:1], 1), (files, 2)):
+        capsys.readouterr()
+        assert run("reconstruct", "--run", finished, *given, "--out", tmp_path / "re") == 0
+        assert f"warning: left out: {count} × an element other than H C N O F" in capsys.readouterr().err
+        record = json.loads((tmp_path / "re" / "reconstructions.json").read_text())
+        assert record["skipped"] == {"an element other than H C N O F": count}
+
+
+def test_export_writes_a_folder_that_commands_read_and_describes_it(finished, tmp_path, capsys):
+    assert run("export", finished, "--out", tmp_path / "model") == 0
+    described = capsys.readouterr().out
+    assert all(words in described for words in ("at most 29 atoms each", "8 channels an atom")), described
+    assert run("sample", "--run", tmp_path / "model", "--count", 2, "--out", tmp_path / "samples") == 0
 
 
 def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):

@@ -37,7 +37,7 @@ def test_what_cannot_be_held_is_left_out_and_counted_or_refused():
     found = assemble(molecules, "test")
     assert found.names == ("water", "largest")
     assert found.skipped == {"an element other than H C N O F": 1, "more than 29 atoms": 1, "no atoms": 1}
-    with pytest.raises(UserError, match="salt.xyz, line 3: an element other than H C N O F; without --strict"):
+    with pytest.raises(UserError, match="salt.xyz, line 3: an element other than H C N O F; with data.strict=false"):
         assemble(molecules, "test", strict=True)
     with pytest.raises(UserError, match="no molecule to use .*1 × an element other"):
         assemble([unknown], "test")
@@ -49,6 +49,21 @@ def test_names_stay_unique_and_exact_repetitions_are_dropped():
     assert found.skipped == {"an exact repetition": 1}
     with pytest.raises(UserError, match="water: an exact repetition"):
         assemble([_water(), _water()], "test", strict=True)
+
+
+def test_many_molecules_of_one_name_are_not_compared_each_with_each():
+    tried = []
+
+    class Name(str):
+        def __format__(self, spec):
+            tried.append(spec)
+            return format(str(self), spec)
+
+    name = Name("untitled")
+    found = assemble([_water(name, shift=[0, 0, step]) for step in range(50)] + [_water(name)], "test")
+    assert found.names == ("untitled", *(f"untitled#{number}" for number in range(2, 51)))
+    assert found.skipped == {"an exact repetition": 1}
+    assert len(tried) == 49
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
@@ -93,6 +108,14 @@ def test_npz_of_others(tmp_path):
     assert sum(found.skipped.values()) == 1
     with pytest.raises(UserError, match="molecule 2: an element other"):
         read_npz(path, strict=True)
+
+
+def test_smiles_of_others_are_made_canonical(tmp_path):
+    """Novelty compares them with canonical ones; a stated stereo centre or another spelling would pass for new."""
+    stated = np.array(["O([H])[H]", "no SMILES", "[H]O[H]"])
+    shifted = np.array(WATER) * np.array([1.0, 1.01, 1.02])[:, None, None]
+    np.savez(tmp_path / "a.npz", atomic_numbers=[[8, 1, 1]] * 3, positions=shifted, smiles=stated)
+    assert read_npz(tmp_path / "a.npz").smiles == ("O", "", "O")
 
 
 def test_bad_npz_files(tmp_path):

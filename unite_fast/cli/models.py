@@ -155,6 +155,11 @@ def _describe(trained: Trained, folder: Path) -> None:
 
     sizes, decoder = trained.config, trained.config.decoder
     step = trained.made_by.get("step")
+    if sizes.modality == "molecules":
+        read, latents = f"at most {sizes.registers} atoms each", f"{sizes.latent_dim} channels an atom"
+    else:
+        read = f"{sizes.image_size}×{sizes.image_size}, patches of {sizes.patch_size}"
+        latents = f"{sizes.registers} × {sizes.latent_dim}"
     table = Table(title=plain(f"model in {folder}"), show_header=False, title_justify="left")
     for name, value in (
         ("from", trained.origin),
@@ -162,8 +167,8 @@ def _describe(trained: Trained, folder: Path) -> None:
         ("entries", f"{len(trained.state)}, {sum(t.numel() for t in trained.state.values()) / 1e6:.1f} M parameters"),
         ("encoder", f"{sizes.depth} blocks, width {sizes.width}, {sizes.heads} heads"),
         ("decoder", f"{decoder.depth} blocks, width {decoder.width}, {decoder.heads} heads"),
-        ("images", f"{sizes.image_size}×{sizes.image_size}, patches of {sizes.patch_size}"),
-        ("latents", f"{sizes.registers} × {sizes.latent_dim}"),
+        (sizes.modality, read),
+        ("latents", latents),
         ("context", f"{sizes.context_len} tokens before block {sizes.context_start}" if sizes.context_len else "none"),
         ("classes", str(sizes.num_classes)),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -277,20 +278,22 @@ def _show(found: Evaluation, path: Path) -> None:
 
 
 def read(paths: Sequence[Path]) -> MoleculeSet:
-    """All molecules of SDF, XYZ and other molecule files or folders, in the order given.
+    """All molecules of SDF, XYZ and other molecule files or folders, in the order given; warns of what is left out.
 
     Raises:
         UserError: as `load_molecules`, which names the file and its line.
     """
     sets = [load_molecules(path) for path in paths]
-    if len(sets) == 1:
-        return sets[0]
     found = (
         Molecule(molecules.names[index], *molecules.atoms(index), where=molecules.source)
         for molecules in sets
         for index in range(len(molecules))
     )
-    return assemble(found, ", ".join(molecules.source for molecules in sets))
+    skipped = sum((Counter(molecules.skipped) for molecules in sets), Counter())
+    together = sets[0] if len(sets) == 1 else assemble(found, ", ".join(one.source for one in sets), skipped=skipped)
+    if together.skipped:
+        warn("left out: " + ", ".join(f"{count} × {reason}" for reason, count in together.skipped.items()))
+    return together
 
 
 def _arranged_as(trained: Trained) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class MoleculeObjectiveConfig(TwoPassConfig):
 class MoleculeDataConfig(Section):
     """Molecules with coordinates: a data set on disk, or the built-in sample set."""
 
-    path: str | None = Field(None, description="QM9's files or any set of molecules the README names; null: the built-in sample set, which is not QM9")
+    path: str | None = Field(None, description="QM9's files or any set of molecules that docs/molecules.md names; null: the built-in sample set, which is not QM9")
     cache: str = Field("data/molecules", description="folder for sets in binary form")
     sample_count: PositiveInt = Field(10000, description="molecules of the built-in sample set")
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")

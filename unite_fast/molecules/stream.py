@@ -5,6 +5,7 @@ Shapes: b molecules of one rank and backward, N atoms of the largest of them.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -19,6 +20,8 @@ from unite_fast.engine.batch import Batch
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.molecules.config import MAX_ATOMS, MoleculeDataConfig
+
+log = logging.getLogger("unite_fast.data")
 
 
 class MoleculeBatch(NamedTuple):
@@ -45,6 +48,8 @@ class Parts(NamedTuple):
 def load_parts(config: MoleculeDataConfig) -> Parts:
     """Read or make the molecules, arrange and divide them; the held-out part is the validation part.
 
+    Warns of what was left out, also where a cache holds the rest.
+
     Raises:
         UserError: files that cannot be used, a set too small to divide.
     """
@@ -58,6 +63,9 @@ def load_parts(config: MoleculeDataConfig) -> Parts:
 
         order = config.order
         molecules = load_molecules(config.path, order=order, strict=config.strict, cache=config.cache)
+        if molecules.skipped:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
+            log.warning("%s: %d molecules; left out: %s", config.path, len(molecules), reasons)
     if config.orientation == "aligned":
         molecules, _ = aligned(molecules)
     parts = split(len(molecules), config.split_seed)
@@ -101,12 +109,18 @@ class PropertyBins:
         """Bins of equal share of a set's molecules.
 
         Raises:
-            UserError: the set has no such property, or fewer different values than bins.
+            UserError: the set, or a molecule of it, has no such property, or it has fewer different values than bins.
         """
         values = getattr(molecules, name)
         if values is None:
             raise UserError(
                 f"data.condition is {name!r}, but {molecules.source} states none: take QM9's XYZ files, or set it to null"
+            )
+        unknown = np.flatnonzero(~np.isfinite(values))
+        if len(unknown):
+            raise UserError(
+                f"data.condition is {name!r}, but {molecules.source} states none for {len(unknown)} of the "
+                f"{len(values)} training molecules, {molecules.names[unknown[0]]!r} first: add it, remove them, or set it to null"
             )
         edges = np.quantile(values.astype(np.float64), np.linspace(0, 1, bins + 1))
         if not (np.diff(edges) > 0).all():

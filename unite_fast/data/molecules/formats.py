@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
-from rdkit import Chem
-
-from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule
+from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, canonical_smiles
 from unite_fast.errors import UserError
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
@@ -66,7 +64,7 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
             single = frame == 1 and stop == end
             name = pairs.get("name") or f"{PurePath(file).stem}{'' if single else f'_{frame}'}"
             gap = _number(pairs["gap"], file, start + 2) if "gap" in pairs else None
-            yield Molecule(name, elements, positions, canonical(pairs.get("smiles")), gap, where)
+            yield Molecule(name, elements, positions, canonical_smiles(pairs.get("smiles")), gap, where)
         start = stop
 
 
@@ -81,19 +79,13 @@ def _qm9(lines: Sequence[str], atoms: range, comment: str, file: str) -> Molecul
     if len(smiles) != 2:
         raise UserError(f"{file}, line {atoms.stop + 2}: QM9 gives two SMILES here, this line has {len(smiles)} fields")
     gap = _number(fields[QM9_GAP], file, atoms.start) * HARTREE
-    return Molecule(f"gdb_{int(fields[1])}", elements, positions, canonical(smiles[1]), gap)
-
-
-def canonical(smiles: str | None) -> str | None:
-    """RDKit's canonical SMILES without stereochemistry, or None for none or one that RDKit refuses."""
-    molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    return None if molecule is None else Chem.MolToSmiles(molecule, isomericSmiles=False)
+    return Molecule(f"gdb_{int(fields[1])}", elements, positions, canonical_smiles(smiles[1]), gap)
 
 
 def _count(line: str, file: str, number: int) -> int:
     text = line.strip()
-    # isdecimal is true of digits that int() reads and false of signs, dots and superscripts.
-    if not text.isdecimal():
+    # isdecimal is true of digits that int() reads and false of signs, dots and superscripts; int() refuses thousands.
+    if not text.isdecimal() or len(text) > 9:
         raise UserError(f"{file}, line {number}: here the number of atoms should stand, found {_shown(text)}")
     return int(text)
 
@@ -151,7 +143,7 @@ def read_sdf(lines: Iterable[str], file: str) -> Iterator[Molecule]:
         file: its name, for messages and for the names of nameless molecules.
 
     Raises:
-        UserError: cut off, broken, or a V3000 record, with the line.
+        UserError: cut off, broken, a V3000 record or one in two dimensions, with the line.
     """
     record: list[str] = []
     before = count = 0
@@ -189,5 +181,8 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
             raise UserError(f"{file}, line {number}: three coordinates and an element expected, found {_shown(line)}")
         positions.append([_number(line[at : at + 10], file, number) for at in (0, 10, 20)])
         elements.append(CODE_OF_SYMBOL.get(line[31:34].strip(), 0))
+    # A flat molecule is flat in 3D as well, so the record's own word counts.
+    if lines[1][20:22] == "2D" and not any(z for _, _, z in positions):
+        raise UserError(f"{file}, line {before + 2}: a drawing in 2D, no molecule in space: give 3D coordinates in Å")
     name = lines[0].strip() or f"{PurePath(file).stem}_{record}"
     return Molecule(name, elements, positions, where=f"{file}, line {before + 1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import zipfile
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rdkit import Chem
 
 from unite_fast.errors import UserError
 
@@ -27,13 +29,19 @@ CODE_OF_NUMBER = {int(number): code for code, number in enumerate(ATOMIC_NUMBERS
 CODE_OF_SYMBOL = {symbol: code for code, symbol in enumerate(SYMBOLS, 1)}
 
 
+def canonical_smiles(smiles: str | None) -> str | None:
+    """RDKit's canonical SMILES without stereochemistry, or None for none or one that RDKit refuses."""
+    molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    return None if molecule is None else Chem.MolToSmiles(molecule, isomericSmiles=False)
+
+
 class Molecule(NamedTuple):
     """One molecule as a reader found it."""
 
     name: str
     elements: Sequence[int]  # [n] codes 1 … 5; 0 where the element is not one of H C N O F
     positions: ArrayLike  # [n, 3] Å
-    smiles: str | None = None
+    smiles: str | None = None  # as `canonical_smiles` gives it
     gap: float | None = None  # eV
     where: str = ""  # file and line, for messages
 
@@ -50,7 +58,7 @@ class MoleculeSet:
         names: of the molecules, each once.
         source: one line on where they come from, for records and captions.
         smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
-        gap: [n] float32, HOMO-LUMO gap in eV, or None.
+        gap: [n] float32, HOMO-LUMO gap in eV, NaN where the source states none; None where it states none at all.
         skipped: reason -> number of molecules that were left out.
     """
 
@@ -173,8 +181,12 @@ def assemble(
             would be left out.
     """
     kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+    # Of the molecules that share a name: their atoms' digests and the last number given. Comparing each with all would
+    # take days where 100,000 share one.
+    known: set[tuple[str, bytes]] = set()
+    numbers: Counter[str] = Counter()
     smiles: list[str | None] = []
-    gaps: list[float | None] = []
+    gaps: list[float] = []
     left_out = Counter(skipped or {})
     for molecule in molecules:
         codes = np.asarray(molecule.elements, np.uint8)
@@ -182,15 +194,22 @@ def assemble(
         where = molecule.where or molecule.name
         if not (np.abs(positions) < FARTHEST).all():  # false for NaN as well
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
-        name, reason = _place(kept, molecule.name, codes, positions)
+        content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
+        same = molecule.name, hashlib.blake2b(content, digest_size=16).digest()
+        reason = "an exact repetition" if same in known else _unusable(codes)
         if reason is not None:
             if strict:
-                raise UserError(f"{where}: {reason}; without --strict such molecules are left out and counted")
+                raise UserError(f"{where}: {reason}; with data.strict=false such molecules are left out and counted")
             left_out[reason] += 1
             continue
+        known.add(same)
+        name = molecule.name
+        while name in kept:
+            numbers[molecule.name] += 1
+            name = f"{molecule.name}#{numbers[molecule.name] + 1}"
         kept[name] = codes, positions
         smiles.append(molecule.smiles)
-        gaps.append(molecule.gap)
+        gaps.append(np.nan if molecule.gap is None else molecule.gap)
     if not kept:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there are none"
         raise UserError(f"{source}: no molecule to use ({reasons})")
@@ -202,32 +221,20 @@ def assemble(
         names=tuple(kept),
         source=source,
         smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
-        gap=None if None in gaps else np.array(gaps, np.float32),
+        gap=None if np.isnan(gaps).all() else np.array(gaps, np.float32),
         skipped=dict(left_out),
     )
 
 
-def _place(
-    kept: dict[str, tuple[NDArray[np.uint8], NDArray[np.float64]]],
-    name: str,
-    codes: NDArray[np.uint8],
-    positions: NDArray[np.float64],
-) -> tuple[str, str | None]:
-    """The name a molecule gets, or why it is left out."""
+def _unusable(codes: NDArray[np.uint8]) -> str | None:
+    """Why a molecule of these elements [n] is left out, if it is."""
     if len(codes) == 0:
-        return name, "no atoms"
+        return "no atoms"
     if len(codes) > MAX_ATOMS:
-        return name, f"more than {MAX_ATOMS} atoms"
+        return f"more than {MAX_ATOMS} atoms"
     if not codes.all():
-        return name, f"an element other than {' '.join(SYMBOLS)}"
-    unique, number = name, 1
-    while unique in kept:
-        other_codes, other_positions = kept[unique]
-        if np.array_equal(codes, other_codes) and np.array_equal(positions, other_positions):
-            return name, "an exact repetition"
-        number += 1
-        unique = f"{name}#{number}"
-    return unique, None
+        return f"an element other than {' '.join(SYMBOLS)}"
+    return None
 
 
 def _pad(
@@ -282,8 +289,8 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read an NPZ file as `write_npz` writes it, or another's.
 
-    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles, gap (eV) and about
-    may be missing.
+    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles (made canonical), gap (eV) and
+    about may be missing.
 
     Raises:
         UserError: missing or cut off, arrays of another shape or kind, and as `assemble`.
@@ -301,12 +308,14 @@ def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     lookup = np.zeros(256, np.uint8)
     lookup[ATOMIC_NUMBERS[1:]] = np.arange(1, len(ATOMIC_NUMBERS))
     smiles, gap = arrays.get("smiles"), arrays.get("gap")
+    # Ours are canonical already, and 100,000 would take 17 s.
+    spelt = str if "about" in arrays else canonical_smiles
     molecules = (
         Molecule(
             name=str(names[row]),
             elements=lookup[numbers[row, real]],
             positions=positions[row, real],
-            smiles=None if smiles is None else str(smiles[row]),
+            smiles=None if smiles is None else spelt(str(smiles[row])),
             gap=None if gap is None else float(gap[row]),
             where=f"{path}, molecule {row + 1}",
         )

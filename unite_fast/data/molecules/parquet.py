@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, Molecule, MoleculeSet, assemble
+from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, Molecule, MoleculeSet, assemble, canonical_smiles
 from unite_fast.errors import UserError
 
 
@@ -15,7 +15,7 @@ def read_parquet(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read one molecule a row.
 
     Columns: atomic_numbers (list of n integers) and positions (list of 3n numbers, or n lists of three, in Å); name,
-    smiles and gap (eV) may be missing.
+    smiles (made canonical) and gap (eV) may be missing.
 
     Raises:
         UserError: pyarrow missing, a file that is no whole Parquet file, a column missing or of another kind, and as
@@ -48,7 +48,8 @@ def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: An
         raise UserError(f"{where}: atomic_numbers must be integers, positions and gap numbers") from None
     if len(points) != 3 * len(codes):
         raise UserError(f"{where}: {len(codes)} atoms need {3 * len(codes)} coordinates, found {len(points)}")
-    return Molecule(name or f"{Path(path).stem}_{row}", codes, points.reshape(-1, 3), smiles or None, gap, where)
+    spelt = canonical_smiles(str(smiles)) if smiles else None
+    return Molecule(name or f"{Path(path).stem}_{row}", codes, points.reshape(-1, 3), spelt, gap, where)
 
 
 def _optional(table: Any, name: str) -> list[Any]:

@@ -29,7 +29,7 @@ from unite_fast.progress import track
 log = logging.getLogger("unite_fast.data")
 
 # Raised with every change of what the readers give, so that an old cache is made again.
-VERSION = 2
+VERSION = 3
 XYZ_NAMES = (".xyz", ".extxyz")
 SDF_NAMES = (".sdf", ".mol")
 LARGEST_MEMBER = 64 << 20  # bytes of one XYZ file in an archive; QM9's largest has 3 kB
@@ -77,9 +77,6 @@ def load_molecules(
     molecules = _without_uncharacterized(_read(path, strict), path)
     if order == "canonical":
         molecules, _ = canonical(molecules)
-    if molecules.skipped:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
-        log.info("%s: %d molecules; left out: %s", path, len(molecules), reasons)
     if stored is not None:
         write_npz(molecules, stored)
     return molecules
@@ -90,7 +87,7 @@ def _one_file(path: Path) -> Path:
     try:
         if not path.is_dir():
             if not path.exists():
-                raise UserError(f"no file or folder {path}: set the path to molecules, see unite_fast.data.molecules")
+                raise UserError(f"no file or folder {path}: docs/molecules.md says what can be read")
             return path
         if _xyz_files(path):
             return path
@@ -122,8 +119,13 @@ def _kind(path: Path) -> str | None:
         return "parquet"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")) or head[257:262] == b"ustar":
         return "tar"
-    lines = head.decode("utf-8", "replace").splitlines()
-    suffix = path.suffix.lower()  # a text file that is broken from the start should be told so, and not be no molecule
+    # A text file that is broken from the start should be told so, and not be no molecule.
+    return _text_kind(head, path.suffix.lower())
+
+
+def _text_kind(head: bytes, suffix: str) -> str | None:
+    """Format of a text file, from its first bytes and its suffix."""
+    lines = head.decode("utf-8-sig", "replace").splitlines()
     if suffix in SDF_NAMES or len(lines) > 3 and ("V2000" in lines[3] or "V3000" in lines[3]):
         return "sdf"
     if suffix in XYZ_NAMES or lines and lines[0].strip().isdecimal():
@@ -175,7 +177,7 @@ def _folder(folder: Path) -> Iterator[Molecule]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -183,7 +185,7 @@ def _lines(path: Path) -> list[str]:
 def _sdf(path: Path) -> Iterator[Molecule]:
     gaps = _csv_gaps(path.with_name(path.name + ".csv"))
     try:
-        with path.open(encoding="utf-8", errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
+        with path.open(encoding="utf-8-sig", errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
             for molecule in read_sdf(file, str(path)):
                 yield molecule._replace(gap=gaps.get(molecule.name))
                 advance(1)
@@ -196,7 +198,7 @@ def _csv_gaps(path: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return {row["mol_id"]: float(row["gap"]) * HARTREE for row in csv.DictReader(file)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -210,6 +212,10 @@ def _archive(path: Path) -> Iterator[Molecule]:
     last = "its beginning"
     try:
         with _decompressed(path) as file:
+            head = file.read(4096)
+            if b"\0" not in head and _text_kind(head, ""):  # a tar's first block, the name of a file, is padded
+                raise UserError(f"{path} is one compressed file and no tar archive: unpack it first")
+        with _decompressed(path) as file:
             stream = _Watched(file)
             with tarfile.open(fileobj=stream, mode="r|") as archive, track("reading molecules", QM9_ALL) as advance:
                 for member in archive:
@@ -220,13 +226,15 @@ def _archive(path: Path) -> Iterator[Molecule]:
                         raise UserError(f"{path}: {member.name} has {member.size} bytes, an XYZ file has thousands")
                     content = archive.extractfile(member)
                     assert content is not None  # regular files have content
-                    lines = content.read().decode("utf-8", "replace").splitlines()
+                    lines = content.read().decode("utf-8-sig", "replace").splitlines()
                     yield from read_xyz(lines, f"{path}: {member.name}")
                     members, last = members + 1, member.name
                     advance(1)
             # An archive cut between two members would pass for a shorter one; a whole one ends in zeros.
             if not stream.ends_in_zeros():
                 raise EOFError
+        if not members:
+            raise UserError(f"{path} holds no .xyz file, and nothing else is read from an archive: unpack it first")
     except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rdkit import Chem
 
 from unite_fast.data.molecules.molecule_set import SYMBOLS, MoleculeSet
@@ -24,7 +25,7 @@ def write_xyz(molecules: MoleculeSet, path: str | Path) -> None:
         comment = f"Properties=species:S:1:pos:R:3 name={_quoted(name)}"
         if molecules.smiles is not None and molecules.smiles[index]:
             comment += f" smiles={_quoted(molecules.smiles[index])}"
-        if molecules.gap is not None:
+        if molecules.gap is not None and np.isfinite(molecules.gap[index]):
             comment += f" gap={molecules.gap[index]:.6g}"
         elements, positions = molecules.atoms(index)
         lines += [str(len(elements)), comment]
