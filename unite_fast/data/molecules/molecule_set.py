@@ -289,8 +289,8 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read an NPZ file as `write_npz` writes it, or another's.
 
-    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles (made canonical), gap (eV) and
-    about may be missing.
+    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles (made canonical),
+    gap (eV) and about may be missing.
 
     Raises:
         UserError: missing or cut off, arrays of another shape or kind, and as `assemble`.
