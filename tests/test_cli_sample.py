@@ -130,8 +130,9 @@ def test_former_samples_stay_where_drawing_fails(folder, tmp_path, capsys):
     out = tmp_path / "out"
     _sample(folder, out, "--count", 5)
     former = {path.name: path.read_bytes() for path in out.iterdir()}
+    # Room for every image, but not for the sheet, which comes last.
     with small_disk(max(len(content) for name, content in former.items() if "_class" in name) + 100):
-        says = mistake(capsys, "sample", "--run", folder, "--out", out, "--count", 6, "--seed", 1)  # the sheet's too large
+        says = mistake(capsys, "sample", "--run", folder, "--out", out, "--count", 6, "--seed", 1)
     assert says.startswith("cannot write picture") and "sheet.png" in says
     assert {path.name: path.read_bytes() for path in out.iterdir()} == former
 

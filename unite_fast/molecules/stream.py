@@ -120,7 +120,8 @@ class PropertyBins:
         if len(unknown):
             raise UserError(
                 f"data.condition is {name!r}, but {molecules.source} states none for {len(unknown)} of the "
-                f"{len(values)} training molecules, {molecules.names[unknown[0]]!r} first: add it, remove them, or set it to null"
+                f"{len(values)} training molecules, {molecules.names[unknown[0]]!r} first: add it, remove them, or set "
+                "it to null"
             )
         edges = np.quantile(values.astype(np.float64), np.linspace(0, 1, bins + 1))
         if not (np.diff(edges) > 0).all():
