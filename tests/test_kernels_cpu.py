@@ -34,19 +34,25 @@ FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp
 BASELINE = "-D__builtin_cpu_supports(name)=0"
 
 
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """A library that believes in none of a CPU's wide instructions."""
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    made = tmp_path_factory.mktemp("baseline") / "baseline.so"
+    options = [*FLAGS, "-Wall", "-Wextra", "-Werror", BASELINE, "-DUNITE_SOURCES=0", "-fPIC", "-shared"]
+    subprocess.run([compiler, *options, "-nostartfiles", KERNELS / "cpu.c", "-lm", "-o", made], check=True)
+    found = ctypes.CDLL(str(made))
+    cpu.declare(found)
+    return found
+
+
 @pytest.fixture(params=["of this CPU", "baseline"])
-def library(request, monkeypatch, tmp_path):
-    """The installed library, which takes the widest instructions there are, and one that believes in none of them."""
+def library(request, monkeypatch):
+    """The installed library, which takes the widest instructions there are, and the baseline."""
     if request.param == "baseline":
-        compiler = shutil.which(os.environ.get("CC", "gcc"))
-        if compiler is None:
-            pytest.skip("no C compiler")
-        made = tmp_path / "baseline.so"
-        options = [*FLAGS, "-Wall", "-Wextra", "-Werror", BASELINE, "-DUNITE_SOURCES=0", "-fPIC", "-shared"]
-        subprocess.run([compiler, *options, "-nostartfiles", KERNELS / "cpu.c", "-lm", "-o", made], check=True)
-        found = ctypes.CDLL(str(made))
-        cpu.declare(found)
-        monkeypatch.setattr(cpu, "LIBRARY", found)
+        monkeypatch.setattr(cpu, "LIBRARY", request.getfixturevalue("baseline"))
     return cpu.LIBRARY
 
 
