@@ -149,6 +149,33 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     assert_allclose(load_molecules(tmp_path / "gdb9.sdf").gap, [0.5 * HARTREE], rtol=1e-6)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_as_powershell_writes_it(tmp_path, encoding):
+    texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(_small(WATER), 0, "b"), "c": "1\nname=c\nH 0 0 0\n"}
+    contents = {name: f"\ufeff{text}".encode(encoding) for name, text in texts.items()}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_molecules(tmp_path / name).names == (name[0],)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.xyz").write_bytes(contents["a.xyz"])
+    assert load_molecules(folder).names == ("a",)
+
+
+def test_elements_in_small_letters_and_as_atomic_numbers(tmp_path):
+    (tmp_path / "a.xyz").write_text("6\n\nH 0 0 0\nc 0 0 1\n7 0 0 2\no 0 0 3\n9 0 0 4\n001 0 0 5\n")
+    assert load_molecules(tmp_path / "a.xyz").elements[0, :6].tolist() == [1, 2, 3, 4, 5, 1]
+    others = ("Cl", "he", "17", "0", "-6", "6.0", "X", "9" * 5000)
+    (tmp_path / "b.xyz").write_text("1\n\nH 0 0 0\n" + "".join(f"1\n\n{other} 0 0 0\n" for other in others))
+    found = load_molecules(tmp_path / "b.xyz")
+    assert len(found) == 1 and list(found.skipped.values()) == [len(others)]
+
+
+def test_blanks_behind_the_end_of_an_sdf_record(tmp_path):
+    (tmp_path / "a.sdf").write_text(sdf_text(_small(WATER), 0, "a").replace("M  END", "M  END  "))
+    assert load_molecules(tmp_path / "a.sdf").names == ("a",)
+
+
 def test_archive_cut_exactly_between_members(tmp_path, molecules):
     archive = _tar(tmp_path / "a.tar", [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(5)])
     with tarfile.open(archive) as opened:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
-from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, canonical_smiles
+from unite_fast.data.molecules.molecule_set import Molecule, canonical_smiles, element_code
 from unite_fast.errors import UserError
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
@@ -115,7 +115,7 @@ def _atoms(
             raise UserError(
                 f"{file}, line {index + 1}: an element and three coordinates expected, found {_shown(lines[index])}"
             )
-        elements.append(CODE_OF_SYMBOL.get(fields[species], 0))
+        elements.append(element_code(fields[species]))
         positions.append([_number(text, file, index + 1) for text in fields[position : position + 3]])
     return elements, positions
 
@@ -169,7 +169,7 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
     if "V3000" in lines[3]:
         raise UserError(f"{file}, line {before + 4}: a V3000 record; only V2000 is read: convert the file")
     count = _count(lines[3][:3], file, before + 4)
-    if "M  END" not in lines or 4 + count > len(lines):
+    if 4 + count > len(lines) or all(line.rstrip() != "M  END" for line in lines):
         raise UserError(
             f"{file}, line {before + len(lines)}: cut off: line {before + 4} announces {count} atoms, "
             f"and the record ends without them or without M  END"
@@ -180,7 +180,7 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
         if len(line) < 32:
             raise UserError(f"{file}, line {number}: three coordinates and an element expected, found {_shown(line)}")
         positions.append([_number(line[at : at + 10], file, number) for at in (0, 10, 20)])
-        elements.append(CODE_OF_SYMBOL.get(line[31:34].strip(), 0))
+        elements.append(element_code(line[31:34].strip()))
     # A flat molecule is flat in 3D as well, so the record's own word counts.
     if lines[1][20:22] == "2D" and not any(z for _, _, z in positions):
         raise UserError(f"{file}, line {before + 2}: a drawing in 2D, no molecule in space: give 3D coordinates in Å")

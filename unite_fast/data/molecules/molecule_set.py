@@ -29,6 +29,13 @@ CODE_OF_NUMBER = {int(number): code for code, number in enumerate(ATOMIC_NUMBERS
 CODE_OF_SYMBOL = {symbol: code for code, symbol in enumerate(SYMBOLS, 1)}
 
 
+def element_code(written: str) -> int:
+    """Code of an element as files write it, a symbol in capitals or not, or an atomic number; 0 for other elements."""
+    if written.isdecimal():
+        return CODE_OF_NUMBER.get(int(written[:9]), 0)  # int() refuses thousands of digits
+    return CODE_OF_SYMBOL.get(written.upper(), 0)  # of one letter, all five
+
+
 def canonical_smiles(smiles: str | None) -> str | None:
     """RDKit's canonical SMILES without stereochemistry, or None for none or one that RDKit refuses."""
     molecule = Chem.MolFromSmiles(smiles) if smiles else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import hashlib
@@ -29,7 +30,7 @@ from unite_fast.progress import track
 log = logging.getLogger("unite_fast.data")
 
 # Raised with every change of what the readers give, so that an old cache is made again.
-VERSION = 3
+VERSION = 4
 XYZ_NAMES = (".xyz", ".extxyz")
 SDF_NAMES = (".sdf", ".mol")
 LARGEST_MEMBER = 64 << 20  # bytes of one XYZ file in an archive; QM9's largest has 3 kB
@@ -125,7 +126,7 @@ def _kind(path: Path) -> str | None:
 
 def _text_kind(head: bytes, suffix: str) -> str | None:
     """Format of a text file, from its first bytes and its suffix."""
-    lines = head.decode("utf-8-sig", "replace").splitlines()
+    lines = _text_lines(head)
     if suffix in SDF_NAMES or len(lines) > 3 and ("V2000" in lines[3] or "V3000" in lines[3]):
         return "sdf"
     if suffix in XYZ_NAMES or lines and lines[0].strip().isdecimal():
@@ -177,15 +178,26 @@ def _folder(folder: Path) -> Iterator[Molecule]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        return _text_lines(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _text_lines(content: bytes) -> list[str]:
+    return content.decode(_encoding(content), "replace").splitlines()
+
+
+def _encoding(head: bytes) -> str:
+    """Of a text file, from its first bytes: UTF-8, or what Windows PowerShell's > writes."""
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _sdf(path: Path) -> Iterator[Molecule]:
     gaps = _csv_gaps(path.with_name(path.name + ".csv"))
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
+        with path.open("rb") as file:
+            encoding = _encoding(file.read(4))
+        with path.open(encoding=encoding, errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
             for molecule in read_sdf(file, str(path)):
                 yield molecule._replace(gap=gaps.get(molecule.name))
                 advance(1)
@@ -226,8 +238,7 @@ def _archive(path: Path) -> Iterator[Molecule]:
                         raise UserError(f"{path}: {member.name} has {member.size} bytes, an XYZ file has thousands")
                     content = archive.extractfile(member)
                     assert content is not None  # regular files have content
-                    lines = content.read().decode("utf-8-sig", "replace").splitlines()
-                    yield from read_xyz(lines, f"{path}: {member.name}")
+                    yield from read_xyz(_text_lines(content.read()), f"{path}: {member.name}")
                     members, last = members + 1, member.name
                     advance(1)
             # An archive cut between two members would pass for a shorter one; a whole one ends in zeros.
