@@ -1,5 +1,6 @@
 """Whole runs on a handful of images: what they leave behind, exact resume, clean stops, clear failures."""
 
+import errno
 import json
 import math
 import os
@@ -110,6 +111,53 @@ def test_an_existing_run_is_not_overwritten(folder):
         train(config(folder, train={"steps": 2}))
 
 
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from unite_fast.engine.lock import sole_trainer
+from unite_fast.engine.world import join_world
+with sole_trainer(Path(sys.argv[1]), join_world("cpu")):
+    worker = os.fork()  # as a data loader's, which outlives a trainer that was killed
+    if worker:
+        print(worker, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_trainers_do_not_share_a_run_folder(folder):
+    run = train(config(folder, train={"steps": 10}))
+    written = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    try:
+        for resume in (True, False):
+            with pytest.raises(UserError, match=rf"run is being trained in by process {holder.pid} on .*: wait"):
+                train(config(folder), resume=resume)
+        assert all(path.stat().st_mtime_ns == at for path, at in written.items())
+        holder.kill()
+        holder.wait()
+        train(config(folder), resume=True)
+        assert checkpoint.latest_step(run) == 20
+    finally:
+        holder.kill()
+        os.kill(worker, signal.SIGKILL)
+        holder.communicate()
+
+
+def test_a_run_that_never_began_leaves_no_folder(folder):
+    with pytest.raises(UserError):
+        train(config(folder, data={"path": str(folder / "nowhere")}))
+    assert not (folder / "runs" / "run").exists()
+
+
+def test_a_file_system_without_locks_trains_all_the_same(folder, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    assert checkpoint.latest_step(train(config(folder, train={"steps": 2}))) == 2
+
+
 def test_resume_with_another_model_names_what_differs(folder):
     train(config(folder, train={"steps": 2}))
     with pytest.raises(UserError, match="model.depth"):
@@ -185,7 +233,7 @@ def test_mistakes_end_in_one_sentence_before_the_first_step(folder, sections, wo
 
 
 def test_a_run_folder_that_cannot_be_made(folder):
-    with pytest.raises(UserError, match="cannot write.*config.json"):
+    with pytest.raises(UserError, match="cannot write .*000.png/run: "):
         train(config(folder, runs=str(folder / "train" / "class_0" / "000.png")))
 
 

@@ -21,6 +21,7 @@ from unite_fast.engine.compiling import check_compile, compile_perceptual, watch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fitting import Trial, fit
 from unite_fast.engine.fp8 import check_fp8
+from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
 from unite_fast.engine.session import changed_samples, record_session
@@ -47,7 +48,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """
     world = init_world(config)
     try:
-        return Run(config, world, resume=resume).go()
+        with sole_trainer(Path(config.runs) / config.name, world):
+            return Run(config, world, resume=resume).go()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -1,0 +1,76 @@
+"""One trainer a run folder: two that write the same records and checkpoints would leave neither's."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+
+LOCK = ".lock"
+# Of file systems without locks, some network and parallel ones: there the folder is not guarded.
+UNGUARDED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def sole_trainer(folder: Path, world: World) -> Iterator[None]:
+    """Hold a run folder while training. Collective: rank 0 holds it, and all ranks fail together.
+
+    The kernel frees it when the process ends, however that happens; worker processes do not inherit it. A folder in
+    which nothing was written is removed again.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    file = refusal = None
+    if world.is_main:
+        try:
+            file = _hold(folder)
+        except UserError as error:
+            refusal = str(error)
+    refusal = world.share(refusal)
+    if refusal is not None:
+        raise UserError(refusal)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                if os.listdir(folder) == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+            os.close(file)
+
+
+def _hold(folder: Path) -> int:
+    """The open, locked file."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    try:
+        # Not flock: forked workers would share it and hold it for seconds after a trainer that was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in UNGUARDED:
+            return file
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder} is being trained in by {holder or 'another process'}: wait for its end or stop it "
+                f"(Ctrl-C saves), or choose another name (--set name=…)"
+            ) from None
+        raise UserError(f"cannot lock {path}: {error.strerror or error}") from None
+    with suppress(OSError):  # a full disk: it is held all the same
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    return file
