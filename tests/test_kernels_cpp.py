@@ -310,6 +310,27 @@ def test_settings_may_repeat_themselves(tmp_path):
 
 
 @needs_build
+def test_as_a_folder_of_another_project(tmp_path):
+    """By the names of the installed package, its header found and made first."""
+    (tmp_path / "CMakeLists.txt").write_text(f"""
+cmake_minimum_required(VERSION 3.20)
+project(other LANGUAGES CXX)
+add_subdirectory({ROOT} unite_kernels)
+foreach(library unite_kernels unite_kernels_static)
+  add_executable(uses_${{library}} "{ROOT}/examples/cpp/swiglu.cpp")
+  target_compile_features(uses_${{library}} PRIVATE cxx_std_17)
+  target_link_libraries(uses_${{library}} PRIVATE unite_kernels::${{library}} ${{CMAKE_DL_LIBS}})
+endforeach()
+""")
+    settings = ["-DUNITE_CAPABILITIES=90", "-DUNITE_KERNELS=swiglu_forward_bf16_2048"]
+    sh("cmake", "-B", tmp_path / "build", "-S", tmp_path, f"-DPython3_EXECUTABLE={sys.executable}", *settings)
+    sh("cmake", "--build", tmp_path / "build", "--parallel", "2")
+    for library in ("unite_kernels", "unite_kernels_static"):
+        done = subprocess.run([tmp_path / "build" / f"uses_{library}"], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 2), done.stderr  # as in the example: 2 without a GPU
+
+
+@needs_build
 @pytest.mark.parametrize(("flags", "init", "expected"), [(["-DOLD"], "0", -2), ([], "100", 100)])
 def test_driver_that_cannot_be_used(library, driver, flags, init, expected):
     code = "print(u.unite_initialize(), u.unite_initialize())"
