@@ -88,6 +88,10 @@ class Sizes(Section):
 
     modality: ClassVar[str]
 
+    def described(self) -> tuple[str, str]:
+        """What the encoder reads and what its latents are, in words."""
+        raise NotImplementedError
+
 
 class ModelConfig(Sizes):
     """Sizes of the Generative Encoder and the decoder."""
@@ -132,6 +136,10 @@ class ModelConfig(Sizes):
     def patches(self) -> int:
         """P, patches of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+    def described(self) -> tuple[str, str]:
+        pixels = f"{self.image_size}×{self.image_size}, patches of {self.patch_size}"
+        return pixels, f"{self.registers} × {self.latent_dim}"
 
 
 class LpipsConfig(Section):

@@ -155,11 +155,7 @@ def _describe(trained: Trained, folder: Path) -> None:
 
     sizes, decoder = trained.config, trained.config.decoder
     step = trained.made_by.get("step")
-    if sizes.modality == "molecules":
-        read, latents = f"at most {sizes.registers} atoms each", f"{sizes.latent_dim} channels an atom"
-    else:
-        read = f"{sizes.image_size}×{sizes.image_size}, patches of {sizes.patch_size}"
-        latents = f"{sizes.registers} × {sizes.latent_dim}"
+    read, latents = sizes.described()
     table = Table(title=plain(f"model in {folder}"), show_header=False, title_justify="left")
     for name, value in (
         ("from", trained.origin),

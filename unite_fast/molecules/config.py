@@ -80,6 +80,9 @@ class MoleculeModelConfig(Sizes):
             raise ValueError(f"width {self.width} must be divisible by its {self.heads} heads, with an even head width")
         return self
 
+    def described(self) -> tuple[str, str]:
+        return f"at most {self.registers} atoms each", f"{self.latent_dim} channels an atom"
+
 
 class MoleculeObjectiveConfig(TwoPassConfig):
     """The two-pass objective on molecules: losses and means run over real atoms only."""
