@@ -167,7 +167,8 @@ class DaliStream(FolderStream):
             raise UserError(f"data.loader dali needs NVIDIA DALI, which is not installed: {INSTALL}")
         super().__init__(config, **numbers)
         self.mode = {
-            "loader": "dali", "decode": config.decode, "crop": config.crop, "decoded_on": device.type,
+            "loader": "dali", "decode": config.decode, "crop": config.crop,
+            "decoded_on": device.type if config.decode == "fast" else "cpu",  # exact: the CPU's decoder, bit for bit
             "pillow": PIL.__version__, "dali": version,
         }  # fmt: skip
         self._device = device
