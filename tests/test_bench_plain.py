@@ -6,8 +6,9 @@ And what the update is counted to cost is what its products take.
 import pytest
 import torch
 from bench_rivals import CLOSE, PlainDraws, PlainTrainer, assert_same_gradients, assert_same_update, error, recorded
-from plain_unite import PlainLpips  # found by bench_rivals
+from plain_unite import PlainLpips  # found by bench_rivals, as are subjects
 from runs import config
+from subjects import Subject, Trainers, load
 from test_model import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,3 +95,12 @@ def test_counted_operations_of_newton_schulz_are_those_of_its_products(shape, st
     with FlopCounterMode(display=False) as counter:
         _newton_schulz._init_fn(torch.randn(1, *shape), steps, 1e-6)
     assert newton_schulz_operations(*shape, steps, "fp32") == counter.get_total_flops()
+
+
+def test_the_contenders_of_a_benchmark_take_the_same_steps():
+    """One at a warm-up's rate would leave layers that begin at zero where products with them are denormal."""
+    trainers = Trainers(load(Subject("quickstart.json", [], 32), {}))
+    assert trainers.config.optimizer.warmup_epochs
+    plain = {group["lr"] for optimizer in trainers.plain.optimizers for group in optimizer.param_groups}
+    trainers.our_step(*trainers.batch(2))
+    assert plain == {trainers.engine.last_lr} == {trainers.config.optimizer.lr}
