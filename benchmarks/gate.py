@@ -2,7 +2,7 @@
 
     pytest benchmarks/ --gate                                      # measures and judges
     python benchmarks/gate.py compare OLD.json NEW.json            # judges two records; exit code 1 on a regression
-    python benchmarks/gate.py baseline benchmarks/records/*.json   # writes the baseline of their class
+    python benchmarks/gate.py baseline                             # writes that of the newest record's class
 
 Absolute times never count, only how many times faster ours is than its rival of the same run. All distances are of
 logarithms, so that a fifth slower and a fifth faster are equally far.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from contest import Ratio
 
-BASELINES = Path(__file__).with_name("baselines")
+BASELINES, RECORDS = (Path(__file__).with_name(name) for name in ("baselines", "records"))
 # The noise band of an entry is the largest of: BAND_SIGMAS times the error that a run of the baseline typically has,
 # known from the scatter of its rounds; the largest distance of those runs from their centre and half as much again,
 # which also sees what differs from process to process; and BAND_LEAST.
@@ -148,31 +148,36 @@ def read_baseline(device_class: str) -> dict[str, Entry]:
         known = ", ".join(sorted(file.stem for file in BASELINES.glob("*.json"))) or "none"
         raise FileNotFoundError(
             f"no baseline for devices of class {device_class} (there are: {known}); record {BASELINE_RUNS} runs or "
-            f"more with pytest benchmarks/ --record, then python benchmarks/gate.py baseline benchmarks/records/*.json"
+            f"more with pytest benchmarks/ --record, then python benchmarks/gate.py baseline"
         )
     return {name: Entry(**entry) for name, entry in json.loads(path.read_text())["entries"].items()}
 
 
 def write_baseline(records: list[dict]) -> Path:
-    """The baseline of records of one class, written; the file.
+    """The baseline of the newest record and those of its class and commit, written; the file.
 
     Raises:
-        ValueError: too few records, or of several classes.
+        ValueError: too few of them.
     """
-    classes = {record["device_class"] for record in records}
-    if len(classes) != 1 or len(records) < BASELINE_RUNS:
+    newest = max(records, key=lambda record: record["date"], default=None)
+    if newest is None:
+        raise ValueError(f"there are no records; a baseline takes {BASELINE_RUNS}: pytest benchmarks/ --record")
+    if newest["uncommitted_changes"]:
+        raise ValueError("the newest record is of changes that are not committed: commit them, and record again")
+    same = ("device_class", "commit", "uncommitted_changes")
+    records = [record for record in records if all(record[name] == newest[name] for name in same)]
+    if len(records) < BASELINE_RUNS:
         raise ValueError(
-            f"a baseline takes {BASELINE_RUNS} records or more of one class; these are {len(records)} of "
-            + ", ".join(sorted(classes))
+            f"a baseline takes {BASELINE_RUNS} records or more of one class and commit; of {newest['device_class']} at "
+            f"{str(newest['commit'])[:7]}, as the newest, there are {len(records)}: pytest benchmarks/ --record"
         )
     entries = baseline_of([measured(record["results"]) for record in records])
-    newest = max(records, key=lambda record: record["date"])
     kept = {name: newest[name] for name in ("device", "device_class", "date", "commit", "torch") if name in newest}
     content = kept | {
         "runs": len(records),
         "entries": {name: {k: round(v, 4) for k, v in entry._asdict().items()} for name, entry in entries.items()},
     }
-    path = baseline_path(classes.pop())
+    path = baseline_path(newest["device_class"])
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -203,12 +208,11 @@ def main(arguments: list[str] | None = None) -> int:
     comparing = commands.add_parser("compare", help="judge a record against an older one")
     comparing.add_argument("old", type=Path)
     comparing.add_argument("new", type=Path)
-    writing = commands.add_parser("baseline", help="write the baseline of repeated runs of unchanged code")
-    writing.add_argument("records", type=Path, nargs="+")
+    commands.add_parser("baseline", help="write the baseline of repeated runs of unchanged code, the newest ones")
     options = parser.parse_args(arguments)
     try:
         if options.command == "baseline":
-            path = write_baseline([read_record(path) for path in options.records])
+            path = write_baseline([read_record(path) for path in sorted(RECORDS.glob("*.json"))])
             entries = json.loads(path.read_text())["entries"].values()
             gated = sum(entry["band"] <= BAND_MOST for entry in entries)
             print(f"{path}: {len(entries)} entries, {gated} steady enough to judge a fifth")

@@ -149,10 +149,10 @@ def test_a_ratio_that_cannot_be_known_ends_in_time(monkeypatch):
     assert len(times["ours"]) == 1 + 90 / 2
 
 
-def record(results: list[dict], day: int, device_class: str = "cpu-test") -> dict:
+def record(results: list[dict], day: int, device_class: str = "cpu-test", commit: str = "c") -> dict:
     return {
         "device": "simulated", "device_class": device_class, "date": f"2026-01-{day:02d}T00:00:00+00:00",
-        "commit": "c", "torch": "t", "results": results,
+        "commit": commit, "uncommitted_changes": False, "torch": "t", "results": results,
     }  # fmt: skip
 
 
@@ -179,17 +179,22 @@ def test_compare_exits_with_one_on_a_regression(tmp_path):
     assert broken.returncode == 2 and "not JSON" in broken.stderr
 
 
-def test_a_baseline_takes_runs_of_one_class(tmp_path, monkeypatch):
+def test_a_baseline_takes_runs_of_one_class_and_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "BASELINES", tmp_path)
     machine = Machine(3)
     runs = [record(machine.run(), day) for day in range(1, BASELINE_RUNS + 1)]
     with pytest.raises(FileNotFoundError, match="gate.py baseline"):
         gate.read_baseline("cpu-test")
-    with pytest.raises(ValueError, match="5 records or more"):
-        gate.write_baseline(runs[:2])
-    with pytest.raises(ValueError, match="of one class"):
-        gate.write_baseline([*runs, record(machine.run(), 9, "gpu")])
-    assert gate.write_baseline(runs) == tmp_path / "cpu-test.json"
+    with pytest.raises(ValueError, match="there are no records"):
+        gate.write_baseline([])
+    for other in (record(machine.run(), 9, "gpu"), record(machine.run(), 9, commit="d")):
+        with pytest.raises(ValueError, match="5 records or more of one class and commit.* there are 1"):
+            gate.write_baseline([*runs, other])
+    with pytest.raises(ValueError, match="not committed"):
+        gate.write_baseline([*runs, record(machine.run(), 9) | {"uncommitted_changes": True}])
+    slow = [record(machine.run(2.0), 0, "gpu"), record(machine.run(2.0), 0, commit="b")]
+    assert gate.write_baseline([*slow, *runs]) == tmp_path / "cpu-test.json"
+    assert json.loads((tmp_path / "cpu-test.json").read_text())["runs"] == BASELINE_RUNS
     verdicts = gate.judge(gate.measured(machine.run()), gate.read_baseline("cpu-test"))
     assert len(verdicts) == len(TRUE_SECONDS) and gate.passes(verdicts)
 
