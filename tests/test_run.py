@@ -147,7 +147,11 @@ def test_two_trainers_do_not_share_a_run_folder(folder):
 def test_a_run_that_never_began_leaves_no_folder(folder):
     with pytest.raises(UserError):
         train(config(folder, data={"path": str(folder / "nowhere")}))
-    assert not (folder / "runs" / "run").exists()
+    assert not (folder / "runs").exists()
+    (folder / "runs").mkdir()
+    with pytest.raises(UserError):
+        train(config(folder, data={"path": str(folder / "nowhere")}))
+    assert not list((folder / "runs").iterdir())
 
 
 def test_a_file_system_without_locks_trains_all_the_same(folder, monkeypatch):

@@ -20,6 +20,8 @@ MIN_TORCH = (2, 11)
 # Wide enough that overhead is a small share, small enough for CPUs that emulate bfloat16 (1.2 GFLOP/s: 30 ms).
 MATMUL_CPU, MATMUL_CUDA = 256, 4096
 MATMUL_REPEATS = 10
+# Whose versions a report of a problem should carry, beside those that the parts tell.
+PACKAGES = ("unite_fast", "numpy", "pillow", "pydantic", "safetensors", "torchdiffeq")
 
 
 class Missing(Exception):
@@ -243,15 +245,6 @@ def _import(name: str):
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise Missing("not installed") from None
         raise
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a report of a problem should carry."""
-    versions = {}
-    for package in ("unite_fast", "numpy", "pillow", "pydantic", "safetensors", "torchdiffeq"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
 
 
 PARTS = (

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from unite_fast.config import Config
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import ADAM_STATES, MUON_STATE
 from unite_fast.errors import UserError
+from unite_fast.versions import package_versions
 from unite_fast.weights import read_tensors
 
 FORMAT = 1
+PACKAGES = ("unite_fast", "torch", "safetensors", "deepspeed", "triton")  # whose versions a checkpoint carries
 WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the step is being saved again, see _finish
 
@@ -79,7 +80,7 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
             "step": engine.step_count,
             "extra": dict(extra),
             "config": engine.config.model_dump(mode="json"),
-            "versions": _versions(),
+            "versions": package_versions(*PACKAGES),
             "parameters": shapes,
         }
         problem = _attempt(lambda: _finish(state, temporary, final))
@@ -120,7 +121,7 @@ def write(
         "step": step,
         "extra": dict(extra),
         "config": config.model_dump(mode="json"),
-        "versions": _versions(),
+        "versions": package_versions(*PACKAGES),
         "parameters": {name: list(tensor.shape) for name, tensor in tensors[WEIGHTS].items() if name in moments},
     }
     problem = _attempt(lambda: _prepare(final.parent, temporary))
@@ -405,11 +406,3 @@ def _looks_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("unite_fast", "torch", "safetensors", "deepspeed", "triton"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions

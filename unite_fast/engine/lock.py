@@ -22,16 +22,17 @@ UNGUARDED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def sole_trainer(folder: Path, world: World) -> Iterator[None]:
     """Hold a run folder while training. Collective: rank 0 holds it, and all ranks fail together.
 
-    The kernel frees it when the process ends, however that happens; worker processes do not inherit it. A folder in
-    which nothing was written is removed again.
+    The kernel frees it when the process ends, however that happens; worker processes do not inherit it. A folder that
+    was made for it is removed again if nothing was written.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
     file = refusal = None
+    made: list[Path] = []
     if world.is_main:
         try:
-            file = _hold(folder)
+            file = _hold(folder, made)
         except UserError as error:
             refusal = str(error)
     refusal = world.share(refusal)
@@ -44,14 +45,16 @@ def sole_trainer(folder: Path, world: World) -> Iterator[None]:
             with suppress(OSError):
                 if os.listdir(folder) == [LOCK]:
                     (folder / LOCK).unlink()
-                    folder.rmdir()
+                    for empty in made:
+                        empty.rmdir()
             os.close(file)
 
 
-def _hold(folder: Path) -> int:
-    """The open, locked file."""
+def _hold(folder: Path, made: list[Path]) -> int:
+    """The open, locked file; `made` gets the folders that are new, innermost first."""
     path = folder / LOCK
     try:
+        made += [new for new in (folder, *folder.parents) if not new.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.protocol import git_state
 from unite_fast.records import SESSIONS
+from unite_fast.versions import package_versions
 
 
 def record_session(
@@ -36,10 +35,7 @@ def record_session(
     Raises:
         UserError: the file cannot be written.
     """
-    versions = {"python": platform.python_version()}
-    for package in ("unite_fast", "torch", "triton", "deepspeed", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    packages = ("unite_fast", "torch", "triton", "deepspeed", "safetensors")
     on_gpu = world.device.type == "cuda"
     session = {
         "started": time.time(),
@@ -53,7 +49,7 @@ def record_session(
         "zero_stage": config.train.zero_stage,
         "samples": samples,
         "cuda": torch.version.cuda if on_gpu else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **package_versions(*packages)},
         "commit": source_commit(),
     }
     try:

@@ -8,7 +8,6 @@ import hashlib
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.engine.world import World
+from unite_fast.versions import package_versions
 
 FOLDER = "evaluations"  # of a run; one JSON file an evaluation: metrics, protocol, tables
 WORK = ".work"  # in it: pieces of evaluations under way
@@ -107,17 +107,14 @@ def names_hash(names: list[str]) -> str:
 
 def environment(world: World, seconds: float) -> dict[str, Any]:
     """Where and when a number was computed."""
-    versions = {"python": platform.python_version()}
-    for package in ("unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn", "rdkit"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    packages = ("unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn", "rdkit")
     cuda = world.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "ranks": world.size,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **package_versions(*packages)},
         "git": git_state(),
     }
 
