@@ -24,6 +24,7 @@ SWEEP_BYTES, SWEEPS = 2**30, 8
 # Far beyond any cache: the largest L2 of a GPU is 128 MB, a server CPU's L3 shares reach 32 MB a few cores.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 ROUNDS = {"cuda": 50, "cpu": 20}
+MAKERS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}  # of x86-64 CPUs, as /proc/cpuinfo calls them
 
 
 class Clock:
@@ -119,10 +120,11 @@ def tail(times: list[float]) -> float:
 
 
 def device_class() -> str:
-    """What a baseline is of: the name of a GPU, the vector instructions of a CPU."""
+    """What a baseline is of: the name of a GPU, the maker and the vector instructions of a CPU."""
     if DEVICE == "cuda":
         return _slug(torch.cuda.get_device_properties(0).name).lower()
-    return f"cpu-{_slug(torch.backends.cpu.get_cpu_capability()).lower()}"
+    maker = MAKERS.get(_cpuinfo("vendor_id"), platform.machine())
+    return _slug(f"cpu-{maker}-{torch.backends.cpu.get_cpu_capability()}").lower()
 
 
 def _slug(text: str) -> str:
@@ -156,16 +158,17 @@ def environment() -> dict:
         properties = torch.cuda.get_device_properties(0)
         capability = f"{properties.major}.{properties.minor}"
         return described | {"device": properties.name, "capability": capability, "memory": properties.total_memory}
-    return described | {"device": _processor(), "threads": torch.get_num_threads()}
+    return described | {"device": _cpuinfo("model name") or platform.machine(), "threads": torch.get_num_threads()}
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str | None:
+    """What Linux says of the first core."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.machine()
+    return None
 
 
 def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict]) -> Path:
