@@ -195,7 +195,7 @@ def test_truncated_files(name, keep, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"hello", b".gitignore", b"a list of things to do\n", b"<!DOCTYPE html>"])
-def test_files_of_something_else(content, tmp_path, capsys):
+def test_files_that_hold_no_weights(content, tmp_path, capsys):
     path = tmp_path / "c.pt"
     path.write_bytes(content)
     says = mistake(capsys, "import", path, "--out", tmp_path / "out")

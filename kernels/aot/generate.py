@@ -60,7 +60,7 @@ def check_parameters(entry, ptx: str) -> int:
     Raises:
         RuntimeError: this Triton passes arguments in another way than the C function would.
     """
-    listed = re.search(rf"\.entry\s+\w+\((.*?)\)\s*\.reqntid (\d+)", ptx, re.DOTALL)
+    listed = re.search(r"\.entry\s+\w+\((.*?)\)\s*\.reqntid (\d+)", ptx, re.DOTALL)
     if not listed:
         raise RuntimeError(f"{entry.name}: no parameter list in the PTX of this version of Triton")
     found = [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", listed[1])]

@@ -26,7 +26,7 @@ from unite_fast.config import DaliConfig, DataConfig
 from unite_fast.data.crop import centre_crop, ends_grey
 from unite_fast.data.jpeg import Jpeg, JpegReader
 from unite_fast.data.loader import FolderStream, MicroBatch
-from unite_fast.data.reader import FileReader, Served, piece_of, serve
+from unite_fast.data.reader import Served, piece_of, serve
 from unite_fast.data.resample import TALL_FIRST
 from unite_fast.data.sampler import Draw, flips
 from unite_fast.errors import UserError

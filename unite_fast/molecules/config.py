@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unite_fast.config import Config, Fraction, Interval, PositiveInt, Sizes, TwoPassConfig, fill_preset
+from unite_fast.config import Config, Interval, PositiveInt, Sizes, TwoPassConfig, fill_preset
 from unite_fast.section import Section
 
 ELEMENTS = 5  # H C N O F
