@@ -14,12 +14,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from measure import RECORDS
 
 GOAL = {"cpu": ("step quickstart", 1 / 0.8), "gpu": ("step", 1.3)}  # of the project: ratios the step should reach
 
 
-def draw(folder: Path = RECORDS) -> Path:
+def draw(folder: Path = gate.RECORDS) -> Path:
     """Write history.png from the records of a folder: a row a class of device, steps in bold, parts behind them."""
     records = sorted((gate.read_record(path) for path in folder.glob("*.json")), key=lambda record: record["date"])
     classes: dict[str, list[dict]] = defaultdict(list)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gate import RECORDS
 
 from unite_kernels.toolchain import AVAILABLE, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RECORDS = Path(__file__).with_name("records")
 # Written before every timed call on a GPU. 8 GiB take about 2 ms at 4 TB/s: the host enqueues the call meanwhile (the
 # longest, flow_noise in eager PyTorch, is some 150 launches of 5 to 10 µs), so that launches are not timed; and no L2
 # cache keeps the inputs.

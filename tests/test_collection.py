@@ -12,5 +12,6 @@ FILES = [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_function_hides_an_earlier_one_of_its_name(path):
-    functions = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "args")]
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
     assert [name for name, count in Counter(functions).items() if count > 1] == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -88,9 +89,9 @@ class Sizes(Section):
 
     modality: ClassVar[str]
 
+    @abstractmethod
     def described(self) -> tuple[str, str]:
         """What the encoder reads and what its latents are, in words."""
-        raise NotImplementedError
 
 
 class ModelConfig(Sizes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from unite_fast.modality import modality
 from unite_fast.model.io import check_state, read_model, save_model
 from unite_fast.model.published import from_published, to_published
 from unite_fast.model.two_pass import TwoPassModel
+from unite_fast.versions import versions
 from unite_fast.weights import read_file, read_tensors, write_tensors
 
 Which = Literal["ema", "model"]
@@ -171,7 +171,9 @@ def read_published(
     best = content.get("current_best_cfg_scale")
     if _is_number(best) and best >= 0:
         sampling["guidance"] = float(best)
-    made_by = {"imported_from": path.name, "weights": which, "sampling": sampling, "versions": _versions()}
+    made_by = {
+        "imported_from": path.name, "weights": which, "sampling": sampling, "versions": versions("python", "torch"),
+    }  # fmt: skip
     if isinstance(content.get("step"), int):
         made_by["step"] = content["step"]
     return Trained(config, state, made_by, str(path))
@@ -297,7 +299,7 @@ def _from_checkpoint(folder: Path, weights: Which, ema_decay: float | None = Non
         "sampling": config.sampling.model_dump(mode="json") | {"time_shift": config.objective.time_shift},
         "class_names": state["extra"].get("class_names"),
         "data": state["extra"].get("data"),
-        "versions": _versions(),
+        "versions": versions("python", "torch"),
     }
     return Trained(config.model, tensors, made_by, str(folder))
 
@@ -366,7 +368,3 @@ def _plain_names(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}

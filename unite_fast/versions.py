@@ -1,19 +1,23 @@
-"""Which packages a result was made with."""
+"""Which software a result was made with."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import platform
 from importlib import metadata
 
 
-def package_versions(*packages: str) -> dict[str, str]:
-    """Name -> version of those packages that are installed."""
+def versions(*names: str) -> dict[str, str]:
+    """Name -> version: of `python`, and of those packages that are installed."""
     found = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    if "torch" in found and "torch" in sys.modules:
-        # With its build, such as +cu130, which the metadata of PyPI's lack.
-        found["torch"] = str(sys.modules["torch"].__version__)
+    for name in names:
+        if name == "python":
+            found[name] = platform.python_version()
+        elif name == "torch":
+            import torch  # its metadata on PyPI lack the build, such as +cu130
+
+            found[name] = str(torch.__version__)
+        else:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
     return found

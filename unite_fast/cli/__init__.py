@@ -94,11 +94,11 @@ def doctor(
     from rich.table import Table
 
     from unite_fast.doctor import PACKAGES, examine
-    from unite_fast.versions import package_versions
+    from unite_fast.versions import versions
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps({"parts": [vars(f) for f in findings], "versions": package_versions(*PACKAGES)}, indent=2))
+        typer.echo(json.dumps({"parts": [vars(f) for f in findings], "versions": versions(*PACKAGES)}, indent=2))
         return
     table = Table(title="accelerations", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -118,7 +118,7 @@ def doctor(
         for finding in missing:
             table.add_row(finding.name, plain(finding.cost), plain(finding.remedy))
         out().print(table)
-    out().print("versions: " + ", ".join(f"{name} {version}" for name, version in package_versions(*PACKAGES).items()))
+    out().print("versions: " + ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items()))
 
 
 app.command()(sample)

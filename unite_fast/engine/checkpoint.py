@@ -26,7 +26,7 @@ from unite_fast.config import Config
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import ADAM_STATES, MUON_STATE
 from unite_fast.errors import UserError
-from unite_fast.versions import package_versions
+from unite_fast.versions import versions
 from unite_fast.weights import read_tensors
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
             "step": engine.step_count,
             "extra": dict(extra),
             "config": engine.config.model_dump(mode="json"),
-            "versions": package_versions(*PACKAGES),
+            "versions": versions(*PACKAGES),
             "parameters": shapes,
         }
         problem = _attempt(lambda: _finish(state, temporary, final))
@@ -121,7 +121,7 @@ def write(
         "step": step,
         "extra": dict(extra),
         "config": config.model_dump(mode="json"),
-        "versions": package_versions(*PACKAGES),
+        "versions": versions(*PACKAGES),
         "parameters": {name: list(tensor.shape) for name, tensor in tensors[WEIGHTS].items() if name in moments},
     }
     problem = _attempt(lambda: _prepare(final.parent, temporary))

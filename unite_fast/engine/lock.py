@@ -28,11 +28,10 @@ def sole_trainer(folder: Path, world: World) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
-    file = refusal = None
-    made: list[Path] = []
+    held = refusal = None
     if world.is_main:
         try:
-            file = _hold(folder, made)
+            held = _hold(folder)
         except UserError as error:
             refusal = str(error)
     refusal = world.share(refusal)
@@ -41,7 +40,8 @@ def sole_trainer(folder: Path, world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        if file is not None:
+        if held is not None:
+            file, made = held
             with suppress(OSError):
                 if os.listdir(folder) == [LOCK]:
                     (folder / LOCK).unlink()
@@ -50,11 +50,11 @@ def sole_trainer(folder: Path, world: World) -> Iterator[None]:
             os.close(file)
 
 
-def _hold(folder: Path, made: list[Path]) -> int:
-    """The open, locked file; `made` gets the folders that are new, innermost first."""
+def _hold(folder: Path) -> tuple[int, list[Path]]:
+    """The open, locked file, and the folders that were made for it, innermost first."""
     path = folder / LOCK
     try:
-        made += [new for new in (folder, *folder.parents) if not new.exists()]
+        made = [new for new in (folder, *folder.parents) if not new.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -64,7 +64,7 @@ def _hold(folder: Path, made: list[Path]) -> int:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in UNGUARDED:
-            return file
+            return file, made
         holder = os.pread(file, 200, 0).decode(errors="replace").strip()
         os.close(file)
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -76,4 +76,4 @@ def _hold(folder: Path, made: list[Path]) -> int:
     with suppress(OSError):  # a full disk: it is held all the same
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-    return file
+    return file, made

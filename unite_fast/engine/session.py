@@ -17,7 +17,7 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.protocol import git_state
 from unite_fast.records import SESSIONS
-from unite_fast.versions import package_versions
+from unite_fast.versions import versions
 
 
 def record_session(
@@ -35,7 +35,6 @@ def record_session(
     Raises:
         UserError: the file cannot be written.
     """
-    packages = ("unite_fast", "torch", "triton", "deepspeed", "safetensors")
     on_gpu = world.device.type == "cuda"
     session = {
         "started": time.time(),
@@ -49,7 +48,7 @@ def record_session(
         "zero_stage": config.train.zero_stage,
         "samples": samples,
         "cuda": torch.version.cuda if on_gpu else None,
-        "versions": {"python": platform.python_version(), **package_versions(*packages)},
+        "versions": versions("python", "unite_fast", "torch", "triton", "deepspeed", "safetensors"),
         "commit": source_commit(),
     }
     try:

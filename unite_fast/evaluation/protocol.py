@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.engine.world import World
-from unite_fast.versions import package_versions
+from unite_fast.versions import versions
 
 FOLDER = "evaluations"  # of a run; one JSON file an evaluation: metrics, protocol, tables
 WORK = ".work"  # in it: pieces of evaluations under way
@@ -107,14 +106,15 @@ def names_hash(names: list[str]) -> str:
 
 def environment(world: World, seconds: float) -> dict[str, Any]:
     """Where and when a number was computed."""
-    packages = ("unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn", "rdkit")
     cuda = world.device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
         "ranks": world.size,
-        "versions": {"python": platform.python_version(), **package_versions(*packages)},
+        "versions": versions(
+            "python", "unite_fast", "torch", "triton", "torchmetrics", "numpy", "scipy", "scikit-learn", "rdkit"
+        ),
         "git": git_state(),
     }
 

@@ -195,10 +195,9 @@ def _encoding(head: bytes) -> str:
 def _sdf(path: Path) -> Iterator[Molecule]:
     gaps = _csv_gaps(path.with_name(path.name + ".csv"))
     try:
-        with path.open("rb") as file:
-            encoding = _encoding(file.read(4))
-        with path.open(encoding=encoding, errors="replace") as file, track("reading molecules", QM9_ALL) as advance:
-            for molecule in read_sdf(file, str(path)):
+        with path.open("rb") as file, track("reading molecules", QM9_ALL) as advance:
+            lines = io.TextIOWrapper(file, encoding=_encoding(file.peek(2)), errors="replace")
+            for molecule in read_sdf(lines, str(path)):
                 yield molecule._replace(gap=gaps.get(molecule.name))
                 advance(1)
     except OSError as error:
