@@ -187,6 +187,8 @@ from unite_fast.data import prepare, source
 class Slow(source.ImageFolder):
     def read(self, index):
         Path(sys.argv[3], str(os.getpid())).touch()
+        while len(os.listdir(sys.argv[3])) < 2:  # the other process may begin only after this one has written it all
+            time.sleep(0.01)
         time.sleep(0.05)
         return super().read(index)
 
