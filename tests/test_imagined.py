@@ -15,6 +15,7 @@ imagined = pytest.importorskip(
 
 
 @pytest.mark.skipif(imagined.missing() is not None, reason=str(imagined.missing()))
+@pytest.mark.timeout(3600)  # of a whole file, whose tests have the usual limit each: 200 s, 600 s on a busy machine
 def test_steps_on_an_imagined_gpu():
     steps = Path(__file__).with_name("imagined_steps.py")
     command = [sys.executable, "-m", "pytest", steps, "-q", "-p", "no:cacheprovider"]
