@@ -162,6 +162,16 @@ def test_a_file_system_without_locks_trains_all_the_same(folder, monkeypatch):
     assert checkpoint.latest_step(train(config(folder, train={"steps": 2}))) == 2
 
 
+def test_a_disk_full_of_records_is_one_sentence(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    with pytest.raises(UserError, match="cannot write records into .*run: No space left on device.*--resume"):
+        train(config(folder))
+
+
 def test_resume_with_another_model_names_what_differs(folder):
     train(config(folder, train={"steps": 2}))
     with pytest.raises(UserError, match="model.depth"):

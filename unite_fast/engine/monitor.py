@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,29 +79,41 @@ class Records:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; `step` is its key."""
-        try:
+        counts = ("step", "images", "molecules", "time")
+        with self._written():
             self._file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
-        for name, value in record.items():
-            if name not in ("step", "images", "molecules", "time"):
-                self._board.add_scalar(name, value, record["step"])
+            for name, value in record.items():
+                if name not in counts:
+                    self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             # No `step=`: W&B drops steps that do not rise, and a resumed run repeats those after its checkpoint.
             self._wandb.log({name: value for name, value in record.items() if name != "time"})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Metrics of an evaluation, for TensorBoard; the evaluation keeps its own record."""
-        for name, value in values.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
+        with self._written():
+            for name, value in values.items():
+                self._board.add_scalar(f"evaluation/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({"step": step} | {f"evaluation/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Close all; a disk that is full by now has been reported by what was written before."""
+        for stream in (self._file, self._board):
+            with suppress(OSError):
+                stream.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard's is that of its writing thread, some records ago
+            raise UserError(
+                f"cannot write records into {self._path.parent}: {error.strerror or error}; what was saved continues "
+                f"with --resume"
+            ) from None
 
     def _keep_before(self, first_step: int) -> None:
         if not self._path.exists():
