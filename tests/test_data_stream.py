@@ -208,7 +208,7 @@ def test_data_wait_is_the_share_of_the_time_waited(tmp_path, monkeypatch):
         meter.add(losses(), torch.tensor(1.0))
     with meter.paused():
         clock[0] += 60
-    record = meter.read(3, 0.1)
+    record = meter.read(3, 24, 0.1)
     assert record["data_wait"] == pytest.approx(0.25)
     assert record["images_per_second"] == pytest.approx(24 / 12)
 
@@ -232,4 +232,4 @@ def test_ahead_and_data_wait_on_a_gpu(tmp_path):
             assert batch.images.device == CUDA
             assert torch.equal(batch.images.cpu(), next(plain).images)
             meter.add(losses(CUDA), work.new_ones(()))
-    assert 0 <= meter.read(20, 0.1)["data_wait"] < 1
+    assert 0 <= meter.read(20, 80, 0.1)["data_wait"] < 1

@@ -1,17 +1,47 @@
 """The main job through its launchers: two CPU ranks under DeepSpeed, then one process that continues."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from data_trees import wait_until
 from runs import config, config_file, image_tree
 from safetensors.torch import load_file
 
+from unite_fast.engine import checkpoint
 from unite_fast.engine.loop import train
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}"}
+
+
+def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
+    """The terminal signals the ranks and the launcher, which signals the ranks again; none waits for a log step."""
+    pytest.importorskip("deepspeed")
+    image_tree(tmp_path / "train")
+    rare = {"steps": 10**6, "log_every": 10**5, "checkpoint_every": 10**6}
+    train_ = {**rare, "global_batch": 6, "device": "cpu", "zero_stage": 3}
+    path = config_file(tmp_path, train=train_, optimizer={"kind": "adamw"}, model={"width": 64})
+    process = subprocess.Popen(
+        [LAUNCHER, "--num_gpus", "2", SCRIPT, "--config", path], env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's background jobs ignore it
+    )  # fmt: skip
+    run = tmp_path / "runs" / "run"
+    try:
+        assert wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=120)  # until the ranks, too, have closed it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "stopped by SIGINT" in said and checkpoint.latest_step(run) > 0
+    assert "run: 0.2 M parameters" in said, "of the whole model, though no rank holds it"
 
 
 def test_two_ranks_then_one_agree_with_one_process(tmp_path):
@@ -19,11 +49,8 @@ def test_two_ranks_then_one_agree_with_one_process(tmp_path):
     image_tree(tmp_path / "train")
     batch = {"global_batch": 6, "accumulation": 1, "zero_stage": 2, "device": "cpu", "checkpoint_every": 2, "log_every": 1}
     path = config_file(tmp_path, train={**batch, "steps": 4})
-    launcher = Path(sys.executable).with_name("deepspeed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [launcher, "--num_gpus", "2", SCRIPT, "--config", path], capture_output=True, text=True, env=environment, timeout=300
-    )
+    command = [LAUNCHER, "--num_gpus", "2", SCRIPT, "--config", path]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     # The same micro-batches on one process: two accumulated in place of two ranks.
     alone = {**batch, "accumulation": 2, "zero_stage": 0, "steps": 6}

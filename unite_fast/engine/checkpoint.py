@@ -194,9 +194,25 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
             for name, buffer in buffers.items():
                 buffer.copy_(model(name))
     engine.backend.publish()
-    engine.step_count = state["step"]
+    engine.step_count, engine.samples_seen = state["step"], samples_seen(state, engine.global_batch)
     engine.optimizer.set_adam_step(state["step"])
     return state["extra"]
+
+
+def samples_seen(state: Mapping[str, Any], global_batch: int) -> int:
+    """Images or molecules behind a checkpoint of this `read_state`.
+
+    Args:
+        global_batch: what its steps are taken to have been of where it does not say, as not every imported one does.
+    """
+    images = state["extra"].get("images")
+    return images if isinstance(images, int) and images > 0 else state["step"] * global_batch
+
+
+def changed_keys(state: Mapping[str, Any], config: Config) -> list[str]:
+    """The keys of the configuration that are not as in a checkpoint of this `read_state`, each with both values."""
+    now = config.model_dump(mode="json")
+    return [f"{key} {here!r} (was {there!r})" for key, here, there in _changes(now, state["config"])]
 
 
 def ema_file(decay: float) -> str:
@@ -372,10 +388,10 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
         )
 
 
-def _changes(here: Any, there: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+def _changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(here, dict) and isinstance(there, dict):
         for name in here:
-            yield from _changes(here[name], there.get(name), f"{key}.{name}")
+            yield from _changes(here[name], there.get(name), f"{key}.{name}" if key else name)
     elif here != there:
         yield key, here, there
 

@@ -41,6 +41,7 @@ class Engine:
     Attributes:
         model: the module that was given, for evaluation inside `weights()`.
         step_count: optimizer steps taken.
+        samples_seen: images or molecules that they were of, over all ranks.
         last_lr: learning rate of the latest of them.
 
     Raises:
@@ -58,11 +59,12 @@ class Engine:
     ):
         if global_batch is None:
             global_batch = resolve_batch(config.train, world.size).global_batch
-        self.config, self.world, self.steps_per_epoch = config, world, steps_per_epoch
+        self.config, self.world = config, world
+        self.steps_per_epoch, self.global_batch = steps_per_epoch, global_batch
         self.model = model.to(world.device)
         if config.train.fp8:
             use_fp8(model, world.device)
-        self.step_count = 0
+        self.step_count = self.samples_seen = 0
         self.last_lr = 0.0
         self.peak_lr = peak_lr(config.optimizer, global_batch)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -96,12 +98,18 @@ class Engine:
         Returns:
             Global gradient norm before clipping, 0-dim float32 on the device; not finite if a gradient was not.
         """
-        self.last_lr = self.peak_lr * lr_factor(self.step_count, self.steps_per_epoch, self.config.optimizer)
+        self.last_lr = self.peak_lr * lr_factor(self.progress, self.steps_per_epoch, self.config.optimizer)
         self.optimizer.set_lr(self.last_lr)
         norm = self.backend.update()
         self.ema.update()
         self.step_count += 1
+        self.samples_seen += self.global_batch
         return norm
+
+    @property
+    def progress(self) -> float:
+        """What was seen, in optimizer steps of today's batch: `step_count` unless the batch was another once."""
+        return self.samples_seen / self.global_batch
 
     @contextmanager
     def weights(self, *, ema: bool) -> Iterator[nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,9 @@ from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
+from unite_fast.engine.report import Due
 from unite_fast.engine.session import changed_samples, record_session
+from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
 from unite_fast.modality import counted_operations, modality_of
@@ -89,8 +90,12 @@ class Run:
         self.batch, resolved = fit(config, world, partial(self.modality.largest, config), trial)
         del trial  # and with it the model and the memory that it tried steps with
         self.objective.config = resolved.objective
-        first_step = 0 if latest is None else checkpoint.step_of(latest)
-        self.stream = self.modality.stream(config, self.batch, world, start_step=first_step)
+        state = None if latest is None else checkpoint.read_state(latest)
+        seen = 0 if state is None else checkpoint.samples_seen(state, self.batch.global_batch)
+        # Where the batch was another once, the data go on at the next of today's: less than a batch is left out.
+        self.stream = self.modality.stream(
+            config, self.batch, world, start_step=math.ceil(seen / self.batch.global_batch)
+        )
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
         steps_per_epoch = self.stream.steps_per_epoch
@@ -99,20 +104,27 @@ class Run:
         )
         if config.train.compile:
             compile_perceptual(self.objective)
-        self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch))
         self._seconds_before = 0.0  # of training, in the sessions that this one resumes
         self.samples = self.modality.samples(self.stream) if world.is_main else None
-        self._changed: str | None = None
-        if latest is not None:
+        self._notices: list[str] = []
+        if state is not None:
             kept = checkpoint.load(self.engine, latest)
             self._seconds_before = float(kept.get("training_seconds", 0.0))
             if self.samples is not None:
-                self._changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
+                changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
+                self._notices += [f"warning: {changed}"] if changed else []
+            if keys := checkpoint.changed_keys(state, config):
+                self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
+        elif resume:
+            self._notices.append(f"no checkpoint in {self.folder}: the run begins")
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
         self.first_step = self.engine.step_count
+        # Steps of another batch count by the share of an epoch that they were of.
+        other = self.first_step - self.engine.progress
+        self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch + other))
         self.report = self.modality.report(config, self.folder, world, self.engine, self.stream)
-        self._stop: signal.Signals | None = None
+        self._stop = StopSignals(world)
 
     def go(self) -> Path:
         """Train to the end, or until a signal; then evaluate."""
@@ -134,22 +146,24 @@ class Run:
             peak=stated_peak(self.world.device, autocast_dtype(config, self.world.device)),
         )
         watch = CollapseWatch()
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        compiling = ExitStack()
+        around = ExitStack()
         try:
+            around.enter_context(self._stop)
             self._announce(line)
             if config.train.compile:
-                compiling.enter_context(watched(meter.paused, line.paused, say=line.say))
-            while engine.step_count < self.total and not self._stopping():
+                around.enter_context(watched(meter.paused, line.paused, say=line.say))
+            if self.first_step:
+                self._evaluate(self._due(self.first_step) - self.report.made(self.first_step), meter, records)
+            while engine.step_count < self.total and not self._stop.told():
                 meter.begin()
                 losses = self._micro_batches(meter)
                 meter.add(losses, engine.step())
                 step = engine.step_count
                 record = None
-                saves = step % config.train.checkpoint_every == 0 or step == self.total
-                shows = config.evaluation.every and step % config.evaluation.every == 0 and step < self.total
-                if step % config.train.log_every == 0 or saves or shows or step == self.first_step + 1:
-                    record = meter.read(step, engine.last_lr)
+                due = self._due(step)
+                saves = bool(due) or step % config.train.checkpoint_every == 0 or step == self.total
+                if step % config.train.log_every == 0 or saves or step == self.first_step + 1:
+                    record = meter.read(step, engine.samples_seen, engine.last_lr)
                     self._check_finite(record)
                     warning = watch.check(step, record["z0_std"])
                     if warning:
@@ -159,30 +173,20 @@ class Run:
                 line.advance(step, record)
                 if saves:
                     self._save(meter)
-                if shows:
-                    with meter.paused():
-                        self.report.pictures(step)
-                if step < self.total and self.report.due(step, self.stream.steps_per_epoch):
-                    with meter.paused():
-                        measured = self.report.measure(step)
-                    if records:
-                        records.scalars(step, measured)
-            if self._stop is not None:
+                self._evaluate(due, meter, records)
+            if self._stop.told_now():
                 if checkpoint.latest_step(self.folder) != engine.step_count:
                     self._save(meter)
-                line.close()
-                line.say(
-                    f"stopped by {self._stop.name} at step {engine.step_count} of {self.total}, saved; "
-                    f"continue with --resume"
-                )
+                self._say_stopped(line)
                 return self.folder
+        except Interrupted:
+            self._say_stopped(line)
+            return self.folder
         finally:
-            compiling.close()
+            around.close()
             line.close()
             if records:
                 records.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             self.stream.close()
         self.report.finish(engine.step_count, self._seconds_before + meter.seconds)
         return self.folder
@@ -215,9 +219,39 @@ class Run:
             parts.append(losses.scaled(inputs.weight))
         return StepLosses.sum(parts)
 
+    def _due(self, step: int) -> set[Due]:
+        """What is due after a step; after the last the end makes it."""
+        due: set[Due] = set()
+        if step >= self.total:
+            return due
+        if self.config.evaluation.every and step % self.config.evaluation.every == 0:
+            due.add("pictures")
+        if self.report.due(self.engine.progress, self.stream.steps_per_epoch):
+            due.add("metrics")
+        return due
+
+    def _evaluate(self, due: set[Due], meter: Meter, records: Records | None) -> None:
+        """Make what is due of a step that is saved: it may take long, and a stop breaks it off."""
+        if not due:
+            return
+        step = self.engine.step_count
+        with meter.paused(), self._stop.at_once():
+            if "pictures" in due:
+                self.report.pictures(step)
+            if "metrics" in due:
+                measured = self.report.measure(step)
+                if records:
+                    records.scalars(step, measured)
+
+    def _say_stopped(self, line: ProgressLine) -> None:
+        line.close()
+        name = self._stop.received.name if self._stop.received else "a signal to another rank"
+        line.say(f"stopped by {name} at step {self.engine.step_count} of {self.total}, saved; continue with --resume")
+
     def _announce(self, line: ProgressLine) -> None:
         objective = self.objective.config
-        parameters = sum(parameter.numel() for parameter in self.engine.parameters.values())
+        shapes = {fragment.name: fragment.shape for fragment in self.engine.backend.layout.fragments}  # whole under ZeRO 3
+        parameters = sum(math.prod(shape) for shape in shapes.values())
         line.say(
             f"{self.config.name}: {parameters / 1e6:.1f} M parameters, {self.total} steps of "
             f"{self.batch.global_batch} {self.modality.unit} ({self.world.size} × {self.batch.micro_batch} × "
@@ -226,19 +260,22 @@ class Run:
             f"{self.world.device.type} -> {self.folder}"
         )
         if self.first_step:
-            line.say(f"continuing after step {self.first_step}")
+            line.say(
+                f"continuing after step {self.first_step}: {self.engine.samples_seen} {self.modality.unit}, epoch "
+                f"{self.engine.progress / self.stream.steps_per_epoch:.2f}"
+            )
         if self.first_step > self.total:
             line.say(
                 f"warning: that is more than the {self.total} steps which the configuration asks for: nothing is trained, "
                 f"and what a finished run leaves is of step {self.first_step}"
             )
-        if self._changed:
-            line.say(f"warning: {self._changed}")
+        for notice in self._notices:
+            line.say(notice)
 
     def _save(self, meter: Meter) -> None:
         with meter.paused():
             extra = {
-                "images": self.engine.step_count * self.batch.global_batch,
+                "images": self.engine.samples_seen,
                 "class_names": list(self.stream.classes),
                 "data": self.stream.mode,
                 "samples": self.samples,
@@ -256,21 +293,7 @@ class Run:
             f"{' and '.join(bad)} became not finite (NaN or infinite) between steps "
             f"{max(self.first_step, record['step'] - self.config.train.log_every)} and {record['step']}; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet")
-            + "; lower optimizer.lr or optimizer.clip_norm, or train with train.precision = fp32, and --resume"
+            + "; lower optimizer.lr or optimizer.clip_norm"
+            + (", or train with train.precision = fp32" if autocast_dtype(self.config, self.world.device) else "")
+            + ", and --resume"
         )
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop is not None:
-            raise KeyboardInterrupt  # the second signal does not wait for the step and the save
-        self._stop = signal.Signals(number)
-
-    def _stopping(self) -> bool:
-        """True on every rank once any rank was told to stop; ranks ask each other at log steps only."""
-        if self.world.size == 1:
-            return self._stop is not None
-        if self.engine.step_count % self.config.train.log_every:
-            return False
-        stop = not self.world.all_true(self._stop is None)
-        if stop and self._stop is None:
-            self._stop = signal.SIGTERM
-        return stop

@@ -106,7 +106,7 @@ class Meter:
         self._sums = values if self._sums is None else self._sums + values
         self._last, self._steps = losses, self._steps + 1
 
-    def read(self, step: int, lr: float) -> dict[str, float]:
+    def read(self, step: int, samples_seen: int, lr: float) -> dict[str, float]:
         """The means since the last reading, over all ranks. Waits for the device."""
         counted = None not in (self._operations, self._peak)
         operations = self._sums.new_tensor([self._operations(self._extent) if counted else 0], dtype=torch.float64)
@@ -122,8 +122,8 @@ class Meter:
         rate = self._steps * self._batch.global_batch / elapsed
         record = {
             "step": step,
-            "epoch": step / self._steps_per_epoch,
-            self._unit: step * self._batch.global_batch,
+            "epoch": samples_seen / self._batch.global_batch / self._steps_per_epoch,
+            self._unit: samples_seen,
             "loss": total,
             **{f"loss_{name}": value for name, value in zip(self._last.terms, terms, strict=True)},
             "loss_flow": flow,

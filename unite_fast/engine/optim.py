@@ -89,13 +89,14 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
 
 
-def lr_factor(step: int, steps_per_epoch: float, config: OptimizerConfig) -> float:
+def lr_factor(step: float, steps_per_epoch: float, config: OptimizerConfig) -> float:
     """Learning rate of an optimizer step as a share of the peak: warm-up, hold, cosine, constant.
 
     Epochs are real passes over the data and are turned into optimizer steps.
 
     Args:
-        step: optimizer steps taken before this one, from 0; the first step of a warm-up moves by 1/warm-up.
+        step: optimizer steps taken before this one, from 0; the first step of a warm-up moves by 1/warm-up. A fraction
+            where some were of another batch (`Engine.progress`).
         steps_per_epoch: optimizer steps in one pass over the data.
     """
     warmup = config.warmup_epochs * steps_per_epoch

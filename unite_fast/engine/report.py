@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ from unite_fast.report import PAGE, write_report
 from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
+Due = Literal["pictures", "metrics"]  # what a run may owe after a step that is not its last
 
 
 class Report:
@@ -79,6 +80,11 @@ class Report:
                 config.data.val_path or config.data.path, config.data, image_size=config.model.image_size,
                 num_classes=config.model.num_classes, limit=SHEET_RECONSTRUCTIONS, classes=self.classes,
             )[0]  # fmt: skip
+
+    def made(self, step: int) -> set[Due]:
+        """What an earlier session left of this step, as the main rank sees it. Collective."""
+        found = {"pictures": f"samples_{step:08d}.png", "metrics": f"{FOLDER}/step_{step:08d}-*.json"}
+        return self.world.share({name for name, files in found.items() if any(self.folder.glob(files))})
 
     def pictures(self, step: int) -> None:
         """Sheets of the EMA weights as they are now, named by the step."""

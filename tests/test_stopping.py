@@ -1,0 +1,103 @@
+"""Signals that stop a run: which count, what they break off, and that a resumed run makes up for it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import config, image_tree
+
+from unite_fast.engine import checkpoint, stopping
+from unite_fast.engine.loop import train
+from unite_fast.engine.report import Report
+from unite_fast.engine.stopping import Interrupted, StopSignals
+from unite_fast.engine.world import World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_what_a_launcher_repeats_is_no_impatience(monkeypatch):
+    with StopSignals(ALONE) as stop:
+        assert not stop.told()
+        send(signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            send(number)
+        assert stop.told() and stop.told_now() and stop.received == signal.SIGINT
+        monkeypatch.setattr(stopping, "IMPATIENT_SECONDS", 0.0)
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_saved_is_left_at_once(number):
+    before = signal.getsignal(number)
+    with StopSignals(ALONE) as stop:
+        with pytest.raises(Interrupted), stop.at_once():
+            send(number)
+            pytest.fail("nothing interrupted this")
+        with pytest.raises(Interrupted), stop.at_once():
+            pytest.fail("the signal came before")
+        send(signal.SIGTERM)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("what", ["pictures", "measure"])
+def test_a_stop_breaks_off_pictures_and_metrics_which_resuming_makes(tmp_path, monkeypatch, capsys, what):
+    image_tree(tmp_path / "train")
+    evaluation = {"every": 4, "sheet_columns": 2, "metrics_epochs": 4 * 5 / 24}
+    settings = config(tmp_path, train={"steps": 8, "checkpoint_every": 100, "log_every": 100}, evaluation=evaluation)
+    made = getattr(Report, what)
+
+    def interrupted(self, step):
+        send(signal.SIGTERM)
+        return made(self, step)
+
+    monkeypatch.setattr(Report, what, interrupted)
+    run = train(settings)
+    assert "stopped by SIGTERM at step 4 of 8, saved" in "".join(capsys.readouterr())
+    assert checkpoint.latest_step(run) == 4 and not list(run.glob("evaluations/step_00000004-*"))
+    assert (run / "samples_00000004.png").exists() == (what == "measure")
+    drawn = (run / "samples_00000004.png").stat().st_mtime_ns if what == "measure" else None
+    monkeypatch.setattr(Report, what, made)
+    train(settings, resume=True)
+    assert len(list(run.glob("evaluations/step_00000004-*.json"))) == 1
+    assert drawn in (None, (run / "samples_00000004.png").stat().st_mtime_ns), "what is there is not drawn again"
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 4, 5, 8]
+
+
+def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
+    """24 images: 2 epochs of steps of 4, and then of steps of 8, are 18 steps and not 12."""
+    image_tree(tmp_path / "train")
+    schedule = {"cosine_until_epoch": 4.0, "final_ratio": 0.0}
+    settings = {"log_every": 1, "checkpoint_every": 1, "steps": None, "global_batch": None, "accumulation": 1}
+    run = train(config(tmp_path, train=settings | {"epochs": 2, "micro_batch": 4}, optimizer=schedule))
+    assert checkpoint.latest_step(run) == 12
+    capsys.readouterr()
+    train(config(tmp_path, train=settings | {"epochs": 4, "micro_batch": 8}, optimizer=schedule), resume=True)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "continuing after step 12: 48 images, epoch 2.00" in said
+    assert "changed since the checkpoint: train.epochs 4.0 (was 2.0), train.micro_batch 8 (was 4)" in said
+    records = records_of(run)
+    assert [record["images"] for record in records[10:14]] == [44, 48, 56, 64]
+    assert [record["epoch"] for record in records[10:14]] == pytest.approx([11 / 6, 2, 7 / 3, 8 / 3])
+    lrs = [record["lr"] for record in records]
+    assert len(lrs) == 18 and lrs == sorted(lrs, reverse=True) and 0 < lrs[-1] < 0.1 * lrs[0]
+    resumed_again = train(config(tmp_path, train=settings | {"epochs": 4, "micro_batch": 4}), resume=True)
+    assert records_of(resumed_again)[-1]["images"] == 96
+
+
+def records_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_what_never_began_says_so(tmp_path, capsys):
+    image_tree(tmp_path / "train")
+    train(config(tmp_path, train={"steps": 1}), resume=True)
+    assert f"no checkpoint in {tmp_path}" in "".join(capsys.readouterr())
