@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,22 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors and flush them to disk, with the permissions of any other new file.
+
+    Raises:
+        OSError, SafetensorError: full disk or unwritable folder.
+    """
+    # safetensors 0.8 makes a private file of its own and renames it over this one, whose permissions are the umask's.
+    # To ask for the umask itself is to change it, for all threads of the process.
+    with open(path, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with open(path, "rb") as file:
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+
+
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors under a temporary name, flush to disk, rename.
 
@@ -102,9 +119,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        save_tensors({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary, metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         _discard(temporary)

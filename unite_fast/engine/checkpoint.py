@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unite_fast.config import Config
@@ -27,7 +26,7 @@ from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import ADAM_STATES, MUON_STATE
 from unite_fast.errors import UserError
 from unite_fast.versions import versions
-from unite_fast.weights import read_tensors
+from unite_fast.weights import read_tensors, save_tensors
 
 FORMAT = 1
 PACKAGES = ("unite_fast", "torch", "safetensors", "deepspeed", "triton")  # whose versions a checkpoint carries
@@ -73,7 +72,7 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
             if engine.world.is_main and problem is None:
                 held[key] = tensor.cpu()
         if engine.world.is_main and problem is None:
-            problem = _attempt(lambda: _write_tensors(held, temporary / name))
+            problem = _attempt(lambda: save_tensors(held, temporary / name))
     if engine.world.is_main and problem is None:
         state = {
             "format": FORMAT,
@@ -126,7 +125,7 @@ def write(
     }
     problem = _attempt(lambda: _prepare(final.parent, temporary))
     for name in (WEIGHTS, EMA, OPTIMIZER):
-        problem = problem or _attempt(lambda name=name: _write_tensors(tensors[name], temporary / name))
+        problem = problem or _attempt(lambda name=name: save_tensors(tensors[name], temporary / name))
     problem = problem or _attempt(lambda: _finish(state, temporary, final))
     if problem:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -325,12 +324,6 @@ def _finish(state: dict[str, Any], temporary: Path, final: Path) -> None:
     temporary.replace(final)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:
