@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_trees import tree, unprivileged  # noqa: F401, a fixture
 
+from unite_fast.cli import main
 from unite_fast.data.crop import MAX_FILE_BYTES
 from unite_fast.data.folder import ImageFolder
 from unite_fast.errors import UserError
@@ -86,6 +87,17 @@ def test_refused(tmp_path, make, words):
     message = str(error.value)
     assert all(word in message for word in [*words, str(root)])
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("arguments", [("check", "{root}"), ("prepare", "{root}", "{root}-shards")])
+def test_splits_are_no_classes_to_the_commands(tmp_path, capsys, arguments):
+    root = tmp_path / "data"
+    for name in ("train", "Val"):
+        tree(root / name, (1, 1))
+    assert main(["data", *(word.format(root=root) for word in arguments)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"no class folders; Val, train looks like the splits of a data set, did you mean {root}/Val?" in error
+    assert sorted(path.name for path in root.iterdir()) == ["Val", "train"]
 
 
 @pytest.mark.parametrize("denied", ["..", ".", "c1"])

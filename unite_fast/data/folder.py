@@ -76,7 +76,8 @@ class ImageFolder:
 
         Raises:
             UserError: missing, not a folder, unreadable, no class folders, one class only, a class without images,
-                another number of classes than `num_classes`, or a damaged skip list.
+                another number of classes than `num_classes`, without that number the splits of a data set in place
+                of classes, or a damaged skip list.
         """
         self.root = Path(path)
         self.classes = _class_names(self.root, num_classes)
@@ -193,6 +194,8 @@ def _class_names(root: Path, num_classes: int | None) -> tuple[str, ...]:
     if set(map(str.lower, names)) <= SPLIT_NAMES:
         hint = f"; {', '.join(names)} looks like the splits of a data set, did you mean {root / names[0]}?"
     require_classes(root, names, num_classes, hint)
+    if hint and num_classes is None:
+        raise UserError(f"data folder {root} has no class folders{hint}")
     return tuple(names)
 
 
