@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,9 +359,30 @@ def test_load_images_skips_broken_files(tmp_path, caplog):
         held_out(root, share=0.1)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: shutil.rmtree(root / "c1"), "they lack c1;"),
+        (lambda root: [shutil.rmtree(root / name) for name in ("c0", "c1")], "they lack c0, c1;"),
+        (lambda root: (root / "__MACOSX").mkdir(), "they have __MACOSX, which training lacks;"),
+        (
+            lambda root: [(root / f"c{i}").rename(root / name) for i, name in enumerate(("test", "train", "val"))],
+            "they lack c0, c1, c2 and have test, train, val, which training lacks; both must have the same; test, ",
+        ),
+    ],
+    ids=["missing", "one", "strange", "splits"],
+)
+def test_classes_are_compared_before_they_are_counted(tmp_path, change, words):
+    root = tree(tmp_path / "d", (2, 3, 1))
+    change(root)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        held_out(root, classes=("c0", "c1", "c2"))
+    assert str(root) in str(error.value) and "num_classes" not in str(error.value)
+
+
 def test_load_images_errors(tmp_path):
     root = tree(tmp_path / "d", (1, 1, 1))
-    with pytest.raises(UserError, match="c2 stands where x is expected"):
+    with pytest.raises(UserError, match="they lack x and have c2, which training lacks; both must have the same"):
         held_out(root, classes=("c0", "c1", "x"))
     held_out(root, classes=("c0", "c1", "c2"))
     picture(9, 9).save(root / "c0" / "000.png")

@@ -175,7 +175,7 @@ def test_evaluation_reads_shards(tmp_path):
     numbers = dict(image_size=8, num_classes=3, limit=7)
     for a, b in zip(load_images(root, config, **numbers), load_images(tmp_path / "s", config, **numbers), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(UserError, match="c2 stands where x is expected"):
+    with pytest.raises(UserError, match="they lack x and have c2, which training lacks; both must have the same"):
         load_images(tmp_path / "s", config, classes=("c0", "c1", "x"), **numbers)
 
 

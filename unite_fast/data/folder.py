@@ -66,21 +66,29 @@ class ImageFolder:
 
     prepared_size = None
 
-    def __init__(self, path: str | Path, num_classes: int | None, *, skip: bool = True):
+    def __init__(
+        self,
+        path: str | Path,
+        num_classes: int | None,
+        *,
+        skip: bool = True,
+        expected: Sequence[str] | None = None,
+    ):
         """Scan the tree.
 
         Args:
             path: folder of class folders.
             num_classes: how many classes there must be; None takes any number above one.
             skip: leave out what the skip list names.
+            expected: the class names there must be, those of the training data, where they are known.
 
         Raises:
             UserError: missing, not a folder, unreadable, no class folders, one class only, a class without images,
-                another number of classes than `num_classes`, without that number the splits of a data set in place
-                of classes, or a damaged skip list.
+                other classes than expected, without expectations the splits of a data set in place of classes, or a
+                damaged skip list.
         """
         self.root = Path(path)
-        self.classes = _class_names(self.root, num_classes)
+        self.classes = _class_names(self.root, num_classes, expected)
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
             files = list(pool.map(lambda name: _image_names(self.root / name), self.classes))
         self.skipped: dict[str, str] = {}
@@ -172,7 +180,7 @@ def _bytes(path: str) -> bytes:
         return file.readall()
 
 
-def _class_names(root: Path, num_classes: int | None) -> tuple[str, ...]:
+def _class_names(root: Path, num_classes: int | None, expected: Sequence[str] | None) -> tuple[str, ...]:
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError:
@@ -193,18 +201,32 @@ def _class_names(root: Path, num_classes: int | None) -> tuple[str, ...]:
     hint = ""
     if set(map(str.lower, names)) <= SPLIT_NAMES:
         hint = f"; {', '.join(names)} looks like the splits of a data set, did you mean {root / names[0]}?"
-    require_classes(root, names, num_classes, hint)
-    if hint and num_classes is None:
+    require_classes(root, names, num_classes, expected, hint)
+    if hint and num_classes is None and expected is None:
         raise UserError(f"data folder {root} has no class folders{hint}")
     return tuple(names)
 
 
-def require_classes(root: Path, names: Sequence[str], num_classes: int | None, hint: str = "") -> None:
-    """Refuse a data set of one class, or of another number than `num_classes` (None: any).
+def require_classes(
+    root: Path,
+    names: Sequence[str],
+    num_classes: int | None,
+    expected: Sequence[str] | None = None,
+    hint: str = "",
+) -> None:
+    """Refuse a data set of other classes than expected; of one class; of another number than `num_classes` (None: any).
 
     Raises:
         UserError: says so, followed by the hint.
     """
+    if expected is not None and tuple(names) != tuple(expected):
+        missing, strange = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+        parts = [f"lack {_some(missing)}"] * bool(missing)
+        parts += [f"have {_some(strange)}, which training lacks"] * bool(strange)
+        raise UserError(
+            f"class folders of {root} differ from those of the training data: they {' and '.join(parts)}; "
+            f"both must have the same{hint}"
+        )
     if len(names) == 1:
         raise UserError(
             f"data folder {root} has one class only ({names[0]}): class-conditional training needs at least two{hint}"

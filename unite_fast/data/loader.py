@@ -241,16 +241,9 @@ def load_images(
         images [N, 3, H, H] uint8 and labels [N] int64, N ≤ limit. Unusable files are left out and logged.
 
     Raises:
-        UserError: as `open_source`; class names other than `classes`; no or too many unusable images; a wrong size
-            under crop "none".
+        UserError: as `open_source`; no or too many unusable images; a wrong size under crop "none".
     """
-    folder = open_source(path, num_classes, image_size=image_size)
-    if classes is not None and tuple(classes) != folder.classes:
-        here, there = next(pair for pair in zip(folder.classes, classes, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"class folders of {folder.root} differ from those of the training data: {here} stands where {there} "
-            f"is expected; name them alike"
-        )
+    folder = open_source(path, num_classes, image_size=image_size, expected=classes)
     reader, bad = FileReader(folder, image_size, config.crop), BadFiles(folder, config.max_bad_share)
     starts = np.searchsorted(folder.labels, folder.labels)  # where the class of each image begins
     order = np.argsort(np.arange(len(folder)) - starts, kind="stable").tolist()

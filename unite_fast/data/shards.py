@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,20 +119,28 @@ class ShardFolder(PackedImages):
     Attributes: see `unite_fast.data.source.ImageSource`.
     """
 
-    def __init__(self, path: str | Path, num_classes: int | None, *, skip: bool = True):
+    def __init__(
+        self,
+        path: str | Path,
+        num_classes: int | None,
+        *,
+        skip: bool = True,
+        expected: Sequence[str] | None = None,
+    ):
         """Read the index.
 
         Args:
             path: the prepared folder.
             num_classes: how many classes there must be; None takes any number above one.
             skip: leave out what the skip list names.
+            expected: the class names there must be, those of the training data, where they are known.
 
         Raises:
-            UserError: a missing or damaged index or skip list, another number of classes, a class without images.
+            UserError: a missing or damaged index or skip list, other classes than expected, a class without images.
         """
         root = Path(path)
         index = Index.load(root)
-        require_classes(root, index.classes, num_classes)
+        require_classes(root, index.classes, num_classes, expected)
         a = index.arrays
         names = Names(a["names"].tobytes(), a["name_ends"])
         unusable = read_skip_list(root) if skip else {}

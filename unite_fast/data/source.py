@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +55,12 @@ class ImageSource(Protocol):
 
 
 def open_source(
-    path: str | Path, num_classes: int | None, *, image_size: int | None = None, skip: bool = True
+    path: str | Path,
+    num_classes: int | None,
+    *,
+    image_size: int | None = None,
+    skip: bool = True,
+    expected: Sequence[str] | None = None,
 ) -> ImageSource:
     """A class-folder tree or a folder that `unite-fast data prepare` made; what is amiss with it is logged.
 
@@ -63,12 +69,13 @@ def open_source(
         num_classes: how many classes there must be; None takes any number above one.
         image_size: side of the images a run wants; None: nothing is cropped.
         skip: leave out what the skip list of `unite-fast data check` names; False opens everything, unremarked.
+        expected: the class names there must be, those of the training data, where they are known.
 
     Raises:
         UserError: as `ImageFolder` and `ShardFolder`; images that were cropped for another size.
     """
     kind = ShardFolder if is_prepared(Path(path)) else ImageFolder
-    source = kind(path, num_classes, skip=skip)
+    source = kind(path, num_classes, skip=skip, expected=expected)
     if None not in (image_size, source.prepared_size) and image_size != source.prepared_size:
         raise UserError(
             f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and to crop "
