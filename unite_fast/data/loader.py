@@ -85,7 +85,7 @@ class FolderStream(ABC):
             UserError: as `open_source`.
             ValueError: as `Sampler`.
         """
-        folder = open_source(config.path, num_classes, image_size=image_size)
+        folder = open_source(config.path, num_classes, image_size=image_size, remark=rank == 0)
         self.classes: tuple[str, ...] = folder.classes
         self.steps_per_epoch: float = len(folder) / global_batch
         self._folder, self._config, self._seed, self._start_step = folder, config, seed, start_step

@@ -61,8 +61,9 @@ def open_source(
     image_size: int | None = None,
     skip: bool = True,
     expected: Sequence[str] | None = None,
+    remark: bool = True,
 ) -> ImageSource:
-    """A class-folder tree or a folder that `unite-fast data prepare` made; what is amiss with it is logged.
+    """A class-folder tree or a folder that `unite-fast data prepare` made.
 
     Args:
         path: the folder.
@@ -70,6 +71,7 @@ def open_source(
         image_size: side of the images a run wants; None: nothing is cropped.
         skip: leave out what the skip list of `unite-fast data check` names; False opens everything, unremarked.
         expected: the class names there must be, those of the training data, where they are known.
+        remark: log what is amiss with it; where several ranks open the same folder, for one of them.
 
     Raises:
         UserError: as `ImageFolder` and `ShardFolder`; images that were cropped for another size.
@@ -81,9 +83,9 @@ def open_source(
             f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and to crop "
             f"twice gives other pixels: prepare it with --size {image_size} or without --size"
         )
-    if source.skipped:
+    if remark and source.skipped:
         log.warning(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
-    if skip and isinstance(source, ShardFolder):
+    if remark and skip and isinstance(source, ShardFolder):
         for shard, damage in source.damaged_shards().items():
             log.warning(
                 "shard %s: %s; images that cannot be read from it are skipped, `unite-fast data check %s` lists them",
@@ -92,13 +94,22 @@ def open_source(
     return source
 
 
-def open_images(path: str | Path, *, image_size: int | None = None) -> ImageSource | AllImages:
+def open_images(
+    path: str | Path, *, image_size: int | None = None, remark: bool = True
+) -> ImageSource | AllImages:
     """Every image below a folder, however deep, or of a prepared folder: for measurements that need no label.
+
+    Args:
+        path: the folder.
+        image_size: as in `open_source`.
+        remark: as in `open_source`.
 
     Raises:
         UserError: as `AllImages` and `open_source`.
     """
-    return open_source(path, None, image_size=image_size) if is_prepared(Path(path)) else AllImages(path)
+    if is_prepared(Path(path)):
+        return open_source(path, None, image_size=image_size, remark=remark)
+    return AllImages(path)
 
 
 def samples_of(source: ImageSource) -> dict[str, int | str]:

@@ -151,7 +151,8 @@ class Evaluator:
                 names = ", ".join(name for name in plan.metrics if name in self._of_pairs | self._of_real)
                 raise UserError(f"{names} compare with held-out images: give --data FOLDER (data.val_path)")
             side = sizes.image_size
-            reader = FileReader(open_images(plan.data, image_size=side), side, plan.data_config.crop)
+            images = open_images(plan.data, image_size=side, remark=world.is_main)
+            reader = FileReader(images, side, plan.data_config.crop)
             self.held_out = HeldOut(reader, plan.data_count, plan.batch, self.inception, self.lpips)
         self.judge = self._small_judge(classes) if "small" in wanted and world.is_main else None
 
@@ -338,7 +339,7 @@ class Evaluator:
 
 def _names(folder: str) -> str:
     """Hash of the names of a folder's images."""
-    source = open_images(folder)
+    source = open_images(folder, remark=False)  # it was opened before, to be read
     return names_hash([source.name(index) for index in range(len(source))])
 
 

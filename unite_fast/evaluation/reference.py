@@ -152,7 +152,8 @@ def folder_statistics(
         UserError: no images, wrong weights, a wrong size under crop "none", memory that ends at one image.
     """
     network = Inception.open(inception).to(world.device)
-    reader = FileReader(open_images(folder, image_size=image_size), image_size, crop)
+    images = open_images(folder, image_size=image_size, remark=world.is_main)
+    reader = FileReader(images, image_size, crop)
     total = len(reader.folder)
     mine, skipped = Moments(), 0
 
