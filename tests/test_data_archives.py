@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,21 @@ def test_validation_archive_takes_its_classes_from_the_devkit(tmp_path, capsys):
     devkit(tmp_path / "short.tar.gz", [2, 2, 1], {1: "c1", 2: "c0"})
     assert main([*arguments, "--devkit", str(tmp_path / "short.tar.gz")]) == 2
     assert "3 images, the archive holds 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "unpacking"])
+def test_what_is_no_devkit_is_refused_in_one_line(tmp_path, capsys, monkeypatch, damage):
+    archive, kit = tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "kit.tar.gz"
+    with open(archive, "wb") as file:
+        class_tar(tree(tmp_path / "d", (3,)) / "c0", file)
+    devkit(kit, [1, 1, 2], {1: "c0", 2: "c1"})
+    if damage == "unpacking":  # which bits make zlib fail depends on its version
+        monkeypatch.setattr("tarfile.ExFileObject.read", lambda file: zlib.decompress(b"damaged"))
+    else:
+        kit.write_bytes(b"1\n2\n" * 500 if damage == "text" else kit.read_bytes()[:-50])
+    assert main(["data", "prepare", str(archive), str(tmp_path / "s"), "--devkit", str(kit)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{kit} is not a whole tar file" in line and "ILSVRC2012_devkit_t12.tar.gz" in line
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "compressed", "empty class"])

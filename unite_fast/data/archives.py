@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -165,9 +166,14 @@ def _tar(path: Path, inside: tarfile.TarInfo | None = None, mode: str = "r:"):
             else:
                 with tarfile.open(fileobj=tar.extractfile(inside), mode=mode) as inner:
                     yield inner
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         which = f"{inside.name} in {path}" if inside else f"{path}"
-        raise UserError(f"{which} is not a whole, uncompressed tar file: {error}") from None
+        if mode == "r:":
+            raise UserError(f"{which} is not a whole, uncompressed tar file: {error}") from None
+        # The words of an error may be many lines here, one for each compression that was tried.
+        raise UserError(
+            f"{which} is not a whole tar file, compressed or not: name ILSVRC2012_devkit_t12.tar.gz as it was fetched"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
