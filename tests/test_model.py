@@ -1,5 +1,6 @@
 """Sizes of the presets, free sizes, and the public methods' contracts."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,24 @@ def test_images_of_another_shape_are_refused(shape):
         tiny().tokenize(torch.rand(shape))
 
 
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 16, 16, dtype=torch.uint8), np.zeros((2, 3, 16, 16))])
+def test_images_that_are_no_floating_point_tensor_are_refused(images):
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got .*(uint8|ndarray).*: divide uint8 images by 255"):
+        tiny().tokenize(images)
+
+
+def test_images_of_another_precision_are_taken():
+    model, images, noise, t = tiny(), torch.rand(2, 3, 16, 16), torch.randn(2, 16, 4), torch.zeros(2)
+    assert torch.equal(model.tokenize(images.double(), noise=noise, t=t), model.tokenize(images, noise=noise, t=t))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_are_taken(kind):
+    options = dict(solver="euler", steps=2, guidance=2.0, noise=torch.zeros(2, 16, 4))
+    labels = torch.tensor([1, 2])
+    assert torch.equal(generate(tiny(), labels.to(kind), **options), generate(tiny(), labels, **options))
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -98,6 +117,9 @@ def test_images_of_another_shape_are_refused(shape):
         (dict(steps=1), "at least 2"),
         (dict(noise=torch.zeros(1, 2, 3)), r"\[1, 16, 4\]"),
         (dict(labels=torch.tensor([9])), r"0\.\.3"),
+        (dict(labels=[1, 2]), r"integer tensor \[B\], got list"),
+        (dict(labels=torch.tensor([1.0])), r"integer tensor \[B\], got torch.float32 of shape \[1\]"),
+        (dict(labels=torch.tensor(1)), r"integer tensor \[B\], got torch.int64 of shape \[\]"),
     ],
 )
 def test_generate_refuses(options, word):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unite_fast.model.unite import Unite
+from unite_fast.model.unite import Unite, kind_of
 
 T_FLOOR = 0.05  # floor of 1 − t in the velocity, the same as in the loss
 SOLVERS = ("euler", "heun", "dopri5")
@@ -90,7 +90,7 @@ def generate(
     """Draw one image a label.
 
     Args:
-        labels: [B] int64 in 0 … num_classes (the last one means no class).
+        labels: [B] integers in 0 … num_classes (the last one means no class).
         guidance: w ≥ 0; 1 turns guidance off.
         interval: open interval of t inside which guidance acts.
         solver: `euler`, `heun` or `dopri5`.
@@ -104,7 +104,8 @@ def generate(
         Images [B, 3, H, H] clipped to [0, 1].
 
     Raises:
-        ValueError: unknown solver, too few steps, noise of another shape, labels out of range, a model of molecules.
+        ValueError: unknown solver, too few steps, noise of another shape, labels that are no integer tensor [B] or out
+            of range, a model of molecules.
     """
     if model.config.modality != "images":
         raise ValueError(f"this model makes {model.config.modality}: call unite_fast.molecules.sampling.generate")
@@ -113,9 +114,11 @@ def generate(
     if steps < 2:
         raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
     device = model.latent_norm.weight.device
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be an integer tensor [B], got {kind_of(labels)}")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
         raise ValueError(f"labels must lie in 0..{model.null_label}, got {int(labels.min())}..{int(labels.max())}")
-    labels = labels.to(device)
+    labels = labels.to(device, torch.int64)
     shape = (labels.shape[0], model.config.registers, model.config.latent_dim)
     z = model.latent_noise(labels.shape[0]) if noise is None else noise.to(device)
     if tuple(z.shape) != shape:

@@ -5,6 +5,8 @@ Shapes: B batch, K registers, D latent channels, P patches, H×H image, S flow d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -14,6 +16,11 @@ import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
+
+
+def kind_of(value: Any) -> str:
+    """What an argument is, for the message that refuses it."""
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class PatchEmbedding(nn.Module):
@@ -51,7 +58,7 @@ class Unite(TwoPassModel):
         """Images to latents.
 
         Args:
-            images: [B, 3, H, H] in [0, 1].
+            images: [B, 3, H, H] floating point, in [0, 1].
             noise: [B, K, D] register noise; drawn from N(0, 1) if None.
             t: [B] tokenization times; drawn from U(0, 0.01) if None.
 
@@ -59,9 +66,10 @@ class Unite(TwoPassModel):
             z0 [B, K, D] float32.
 
         Raises:
-            ValueError: images of another size or number of channels.
+            ValueError: images that are no floating-point tensor, of another size or number of channels.
         """
         self._check_images(images)
+        images = images.to(self.patches.weight.dtype)
         if noise is None:
             noise = self.latent_noise(images.shape[0])
         if t is None:
@@ -107,5 +115,10 @@ class Unite(TwoPassModel):
 
     def _check_images(self, images: Tensor) -> None:
         side = self.config.image_size
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise ValueError(
+                f"images must be a floating-point tensor with values in [0, 1], got {kind_of(images)}: "
+                f"divide uint8 images by 255"
+            )
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"images must be [B, 3, {side}, {side}], got {list(images.shape)}")
