@@ -41,6 +41,7 @@ def test_shipped_configurations_are_valid(path):
         (merged(model={"depth": 3, "context_start": 4}), ["context_start 4", "depth 3"]),
         (merged(model={"decoder": {"width": 100, "heads": 3}}), ["model.decoder", "100", "3 heads"]),
         (merged(model={"depth": "many"}), ["model.depth", "'many'"]),
+        (merged(model={"preset": ["L"]}), ["model.preset", "['L']"]),
         (merged(train={"steps": 0}), ["train.steps", "0"]),
         (merged(train={"epochs": 1.0}), ["exactly one of epochs and steps"]),
         (merged(train={"accumulation": None}), ["two of global_batch, micro_batch and accumulation"]),
@@ -98,6 +99,29 @@ def test_files_that_are_no_configuration(tmp_path, text, word):
 def test_preset_fills_sizes_and_explicit_sizes_win():
     model = ModelConfig(preset="L", depth=3, context_start=1)
     assert (model.depth, model.width, model.heads) == (3, 1024, 16)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "overrides", "encoder", "decoder"),
+    [
+        ("b_h100", {}, ["preset=L"], (24, 1024, 16), (12, 768, 12)),
+        ("b_h100", {}, ["decoder.preset=S"], (12, 768, 12), (12, 384, 6)),
+        ("b_h100", {}, ["depth=6", "preset=L"], (6, 1024, 16), (12, 768, 12)),
+        ("b_h100", {"depth": 5}, ["preset=L"], (5, 1024, 16), (12, 768, 12)),
+        ("b_h100", {"preset": None, "decoder": {}}, ["preset=L", "decoder.preset=L"], (24, 1024, 16), (24, 1024, 16)),
+        ("l_h100", {}, ["preset=null"], (24, 1024, 16), (12, 768, 12)),
+        ("qm9_s", {}, ["preset=mol_tiny"], (6, 192, 3), (4, 192, 3)),
+        ("qm9_s", {"decoder": {"depth": 2}}, ["preset=mol_debug"], (2, 64, 2), (2, 192, 3)),
+    ],
+)
+def test_another_preset_takes_the_sizes_of_the_former_one_along(tmp_path, file, changes, overrides, encoder, decoder):
+    data = json.loads((ROOT / "configs" / f"{file}.json").read_text())
+    data["model"] |= changes
+    path = tmp_path / "config.json"
+    path.write_text(Config.parse(data).to_json())
+    model = Config.load(path, [f"model.{override}" for override in overrides]).model
+    assert (model.depth, model.width, model.heads) == encoder
+    assert (model.decoder.depth, model.decoder.width, model.decoder.heads) == decoder
 
 
 def test_bad_configuration_fails_as_one_line_without_traceback(tmp_path):

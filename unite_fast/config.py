@@ -14,10 +14,10 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from unite_fast.errors import UserError
-from unite_fast.section import Section
+from unite_fast.section import Section, section_of
 
 # The modalities: where the class of a run's configuration lives, and the class that `unite_fast.modality` describes.
 MODALITIES = {
@@ -54,7 +54,7 @@ DECODER_PRESETS = {
 
 def fill_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
     """Fill the sizes that a named preset stands for; a size given beside the preset wins."""
-    if isinstance(values, dict) and values.get("preset") in presets:
+    if isinstance(values, dict) and isinstance(values.get("preset"), str) and values["preset"] in presets:
         filled = dict(presets[values["preset"]])
         filled.update({k: v for k, v in values.items() if v is not None})
         return filled
@@ -410,14 +410,22 @@ def imported(name: str) -> Any:
 def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     """Put `key.path=value` overrides into a configuration's dictionary.
 
+    A new preset takes the place of the sizes that the former one stood for (without a former one: of the defaults),
+    as a run's config.json states them all. Other sizes were chosen by hand and stay.
+
     Raises:
         UserError: an override of another form.
     """
-    for override in overrides:
-        _apply_override(data, override)
+    parsed = [_parse_override(override) for override in overrides]
+    for _, keys, value in parsed:
+        if keys[-1] == "preset" and value is not None:
+            _drop_preset(data, keys[:-1])
+    for override, keys, value in parsed:
+        _apply_override(data, override, keys, value)
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, list[str], Any]:
+    """The override, the parts of its key, its value."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key.path=value")
@@ -425,7 +433,30 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = text
-    *parents, last = key.split(".")
+    return override, key.split("."), value
+
+
+def _drop_preset(data: dict[str, Any], path: list[str]) -> None:
+    """Take what its preset stands for out of a section; nothing where it is no section or its preset is unknown."""
+    modality = data.get("modality", "images")
+    if not isinstance(modality, str) or modality not in MODALITIES:
+        return
+    section, node = imported(MODALITIES[modality][0]), data
+    for part in path:
+        field, node = section.model_fields.get(part), node.get(part)
+        section = section_of(field.annotation) if field else None
+        if section is None or not isinstance(node, dict):
+            return
+    try:
+        stood_for = section.model_validate({"preset": node.get("preset")}).model_dump(mode="json")
+    except ValidationError:
+        return
+    for key in [key for key, value in node.items() if key in stood_for and value == stood_for[key]]:
+        del node[key]
+
+
+def _apply_override(data: dict[str, Any], override: str, keys: list[str], value: Any) -> None:
+    *parents, last = keys
     node = data
     for parent in parents:
         node = node.setdefault(parent, {})
