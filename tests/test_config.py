@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from unite_fast.config import Config, ModelConfig
+from unite_fast.config import Config, ModelConfig, apply_overrides
 from unite_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,8 @@ def test_shipped_configurations_are_valid(path):
         ({**MINIMAL, "name": "../escape"}, ["name"]),
         ({**MINIMAL, "name": ".."}, ["name", "'..'"]),
         (merged(sampling={"interval": [1, 0.1]}), ["sampling.interval: [1, 0.1] must rise"]),
+        ({**MINIMAL, "runs": "~nobodyx/rr"}, ["runs: ~nobodyx/rr", "no home folder ~nobodyx", "./~nobodyx/rr"]),
+        (merged(data={"val_path": "~nobodyx"}), ["data.val_path: ~nobodyx: no home folder"]),
         ({"modality": "molecules", "train": MINIMAL["train"], "sampling": {"interval": [1, 0]}}, ["sampling.interval"]),
     ],
 )
@@ -99,6 +102,20 @@ def test_files_that_are_no_configuration(tmp_path, text, word):
 def test_preset_fills_sizes_and_explicit_sizes_win():
     model = ModelConfig(preset="L", depth=3, context_start=1)
     assert (model.depth, model.width, model.heads) == (3, 1024, 16)
+
+
+def test_paths_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/one")
+    keys = ("runs", "data.path", "data.val_path", "objective.lpips.vgg", "objective.lpips.linear")
+    keys_of = {
+        "images": (*keys, "evaluation.inception", "evaluation.reference"), "molecules": ("runs", "data.path", "data.cache")
+    }  # fmt: skip
+    for modality, paths in keys_of.items():
+        data = {"modality": modality, "train": MINIMAL["train"]}
+        apply_overrides(data, [f"{key}=~/{key}" for key in paths])
+        config = Config.parse(data)
+        assert [attrgetter(key)(config) for key in paths] == [f"/home/one/{key}" for key in paths]
+    assert Config.parse(merged(data={"path": "./~/x~"})).data.path == "./~/x~"
 
 
 @pytest.mark.parametrize(

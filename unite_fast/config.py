@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,6 +38,17 @@ def _rising(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 Interval = Annotated[tuple[Fraction, Fraction], AfterValidator(_rising)]
+
+
+def _from_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        home = path.partition("/")[0]
+        raise ValueError(f"{path}: no home folder {home} is known here; ./{path} names a folder called {home}")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(_from_home)]  # ~ and ~user at its beginning stand for a home folder
 
 # Published sizes (UNITE, arXiv 2603.22283): depth L, width C, heads H.
 ENCODER_PRESETS = {
@@ -147,8 +159,8 @@ class LpipsConfig(Section):
     """Perceptual term of the reconstruction loss (LPIPS, VGG16)."""
 
     weight: Annotated[float, Field(ge=0)] = Field(1.0, description="lambda_p; 0 turns the term off")
-    vgg: str | None = Field(None, description="VGG16 weights: torchvision's state dict, .pth or .safetensors")
-    linear: str | None = Field(None, description="LPIPS 1x1 weights (lin0..lin4), .pth or .safetensors")
+    vgg: LocalPath | None = Field(None, description="VGG16 weights: torchvision's state dict, .pth or .safetensors")
+    linear: LocalPath | None = Field(None, description="LPIPS 1x1 weights (lin0..lin4), .pth or .safetensors")
     rescale: bool = Field(False, description="feed [-1, 1] as LPIPS was made for; false feeds [0, 1] as published")
     dropout: bool = Field(False, description="dropout 1/2 inside the 1x1 layers, as in the published run")
 
@@ -267,8 +279,8 @@ class DaliConfig(Section):
 class DataConfig(Section):
     """Images in class folders, one sub-folder a class, sorted by name; or in shards of `unite-fast data prepare`."""
 
-    path: str = Field(..., description="training images: class folders or prepared shards")
-    val_path: str | None = Field(None, description="held-out images of the same classes: class folders or prepared shards")
+    path: LocalPath = Field(..., description="training images: class folders or prepared shards")
+    val_path: LocalPath | None = Field(None, description="held-out images of the same classes: class folders or prepared shards")
     crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
     flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
     loader: Literal["auto", "workers", "dali"] = Field("auto", description="who reads: processes with Pillow, or NVIDIA DALI; auto: DALI on CUDA where it is installed, workers elsewhere and with cache")
@@ -306,8 +318,8 @@ class EvaluationConfig(Section):
     metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="measured at the end beside psnr, ssim and l1, as unite-fast evaluate does")
     metrics_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="epochs between such measurements during training; null: only at the end")
     count: PositiveInt = Field(50_000, description="generated images of these metrics, a multiple of model.num_classes")
-    reference: str | None = Field(None, description="mu/sigma file of the training images for gfid, .npz; unite-fast reference makes one")
-    inception: str | None = Field(None, description="Inception-v3 weights of the FID layout, pt_inception-2015-12-05-6726825d.pth")
+    reference: LocalPath | None = Field(None, description="mu/sigma file of the training images for gfid, .npz; unite-fast reference makes one")
+    inception: LocalPath | None = Field(None, description="Inception-v3 weights of the FID layout, pt_inception-2015-12-05-6726825d.pth")
     sheet_classes: PositiveInt = Field(10, description="classes (rows) on the sample sheet")
     sheet_columns: PositiveInt = Field(10, description="images a class on the sample sheet")
     batch: PositiveInt = Field(64, description="images a forward pass in evaluation")
@@ -318,7 +330,7 @@ class Config(Section):
 
     modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
     name: str = Field("run", pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="name of the run, used for its folder")
-    runs: str = Field("runs", description="folder that holds run folders")
+    runs: LocalPath = Field("runs", description="folder that holds run folders")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")

@@ -20,7 +20,7 @@ Every key of a configuration file, from the classes in `unite_fast/config.py` an
 (`python -m unite_fast.config_reference docs/configuration.md` writes this page). Any key can be overridden on the
 command line: `--set data.path=/data/imagenet/train train.global_batch=256`. A `preset` given there replaces the sizes
 that the file's own preset stands for (without one: the defaults), also those of a run's `config.json`, which states
-them all; other sizes of the file stay.
+them all; other sizes of the file stay. In paths `~` at the beginning stands for your home folder.
 """
 
 MOLECULES = """
