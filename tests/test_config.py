@@ -80,6 +80,7 @@ def test_overrides(tmp_path):
     for override, word in (
         ("train.global_batch", "key.path=value"),
         ("data.path.x=1", "not a section"),
+        ('model={"depth": 2, "depth": 3}', "'depth' is given more than once"),
         ("train.steps=" + "[" * 100_000, "train.steps"),
         ("train.steps=" + "9" * 5_000, "train.steps"),
     ):
@@ -88,8 +89,15 @@ def test_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "JSON object"), (None, "cannot read")],
-    ids=["cut", "deep", "array", "absent"],
+    ("text", "word"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "JSON object"),
+        (None, "cannot read"),
+        ('{"train": {"steps": 20, "seed": 0, "steps": 3}}', "c.json: 'steps' is given more than once"),
+    ],
+    ids=["cut", "deep", "array", "absent", "twice"],
 )
 def test_files_that_are_no_configuration(tmp_path, text, word):
     path = tmp_path / "c.json"
@@ -97,6 +105,12 @@ def test_files_that_are_no_configuration(tmp_path, text, word):
         path.write_text(text)
     with pytest.raises(UserError, match=word):
         Config.load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(MINIMAL), encoding="utf-8-sig")
+    assert Config.load(path) == Config.parse(MINIMAL)
 
 
 def test_preset_fills_sizes_and_explicit_sizes_win():

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 from abc import abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -389,13 +390,17 @@ class Config(Section):
         """Read a JSON file and apply `key.path=value` overrides (JSON values; anything else is a string).
 
         Raises:
-            UserError: missing file, broken JSON (with its line), unknown key, wrong type, impossible sizes.
+            UserError: missing file, broken JSON (with its line), a key given twice, unknown key, wrong type, impossible
+                sizes.
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            # Editors of Windows put a byte order mark before the text.
+            data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
         except OSError as error:
             raise UserError(f"cannot read configuration {path}: {error.strerror or error}") from None
+        except UserError as error:
+            raise UserError(f"configuration {path}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"configuration {path} is not JSON: {error}") from None
         if not isinstance(data, dict):
@@ -411,6 +416,15 @@ class Config(Section):
     def to_json(self) -> str:
         """The resolved configuration, every key present."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values as a dictionary; a UserError where a key stands twice."""
+    counts = Counter(key for key, _ in pairs)
+    twice = ", ".join(repr(key) for key, count in counts.items() if count > 1)
+    if twice:
+        raise UserError(f"{twice} is given more than once in one section: keep one")
+    return dict(pairs)
 
 
 def imported(name: str) -> Any:
@@ -442,7 +456,9 @@ def _parse_override(override: str) -> tuple[str, list[str], Any]:
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}") from None
     except (ValueError, RecursionError):
         value = text
     return override, key.split("."), value
