@@ -58,6 +58,8 @@ def test_reconstruction_sheet_puts_originals_above(tmp_path):
     assert _tiles(picture) == [[10, 20, 30], [11, 21, 31], [40, 50], [41, 51]]
     narrow, wide = pictures.GAP, 6 * pictures.GAP  # within a pair of rows, and between pairs
     assert picture.shape[0] == 2 * pictures.MARGIN + 4 * SCALE * SIZE + 2 * narrow + wide
+    pictures.reconstruction_sheet(_flat([10]), _flat([11]), path, label="training image with a long name")
+    assert _tiles(_read(path)) == [[10], [11]] and _read(path).shape[1] > picture.shape[1] - 2 * SCALE * SIZE
 
 
 def test_sample_sheet_goes_class_by_class(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unite_fast import load
-from unite_fast.engine import checkpoint
+from unite_fast.engine import checkpoint, report
 from unite_fast.engine.loop import Run, train
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch
@@ -60,6 +61,29 @@ def test_a_run_leaves_everything_behind(folder):
     ema = load_file(run / "checkpoints" / "step_00000020" / "ema.safetensors")
     for name, tensor in load(run).state_dict().items():
         assert torch.equal(tensor, ema[name]), name
+
+
+def test_reconstructions_of_training_images_say_so(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(report, "reconstruction_sheet", sheet := Mock(wraps=report.reconstruction_sheet))
+    run = train(config(folder, train={"steps": 2}))
+    told, page = capsys.readouterr().out, (run / "report.html").read_text()
+    assert "training images above their reconstructions: data.val_path names no" in told
+    assert "held-out originals" not in told
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["reconstructed"] == "training images: data.val_path names no held-out ones"
+    protocol = json.loads(next((run / "evaluations").glob("*.json")).read_text())["protocol"]
+    assert protocol["held_out"]["training_images"] and protocol["warnings"][0].startswith("psnr, ssim, l1: on training")
+    assert "Training images above their reconstructions" in page and "psnr, ssim, l1: on training images" in page
+    assert "at the end of training" not in page and "held-out reconstructions" not in page
+
+    own = train(config(folder, name="own", train={"steps": 2}, data={"val_path": str(folder / "val")}))
+    assert "held-out originals above their reconstructions" in capsys.readouterr().out
+    assert "reconstructed" not in json.loads((own / "summary.json").read_text())
+    assert "raining images above" not in (own / "report.html").read_text()
+    protocol = json.loads(next((own / "evaluations").glob("*.json")).read_text())["protocol"]
+    assert "training_images" not in protocol["held_out"] and not protocol["warnings"]
+    assert [call.kwargs["label"] for call in sheet.call_args_list] == ["training image", "original"]
 
 
 def test_bf16_autocast_keeps_float32_masters_and_trains(folder):

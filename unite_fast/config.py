@@ -281,7 +281,7 @@ class DataConfig(Section):
     """Images in class folders, one sub-folder a class, sorted by name; or in shards of `unite-fast data prepare`."""
 
     path: LocalPath = Field(..., description="training images: class folders or prepared shards")
-    val_path: LocalPath | None = Field(None, description="held-out images of the same classes: class folders or prepared shards")
+    val_path: LocalPath | None = Field(None, description="held-out images of the same classes: class folders or prepared shards; null: reconstructions are of training images, and say so")
     crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
     flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
     loader: Literal["auto", "workers", "dali"] = Field("auto", description="who reads: processes with Pillow, or NVIDIA DALI; auto: DALI on CUDA where it is installed, workers elsewhere and with cache")

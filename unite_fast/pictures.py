@@ -64,8 +64,10 @@ def comparison(original: Tensor, reconstruction: Tensor, path: str | Path) -> No
     _save(sheet, path)
 
 
-def reconstruction_sheet(originals: Tensor, reconstructions: Tensor, path: str | Path, *, columns: int = 8) -> None:
-    """Write originals above their reconstructions, each [N, 3, H, W], columns pairs in a row.
+def reconstruction_sheet(
+    originals: Tensor, reconstructions: Tensor, path: str | Path, *, columns: int = 8, label: str = "original"
+) -> None:
+    """Write originals above their reconstructions, each [N, 3, H, W], columns pairs in a row; label says of what.
 
     Raises:
         UserError: shapes that differ, NaN images (says how many), or a path that cannot be written.
@@ -75,7 +77,7 @@ def reconstruction_sheet(originals: Tensor, reconstructions: Tensor, path: str |
     rows: list[tuple[str, list[np.ndarray], int]] = []
     for first in range(0, len(above), columns):
         last_row = first + columns >= len(above)
-        rows.append(("original", list(above[first : first + columns]), GAP))
+        rows.append((label, list(above[first : first + columns]), GAP))
         rows.append(("reconstruction", list(below[first : first + columns]), 0 if last_row else 6 * GAP))
     _save(_sheet(rows), path)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -41,6 +43,7 @@ class Report:
     Attributes:
         shown: metrics of the final table.
         sheets: pictures of the final table, with what they show.
+        remarks: entries of summary.json on its metrics.
     """
 
     shown = (
@@ -53,6 +56,7 @@ class Report:
         ("reconstructions.png", "held-out originals above their reconstructions"),
         (FOLDER, "every metric with its protocol"),
     )
+    remarks: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -75,9 +79,14 @@ class Report:
         except UserError as error:
             raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
         self._evaluator = Evaluator(plan, config.model, self.world, self.classes, files=files)
+        self._originals = "training image" if plan.on_training else "original"
+        if plan.on_training:
+            what = "training images above their reconstructions: data.val_path names no held-out ones"
+            self.sheets = tuple((name, what if name == "reconstructions.png" else text) for name, text in self.sheets)
+            self.remarks = {"reconstructed": "training images: data.val_path names no held-out ones"}
         if self.world.is_main:
             self._held_out = load_images(
-                config.data.val_path or config.data.path, config.data, image_size=config.model.image_size,
+                plan.data, config.data, image_size=config.model.image_size,
                 num_classes=config.model.num_classes, limit=SHEET_RECONSTRUCTIONS, classes=self.classes,
             )[0]  # fmt: skip
 
@@ -117,7 +126,7 @@ class Report:
                 loss_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             measured = self._measure(model, steps)
             if self.world.is_main:
-                summary = measured | {
+                summary = measured | self.remarks | {
                     "steps": steps,
                     "training_seconds": round(seconds, 1),
                     "parameters": sum(p.numel() for p in self.engine.parameters.values()),
@@ -132,7 +141,10 @@ class Report:
         evaluation = self.config.evaluation
         spread = torch.linspace(0, len(self._held_out) - 1, min(SHEET_RECONSTRUCTIONS, len(self._held_out))).long()
         originals = self._held_out[spread]
-        reconstruction_sheet(originals, self._reconstruct(model, originals), self.folder / f"reconstructions{suffix}.png")
+        reconstruction_sheet(
+            originals, self._reconstruct(model, originals), self.folder / f"reconstructions{suffix}.png",
+            label=self._originals,
+        )  # fmt: skip
         classes = list(range(min(evaluation.sheet_classes, self.config.model.num_classes)))
         labels = torch.tensor(classes).repeat_interleave(evaluation.sheet_columns)
         sample_sheet(

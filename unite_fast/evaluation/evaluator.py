@@ -78,6 +78,12 @@ class Plan:
     lpips: LpipsConfig = LpipsConfig()
     save_images: Path | None = None
 
+    @property
+    def on_training(self) -> bool:
+        """Whether training images stand in for held-out ones."""
+        folders = self.data, self.train_data
+        return None not in folders and len({Path(folder).resolve() for folder in folders}) == 1
+
 
 def plan_of(config: Config, device: torch.device, metrics: tuple[str, ...] | None = None) -> Plan:
     """What a run measures of itself, or these metrics in the same way."""
@@ -291,6 +297,9 @@ class Evaluator:
             _warn(warnings, "rfid", frechet_caveat(len(held_out["real"]), FEATURES))
             sides = [gaussian_statistics(held_out[side].numpy()) for side in ("real", "rebuilt")]
             found["rfid"] = frechet_distance(*sides[0], *sides[1])
+        if held_out is not None and self.plan.on_training:
+            names = ", ".join(name for name in wanted if name in self._of_pairs | self._of_real)
+            _warn(warnings, names, "on training images: data.val_path (--data) names no held-out ones")
         if held_out is not None and "psnr" in held_out:
             both = summarise(held_out["psnr"], held_out["l1"])
             found |= {name: value for name, value in both.items() if name.split("_")[0] in (*wanted, "images")}
@@ -319,6 +328,7 @@ class Evaluator:
             sections["held_out"] = {
                 "path": plan.data, "count": used, "skipped": len(self.held_out.chosen) - used,
                 **self.held_out.about, **network, "image_size": self.sizes.image_size,
+                **({"training_images": True} if plan.on_training else {}),
             }  # fmt: skip
         if self.inception is not None:
             sections["inception"] = {

@@ -22,7 +22,7 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "kid": ("KID", "", "lower", "kernel distance of generated to real images"),
     "precision": ("precision", "", "higher", "share of generated images that look real"),
     "recall": ("recall", "", "higher", "share of real images that the generator reaches"),
-    "psnr": ("PSNR", "dB", "higher", "mean over held-out reconstructions"),
+    "psnr": ("PSNR", "dB", "higher", "mean over reconstructions"),
     "psnr_std": ("PSNR, spread", "dB", "", "standard deviation over images"),
     "psnr_worst": ("PSNR, worst image", "dB", "higher", ""),
     "ssim": ("SSIM", "", "higher", "structural similarity of reconstructions"),
@@ -41,8 +41,8 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
 HEADLINE = ("gfid", "fid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr", "coverage", "ssim", "lpips")
 # Entries of summary.json that say how the others were measured.
 SUMMARY_PROTOCOL = (
-    "images_generated", "images_train", "images_held_out", "images_reconstructed", "frechet_components", "neighbours",
-    "feature_side", "data", "steps", "training_seconds", "parameters", "made_by",
+    "images_generated", "images_train", "images_held_out", "images_reconstructed", "reconstructed",
+    "frechet_components", "neighbours", "feature_side", "data", "steps", "training_seconds", "parameters", "made_by",
 )  # fmt: skip
 NOT_PROTOCOL = ("model", "environment", "warnings")  # parts of a protocol that may differ between steps of one curve
 MOST_LINES = 5  # that a chart has colours for

@@ -58,6 +58,7 @@ def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now:
         fallback={name: sheet(run.path / f"{name}.png", SHEET_WIDTH) for name in ("samples", "reconstructions")}
         if probe is None or probe.originals is None
         else {},
+        of_training="reconstructed" in (run.summary or {}),
         history=_history(run),
         curves=_curves(run),
         latents=_latents(probe),
