@@ -336,6 +336,11 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "small has a precision of its own" in ask(metrics="small,precision")
     assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")
     assert "holds no checkpoint" in ask("--ema-decay", 0.9)
+    save_toy(tmp_path / "full")
+    (tmp_path / "full" / "evaluations").touch()
+    says = ask(model=tmp_path / "full")
+    assert says.startswith(f"cannot write evaluations into {tmp_path / 'full' / 'evaluations'}: Not a directory. Evaluate")
+    assert f"unite-fast export {tmp_path / 'full'} --out DIR" in says
     cut = tmp_path / "cut.npz"
     cut.write_bytes((files / "ref.npz").read_bytes()[:1000])
     assert "is truncated or no .npz" in ask("--reference", cut)

@@ -95,11 +95,11 @@ def check(
     Example: `unite-fast data check data/imagenet/train`
     """
     from unite_fast.data.check import check as examine
-    from unite_fast.data.check import require_writable
+    from unite_fast.data.check import require_place
     from unite_fast.data.source import open_source
 
     images = open_source(path, None, skip=False)
-    require_writable(path)
+    require_place(path)
     with progress("checking", len(images)) as bar:
         report = examine(
             images, size=size, jobs=jobs or _cores(),

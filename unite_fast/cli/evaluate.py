@@ -140,6 +140,7 @@ def evaluate(
     world = join_world(device.value)
     try:
         trained = open_trained(run, weights=weights.value, ema_decay=ema_decay)
+        _require_place(run_folder(run))
         special = modality(trained.config.modality).commands()
         if special is not None:
             special.evaluate(trained, run_folder(run), world, _typed(context, interval=window))
@@ -292,6 +293,18 @@ class _Session:
 def run_folder(path: Path) -> Path:
     """The run that a path belongs to: its grandparent for a checkpoint, because old checkpoints are deleted."""
     return path.parents[1] if path.parent.name == "checkpoints" else path
+
+
+def _require_place(run: Path) -> None:
+    """Refuse a run that takes neither pieces nor records, before anything is computed for them."""
+    from unite_fast.evaluation.protocol import FOLDER, WORK
+    from unite_fast.writable import require_writable
+
+    for folder in (run / FOLDER, run / FOLDER / WORK):
+        require_writable(
+            folder, "evaluations", f"Evaluate a copy of the weights: unite-fast export {run} --out DIR, then "
+            f"unite-fast evaluate DIR, with the options that the run's config.json answers here",
+        )  # fmt: skip
 
 
 def run_config(path: Path) -> Config | None:

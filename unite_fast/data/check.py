@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from unite_fast.data.processes import Holding, spread
 from unite_fast.data.shards import ShardFolder
 from unite_fast.data.skip_list import CHECK_RECORD
 from unite_fast.data.source import ImageSource, reason_of
-from unite_fast.errors import UserError
+from unite_fast.writable import require_writable
 
 CHUNK = 256  # images of a class-folder tree that a process takes at a time
 DIGEST = 16  # bytes: by chance, two of 10⁷ different files share one with probability 1e-25
@@ -109,19 +108,16 @@ def check(
     return report
 
 
-def require_writable(root: Path) -> None:
+def require_place(root: Path) -> None:
     """Refuse a folder that cannot take the record, before hours of reading.
 
     Raises:
         UserError: says what to do about it.
     """
-    try:
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {CHECK_RECORD} into {root}: {error.strerror}. Make a folder of your own that links to what "
-            f"is in it (mkdir mine && ln -s {root}/* mine/), and check and train on that"
-        ) from None
+    require_writable(
+        root, CHECK_RECORD, f"Make a folder of your own that links to what is in it (mkdir mine && ln -s {root}/* "
+        f"mine/), and check and train on that",
+    )  # fmt: skip
 
 
 def _examine_all(
