@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.config import Config, ModelConfig, apply_overrides
+from unite_fast.config import Config, ModelConfig
 from unite_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,16 +118,16 @@ def test_preset_fills_sizes_and_explicit_sizes_win():
     assert (model.depth, model.width, model.heads) == (3, 1024, 16)
 
 
-def test_paths_may_begin_at_home(monkeypatch):
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/one")
     keys = ("runs", "data.path", "data.val_path", "objective.lpips.vgg", "objective.lpips.linear")
     keys_of = {
         "images": (*keys, "evaluation.inception", "evaluation.reference"), "molecules": ("runs", "data.path", "data.cache")
     }  # fmt: skip
     for modality, paths in keys_of.items():
-        data = {"modality": modality, "train": MINIMAL["train"]}
-        apply_overrides(data, [f"{key}=~/{key}" for key in paths])
-        config = Config.parse(data)
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps({"modality": modality, "train": MINIMAL["train"]}))
+        config = Config.load(path, [f"{key}=~/{key}" for key in paths])
         assert [attrgetter(key)(config) for key in paths] == [f"/home/one/{key}" for key in paths]
     assert Config.parse(merged(data={"path": "./~/x~"})).data.path == "./~/x~"
 

@@ -12,14 +12,14 @@ import importlib
 import json
 import os
 from abc import abstractmethod
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from unite_fast.errors import UserError
-from unite_fast.section import Section, section_of
+from unite_fast.overrides import apply_overrides, parse_json
+from unite_fast.section import Section
 
 # The modalities: where the class of a run's configuration lives, and the class that `unite_fast.modality` describes.
 MODALITIES = {
@@ -396,7 +396,7 @@ class Config(Section):
         path = Path(path)
         try:
             # Editors of Windows put a byte order mark before the text.
-            data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+            data = parse_json(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"cannot read configuration {path}: {error.strerror or error}") from None
         except UserError as error:
@@ -405,7 +405,8 @@ class Config(Section):
             raise UserError(f"configuration {path} is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise UserError(f"configuration {path} must be a JSON object, found {type(data).__name__}")
-        apply_overrides(data, overrides)
+        known = MODALITIES.get(str(data.get("modality")), MODALITIES["images"])
+        apply_overrides(data, overrides, imported(known[0]))
         return cls.parse(data, source=f"configuration {path}")
 
     def require_images(self, what: str) -> None:
@@ -418,76 +419,7 @@ class Config(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's keys and values as a dictionary; a UserError where a key stands twice."""
-    counts = Counter(key for key, _ in pairs)
-    twice = ", ".join(repr(key) for key, count in counts.items() if count > 1)
-    if twice:
-        raise UserError(f"{twice} is given more than once in one section: keep one")
-    return dict(pairs)
-
-
 def imported(name: str) -> Any:
     """What `module:attribute` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
-    """Put `key.path=value` overrides into a configuration's dictionary.
-
-    A new preset takes the place of the sizes that the former one stood for (without a former one: of the defaults),
-    as a run's config.json states them all. Other sizes were chosen by hand and stay.
-
-    Raises:
-        UserError: an override of another form.
-    """
-    parsed = [_parse_override(override) for override in overrides]
-    for _, keys, value in parsed:
-        if keys[-1] == "preset" and value is not None:
-            _drop_preset(data, keys[:-1])
-    for override, keys, value in parsed:
-        _apply_override(data, override, keys, value)
-
-
-def _parse_override(override: str) -> tuple[str, list[str], Any]:
-    """The override, the parts of its key, its value."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key.path=value")
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except UserError as error:
-        raise UserError(f"override {override!r}: {error}") from None
-    except (ValueError, RecursionError):
-        value = text
-    return override, key.split("."), value
-
-
-def _drop_preset(data: dict[str, Any], path: list[str]) -> None:
-    """Take what its preset stands for out of a section; nothing where it is no section or its preset is unknown."""
-    modality = data.get("modality", "images")
-    if not isinstance(modality, str) or modality not in MODALITIES:
-        return
-    section, node = imported(MODALITIES[modality][0]), data
-    for part in path:
-        field, node = section.model_fields.get(part), node.get(part)
-        section = section_of(field.annotation) if field else None
-        if section is None or not isinstance(node, dict):
-            return
-    try:
-        stood_for = section.model_validate({"preset": node.get("preset")}).model_dump(mode="json")
-    except ValidationError:
-        return
-    for key in [key for key, value in node.items() if key in stood_for and value == stood_for[key]]:
-        del node[key]
-
-
-def _apply_override(data: dict[str, Any], override: str, keys: list[str], value: Any) -> None:
-    *parents, last = keys
-    node = data
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
-    node[last] = value

@@ -111,7 +111,8 @@ def plan(
 
 
 def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Config:
-    from unite_fast.config import ENCODER_PRESETS, Config, apply_overrides
+    from unite_fast.config import ENCODER_PRESETS, Config
+    from unite_fast.overrides import apply_overrides
 
     if (preset is None) == (path is None):
         raise UserError("give one of --preset (B, M, L, XL with the published recipe) and --config FILE")
@@ -126,7 +127,7 @@ def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Conf
         "train": {"epochs": PUBLISHED_EPOCHS[preset], "global_batch": 1024, "micro_batch": "auto", "zero_stage": 1},
         "data": {"path": "data/imagenet/train"},
     }
-    apply_overrides(values, overrides)
+    apply_overrides(values, overrides, Config)
     return Config.parse(values, source=f"preset {preset} with --set")
 
 
