@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,19 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(files):
         assert run(*command[3:]) == 0
     assert len(finished[0]) == 12 and all(finished[0][name] == at for name, at in before.items())
     assert (files / "model" / "evaluations" / "killed.json").exists()
+
+
+def test_pieces_of_another_folder_with_the_same_names_are_not_taken(files, tmp_path):
+    for index in range(6):
+        picture(tmp_path / "other" / f"{index % 2}" / f"{index:02d}.png", seed=100 + index)
+        picture(tmp_path / "val" / f"{index % 2}" / f"{index:02d}.png", seed=index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator_module.Work, "discard", lambda self: None)  # as where it is killed before the record
+        arguments = ["evaluate", files / "model", "--metrics", "psnr", "--batch", "5", "--name", "after", "--data"]
+        assert run(*arguments, tmp_path / "val") == run(*arguments, tmp_path / "other") == 0
+    after = json.loads((files / "model" / "evaluations" / "after.json").read_text())["metrics"]
+    shutil.rmtree(files / "model" / "evaluations" / ".work")
+    assert after == evaluate(files, "--data", tmp_path / "other", metrics="psnr", name="alone")["metrics"]
 
 
 def test_two_ranks_make_the_same_numbers(files):

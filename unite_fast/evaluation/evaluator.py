@@ -269,7 +269,8 @@ class Evaluator:
         real, pairs = self._of_real.intersection(wanted), self._of_pairs.intersection(wanted)
         if not (real or pairs):
             return None
-        key = self._key("held-out", about if pairs else {})
+        # Pictures are told apart by their names below the folder, which those of another may share.
+        key = self._key("held-out", about if pairs else {}) | {"data": str(Path(self.plan.data).resolve())}
         return self.held_out.measure(
             model, device, work, key, pairs=pairs, with_real=bool(real), seed=self.plan.seed, autocast=self._autocast
         )
