@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.world import World
 from unite_fast.importing import open_trained
 from unite_fast.molecules.report import MoleculeReport
-from unite_fast.molecules.stream import MoleculeStream, PropertyBins, load_parts
+from unite_fast.molecules.stream import MoleculeStream, PropertyBins, load_for_all, load_parts
 
 CPU = torch.device("cpu")
 
@@ -197,6 +198,11 @@ def test_what_is_left_out_is_said_in_every_session(tmp_path, caplog):
         load_parts(data)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "a.xyz: 6 molecules; left out: 1 × an element other than H C N O F" in caplog.text
+    caplog.clear()
+    with mock.patch.object(World, "all_true", lambda world, flag: flag):
+        for rank in range(2):
+            assert len(load_for_all(data, World(rank, 2, rank, CPU)).held_out) == 1
+    assert len(caplog.records) == 1, "by one rank"
 
 
 def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):

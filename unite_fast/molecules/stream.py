@@ -45,10 +45,12 @@ class Parts(NamedTuple):
     orientation: Orientation = "random"
 
 
-def load_parts(config: MoleculeDataConfig) -> Parts:
+def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
     """Read or make the molecules, arrange and divide them; the held-out part is the validation part.
 
-    Warns of what was left out, also where a cache holds the rest.
+    Args:
+        config: which molecules.
+        remark: warn of what was left out, also where a cache holds the rest.
 
     Raises:
         UserError: files that cannot be used, a set too small to divide.
@@ -63,7 +65,7 @@ def load_parts(config: MoleculeDataConfig) -> Parts:
 
         order = config.order
         molecules = load_molecules(config.path, order=order, strict=config.strict, cache=config.cache)
-        if molecules.skipped:
+        if remark and molecules.skipped:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
             log.warning("%s: %d molecules; left out: %s", config.path, len(molecules), reasons)
     if config.orientation == "aligned":
@@ -90,7 +92,7 @@ def load_for_all(config: MoleculeDataConfig, world: World) -> Parts:
             problem = error
     if not world.all_true(problem is None):
         raise problem or UserError("the main rank cannot use the molecules, see its message")
-    return parts or load_parts(config)
+    return parts or load_parts(config, remark=False)
 
 
 class PropertyBins:
