@@ -26,7 +26,8 @@ BASELINES, RECORDS = (Path(__file__).with_name(name) for name in ("baselines", "
 # known from the scatter of its rounds; the largest distance of those runs from their centre and half as much again,
 # which also sees what differs from process to process; and BAND_LEAST.
 BAND_SIGMAS, BAND_LARGEST, BAND_LEAST = 4.0, 1.5, 0.04
-# A fifth more time is ln 1.2 = 0.18 away. An entry whose runs scatter more than this cannot tell that from noise.
+# A fifth more time is ln 1.2 = 0.18 away. An entry whose runs scatter more than this cannot tell that from noise, so
+# that being within its band says nothing; beyond its band it is judged like any other.
 BAND_MOST = 0.12
 # A run's own error, from the scatter of its rounds, that is still judged.
 ERROR_SIGMAS = 3.0
@@ -96,10 +97,10 @@ def judge(run: dict[str, Ratio], baseline: dict[str, Entry]) -> list[Verdict]:
             continue
         distance = math.log(found.value / entry.ratio)
         allowed = max(entry.band, ERROR_SIGMAS * found.error)
-        if allowed > BAND_MOST:
-            word = NOISY
+        if abs(distance) > allowed:
+            word = SLOWER if distance < 0 else FASTER
         else:
-            word = SLOWER if distance < -allowed else FASTER if distance > allowed else WITHIN
+            word = WITHIN if allowed <= BAND_MOST else NOISY
         verdicts.append(Verdict(name, found.value, entry.ratio, allowed, word))
     return verdicts
 

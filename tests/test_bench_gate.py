@@ -103,9 +103,17 @@ def test_what_scatters_more_than_a_fifth_is_not_judged_and_nothing_judged_fails(
 
 def test_a_run_that_was_disturbed_is_not_judged():
     expected = {"a step s f vs plain": gate.Entry(1.25, 0.05)}
-    for ratio, error, word in ((1.0, 0.01, gate.SLOWER), (1.0, 0.06, gate.NOISY), (1.24, 0.01, gate.WITHIN)):
+    for ratio, error, word in ((1.0, 0.01, gate.SLOWER), (1.1, 0.06, gate.NOISY), (1.24, 0.01, gate.WITHIN)):
         assert gate.judge({"a step s f vs plain": contest.Ratio(ratio, error)}, expected)[0].word == word
     assert gate.judge({"new": contest.Ratio(1.0, 0.0)}, expected)[0].word == gate.NEW
+
+
+@pytest.mark.parametrize("ratio, word", [(0.125, gate.SLOWER), (1.0, gate.NOISY), (12.5, gate.FASTER)])
+def test_noise_does_not_excuse_what_lies_beyond_it(ratio, word):
+    expected = {"noisy": gate.Entry(1.25, 0.36), "steady": gate.Entry(1.25, 0.05)}
+    verdicts = gate.judge({"noisy": contest.Ratio(ratio, 0.01), "steady": contest.Ratio(1.25, 0.01)}, expected)
+    assert [verdict.word for verdict in verdicts] == [word, gate.WITHIN]
+    assert gate.passes(verdicts) == (word != gate.SLOWER)
 
 
 def test_rounds_alternate_and_ratios_are_paired():
