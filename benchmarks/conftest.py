@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gate
 import history
 import measure
@@ -13,6 +15,9 @@ RESULTS = pytest.StashKey[list]()
 INPUTS = pytest.StashKey[list]()
 BANDWIDTH = pytest.StashKey[float]()
 BASELINE = pytest.StashKey[dict]()
+VERDICTS = pytest.StashKey[list]()
+DESELECTED = pytest.StashKey[int]()
+FILES = frozenset(Path(__file__).resolve().parent.glob("test_*.py"))
 
 
 def pytest_addoption(parser):
@@ -24,6 +29,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RESULTS] = []
     config.stash[INPUTS] = []
+    config.stash[DESELECTED] = 0
     if measure.DEVICE == "cpu":
         # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
         torch.set_num_threads(1)
@@ -32,6 +38,17 @@ def pytest_configure(config):
             config.stash[BASELINE] = gate.read_baseline(measure.device_class())
         except FileNotFoundError as error:
             raise pytest.UsageError(str(error)) from None
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash[DESELECTED] += len(items)
+
+
+def _filtered(session) -> bool:
+    """Whether benchmarks were left out on purpose: by -k, -m and their like, or since nodes or files were chosen."""
+    chosen = any("::" in argument for argument in session.config.args)
+    return chosen or session.config.stash[DESELECTED] > 0 or not FILES <= {item.path.resolve() for item in session.items}
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +98,7 @@ def pytest_terminal_summary(terminalreporter, config):
         write(f"recorded in {measure.write_record(bandwidth, found, inputs)}")
         write(f"history drawn in {history.draw()}")
     if found and config.getoption("gate"):
-        verdicts = gate.judge(gate.measured(found), config.stash[BASELINE])
+        verdicts = config.stash[VERDICTS]
         write("")
         for line in [*gate.table(verdicts), gate.conclusion(verdicts)]:
             write(line)
@@ -155,6 +172,7 @@ def _write_operators(write, found, bandwidth):
 def pytest_sessionfinish(session):
     config = session.config
     if config.getoption("gate") and config.stash[RESULTS]:
-        verdicts = gate.judge(gate.measured(config.stash[RESULTS]), config.stash[BASELINE])
+        found = gate.measured(config.stash[RESULTS])
+        config.stash[VERDICTS] = verdicts = gate.judge(found, config.stash[BASELINE], part=_filtered(session))
         if not gate.passes(verdicts) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

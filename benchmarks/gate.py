@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ ERROR_SIGMAS = 3.0
 BASELINE_RUNS = 5  # fewer say nothing about scatter
 
 SLOWER, WITHIN, FASTER, NOISY, NEW = "SLOWER", "within", "faster", "too noisy", "not in it"
+MISSING, NOT_RUN = "MISSING", "not run"  # entries of the baseline without a ratio, in a whole run and in a part of one
 
 
 class Entry(NamedTuple):
@@ -49,10 +51,10 @@ class Entry(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One ratio of a run, judged."""
+    """One ratio of a run, or the lack of it, judged."""
 
     key: str
-    ratio: float
+    ratio: float | None
     expected: float | None
     band: float | None
     word: str
@@ -87,8 +89,14 @@ def baseline_of(runs: list[dict[str, Ratio]]) -> dict[str, Entry]:
     return {name: entry_of([run[name] for run in runs]) for name in runs[0] if name in shared}
 
 
-def judge(run: dict[str, Ratio], baseline: dict[str, Entry]) -> list[Verdict]:
-    """Every ratio of a run against the baseline."""
+def judge(run: dict[str, Ratio], baseline: dict[str, Entry], part: bool = False) -> list[Verdict]:
+    """Every ratio of a run against the baseline, and every entry of the baseline that the run lacks.
+
+    Args:
+        run: the ratios.
+        baseline: what they should be.
+        part: the run left out benchmarks on purpose, or was interrupted: what it lacks is no loss.
+    """
     verdicts = []
     for name, found in run.items():
         entry = baseline.get(name)
@@ -102,17 +110,19 @@ def judge(run: dict[str, Ratio], baseline: dict[str, Entry]) -> list[Verdict]:
         else:
             word = WITHIN if allowed <= BAND_MOST else NOISY
         verdicts.append(Verdict(name, found.value, entry.ratio, allowed, word))
-    return verdicts
+    lacking = NOT_RUN if part else MISSING
+    return verdicts + [Verdict(name, None, *entry, lacking) for name, entry in baseline.items() if name not in run]
 
 
 def passes(verdicts: list[Verdict]) -> bool:
-    """Whether nothing became slower, and something could be judged at all."""
+    """Whether nothing became slower or went missing, and something could be judged at all."""
     words = {verdict.word for verdict in verdicts}
-    return SLOWER not in words and bool(words & {WITHIN, FASTER})
+    return not words & {SLOWER, MISSING} and bool(words & {WITHIN, FASTER})
 
 
 def table(verdicts: list[Verdict]) -> list[str]:
-    """The verdicts as lines of text."""
+    """The verdicts as lines of text; what a part of a run leaves out has none."""
+    verdicts = [verdict for verdict in verdicts if verdict.word != NOT_RUN]
     width = max((len(verdict.key) for verdict in verdicts), default=0)
     lines = [f"{'times faster than the rival':{width}} {'now':>8} {'before':>8} {'change':>8} {'noise':>7}"]
     for name, ratio, expected, band, word in verdicts:
@@ -120,18 +130,28 @@ def table(verdicts: list[Verdict]) -> list[str]:
             lines.append(f"{name:{width}} {ratio:8.3f} {'-':>8} {'-':>8} {'-':>7}  {word}")
             continue
         noise = math.expm1(band)
+        if ratio is None:
+            lines.append(f"{name:{width}} {'-':>8} {expected:8.3f} {'-':>8} {noise:7.1%}  {word}")
+            continue
         lines.append(f"{name:{width}} {ratio:8.3f} {expected:8.3f} {ratio / expected - 1:8.1%} {noise:7.1%}  {word}")
     return lines
 
 
 def conclusion(verdicts: list[Verdict]) -> str:
     """One line: what the gate says, and of how many entries."""
-    count = {word: sum(v.word == word for v in verdicts) for word in (SLOWER, WITHIN, FASTER, NOISY, NEW)}
+    count = Counter(verdict.word for verdict in verdicts)
     judged = count[SLOWER] + count[WITHIN] + count[FASTER]
     rest = f"{judged} judged, {count[NOISY]} too noisy to tell a fifth, {count[NEW]} not in the baseline"
+    if count[NOT_RUN]:
+        rest += f", {count[NOT_RUN]} of the baseline not run"
+    faults = []
     if count[SLOWER]:
-        return f"gate: FAILED, {count[SLOWER]} slower than before ({rest})"
-    return f"gate: {'passed' if judged else 'FAILED, nothing could be judged'} ({rest})"
+        faults.append(f"{count[SLOWER]} slower than before")
+    if count[MISSING]:
+        faults.append(f"{count[MISSING]} of the baseline missing")
+    if not judged:
+        faults.append("nothing could be judged")
+    return f"gate: {', '.join(['FAILED', *faults]) if faults else 'passed'} ({rest})"
 
 
 def baseline_path(device_class: str) -> Path:

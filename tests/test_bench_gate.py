@@ -7,9 +7,11 @@ then a call that is interrupted and takes several times as long. Everything else
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +20,9 @@ sys.path.append(str(BENCHMARKS))
 import contest
 import gate
 import history
+import measure
 
+pytest_plugins = ("pytester",)
 ROUNDS, BASELINE_RUNS, LATER_RUNS = 11, 5, 10
 TRUE_SECONDS = {"step one": 0.4, "step two": 1.5, "denoise of one": 0.1}
 TRUE_RATIO = 1.25
@@ -178,6 +182,10 @@ def test_compare_exits_with_one_on_a_regression(tmp_path):
     same, slow = (run_gate("compare", paths["old"], paths[name]) for name in ("same", "slow"))
     assert same.returncode == 0 and "passed" in same.stdout, same.stdout + same.stderr
     assert slow.returncode == 1 and "SLOWER" in slow.stdout, slow.stdout + slow.stderr
+    less = tmp_path / "less.json"
+    less.write_text(json.dumps(record(machine.run()[1:], 4)))
+    lost = run_gate("compare", paths["old"], less)
+    assert lost.returncode == 1 and "1 of the baseline missing" in lost.stdout, lost.stdout + lost.stderr
     other = tmp_path / "other.json"
     other.write_text(json.dumps(record(machine.run(), 4, "gpu")))
     wrong = run_gate("compare", paths["old"], other)
@@ -205,6 +213,58 @@ def test_a_baseline_takes_runs_of_one_class_and_commit(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cpu-test.json").read_text())["runs"] == BASELINE_RUNS
     verdicts = gate.judge(gate.measured(machine.run()), gate.read_baseline("cpu-test"))
     assert len(verdicts) == len(TRUE_SECONDS) and gate.passes(verdicts)
+
+
+FAKES = """
+import pytest
+
+@pytest.mark.parametrize("name", {names})
+def test_fake(name, results):
+    results.append({{
+        "operator": name, "direction": "step", "shape": "4 images", "dtype": "float32", "seconds":
+        {{"ours": {{"low": 1.0, "median": 1.0, "high": 1.0}}}}, "times_faster_than": {{"plain": 1.25}},
+    }})
+"""
+
+
+@pytest.fixture
+def bench(pytester, monkeypatch):
+    """Runs pytest with the benchmarks' own conftest over three made-up ones in two files, whose baseline is met."""
+    for name in ("BASELINES", "RECORDS"):
+        monkeypatch.setattr(gate, name, pytester.path / name.lower())
+    monkeypatch.setattr(measure, "RECORDS", gate.RECORDS)
+    folder = pytester.mkdir("benchmarks")
+    shutil.copy(BENCHMARKS / "conftest.py", folder)
+    (folder / "test_steps.py").write_text(FAKES.format(names=["step one", "step two"]))
+    (folder / "test_parts.py").write_text(FAKES.format(names=["part of one"]))
+    write_expected("step one", "step two", "part of one")
+
+    def run(*arguments: str) -> SimpleNamespace:
+        ran = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+        said = [line for line in ran.outlines if "gate:" in line]
+        return SimpleNamespace(ret=ran.ret, last=said[-1] if said else "", text=ran.stdout.str() + ran.stderr.str())
+
+    return run
+
+
+def write_expected(*names: str) -> None:
+    """A baseline of this machine's class with these entries."""
+    gate.BASELINES.mkdir(exist_ok=True)
+    entries = {f"{name} step 4 images float32 vs plain": {"ratio": 1.25, "band": 0.05} for name in names}
+    gate.baseline_path(measure.device_class()).write_text(json.dumps({"entries": entries}))
+
+
+def test_what_a_run_lacks_of_the_baseline_fails_unless_it_was_left_out_on_purpose(bench):
+    whole = bench("benchmarks", "--gate")
+    assert whole.ret == 0 and "gate: passed (3 judged" in whole.last
+    for chosen in (["benchmarks", "-k", "one"], ["benchmarks/test_steps.py"], ["benchmarks/test_steps.py::test_fake"]):
+        part = bench(*chosen, "--gate")
+        assert part.ret == 0 and "gate: passed" in part.last and "1 of the baseline not run" in part.last
+        assert "MISSING" not in part.text
+    write_expected("step one", "step two", "part of one", "step three")
+    lost = bench("benchmarks", "--gate")
+    assert lost.ret == 1 and "gate: FAILED, 1 of the baseline missing (3 judged" in lost.last
+    assert "step three step 4 images float32 vs plain" in lost.text and "MISSING" in lost.text
 
 
 def test_the_committed_baselines_judge_the_steps():
