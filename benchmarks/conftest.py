@@ -17,6 +17,9 @@ BANDWIDTH = pytest.StashKey[float]()
 BASELINE = pytest.StashKey[dict]()
 VERDICTS = pytest.StashKey[list]()
 DESELECTED = pytest.StashKey[int]()
+INTERRUPTED = pytest.StashKey[str]()
+COMPLETE = pytest.StashKey[bool]()
+RAN = pytest.StashKey[int]()
 FILES = frozenset(Path(__file__).resolve().parent.glob("test_*.py"))
 
 
@@ -29,7 +32,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RESULTS] = []
     config.stash[INPUTS] = []
-    config.stash[DESELECTED] = 0
+    config.stash[DESELECTED] = config.stash[RAN] = 0
     if measure.DEVICE == "cpu":
         # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
         torch.set_num_threads(1)
@@ -43,6 +46,13 @@ def pytest_configure(config):
 def pytest_deselected(items):
     if items:
         items[0].config.stash[DESELECTED] += len(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    done = yield
+    item.config.stash[RAN] += 1
+    return done
 
 
 def _filtered(session) -> bool:
@@ -95,12 +105,14 @@ def pytest_terminal_summary(terminalreporter, config):
     if inputs:
         _write_inputs(write, inputs)
     if (found or inputs) and config.getoption("record"):
-        write(f"recorded in {measure.write_record(bandwidth, found, inputs)}")
-        write(f"history drawn in {history.draw()}")
+        complete = config.stash[COMPLETE]
+        path = measure.write_record(bandwidth, found, inputs, complete)
+        write(f"recorded in {path}" + ("" if complete else ", which no baseline takes: not all benchmarks ran well"))
+        write(f"history drawn in {history.draw(path.parent)}")
     if found and config.getoption("gate"):
         verdicts = config.stash[VERDICTS]
         write("")
-        for line in [*gate.table(verdicts), gate.conclusion(verdicts)]:
+        for line in [*gate.table(verdicts), gate.conclusion(verdicts, config.stash.get(INTERRUPTED, None))]:
             write(line)
 
 
@@ -171,8 +183,14 @@ def _write_operators(write, found, bandwidth):
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     config = session.config
+    ran, collected = config.stash[RAN], len(session.items)
+    if ran < collected or session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        config.stash[INTERRUPTED] = f"{ran} of {collected} ran"
+    part = _filtered(session) or INTERRUPTED in config.stash
+    config.stash[COMPLETE] = not part and session.exitstatus == pytest.ExitCode.OK
     if config.getoption("gate") and config.stash[RESULTS]:
         found = gate.measured(config.stash[RESULTS])
-        config.stash[VERDICTS] = verdicts = gate.judge(found, config.stash[BASELINE], part=_filtered(session))
-        if not gate.passes(verdicts) and session.exitstatus == pytest.ExitCode.OK:
+        config.stash[VERDICTS] = verdicts = gate.judge(found, config.stash[BASELINE], part)
+        failed = not gate.passes(verdicts) or INTERRUPTED in config.stash
+        if failed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -84,9 +84,8 @@ def entry_of(runs: list[Ratio]) -> Entry:
 
 
 def baseline_of(runs: list[dict[str, Ratio]]) -> dict[str, Entry]:
-    """The baseline of repeated runs: entries that all of them measured."""
-    shared = set.intersection(*(set(run) for run in runs))
-    return {name: entry_of([run[name] for run in runs]) for name in runs[0] if name in shared}
+    """The baseline of repeated runs, which have the same entries."""
+    return {name: entry_of([run[name] for run in runs]) for name in runs[0]}
 
 
 def judge(run: dict[str, Ratio], baseline: dict[str, Entry], part: bool = False) -> list[Verdict]:
@@ -137,8 +136,13 @@ def table(verdicts: list[Verdict]) -> list[str]:
     return lines
 
 
-def conclusion(verdicts: list[Verdict]) -> str:
-    """One line: what the gate says, and of how many entries."""
+def conclusion(verdicts: list[Verdict], interrupted: str | None = None) -> str:
+    """One line: what the gate says, and of how many entries.
+
+    Args:
+        verdicts: all of them.
+        interrupted: how far a run came that did not end by itself.
+    """
     count = Counter(verdict.word for verdict in verdicts)
     judged = count[SLOWER] + count[WITHIN] + count[FASTER]
     rest = f"{judged} judged, {count[NOISY]} too noisy to tell a fifth, {count[NEW]} not in the baseline"
@@ -151,6 +155,8 @@ def conclusion(verdicts: list[Verdict]) -> str:
         faults.append(f"{count[MISSING]} of the baseline missing")
     if not judged:
         faults.append("nothing could be judged")
+    if interrupted:
+        faults.append(f"interrupted: {interrupted}")
     return f"gate: {', '.join(['FAILED', *faults]) if faults else 'passed'} ({rest})"
 
 
@@ -175,24 +181,38 @@ def read_baseline(device_class: str) -> dict[str, Entry]:
 
 
 def write_baseline(records: list[dict]) -> Path:
-    """The baseline of the newest record and those of its class and commit, written; the file.
+    """The baseline of the newest record of a whole run and those of its class and commit, written; the file.
 
     Raises:
-        ValueError: too few of them.
+        ValueError: too few of them, or not all with the same entries.
     """
+    # Records from before `complete` do not say it: their entries tell.
+    records = [record for record in records if record.get("complete", True)]
     newest = max(records, key=lambda record: record["date"], default=None)
     if newest is None:
-        raise ValueError(f"there are no records; a baseline takes {BASELINE_RUNS}: pytest benchmarks/ --record")
+        raise ValueError(
+            f"there are no records of whole runs; a baseline takes {BASELINE_RUNS}: pytest benchmarks/ --record"
+        )
     if newest["uncommitted_changes"]:
         raise ValueError("the newest record is of changes that are not committed: commit them, and record again")
     same = ("device_class", "commit", "uncommitted_changes")
     records = [record for record in records if all(record[name] == newest[name] for name in same)]
     if len(records) < BASELINE_RUNS:
         raise ValueError(
-            f"a baseline takes {BASELINE_RUNS} records or more of one class and commit; of {newest['device_class']} at "
-            f"{str(newest['commit'])[:7]}, as the newest, there are {len(records)}: pytest benchmarks/ --record"
+            f"a baseline takes {BASELINE_RUNS} records or more of whole runs of one class and commit; of "
+            f"{newest['device_class']} at {str(newest['commit'])[:7]}, as the newest, there are {len(records)}: pytest benchmarks/ --record"
         )
-    entries = baseline_of([measured(record["results"]) for record in records])
+    runs = [measured(record["results"]) for record in records]
+    names = set().union(*runs)
+    for record, run in zip(records, runs, strict=True):
+        if run.keys() != names:
+            raise ValueError(
+                f"the record of {record['date']} lacks {len(names - run.keys())} of the {len(names)} entries of the "
+                f"others, such as {min(names - run.keys())}: remove the records of partial runs, or record again"
+            )
+    if not names:
+        raise ValueError(f"the records at {str(newest['commit'])[:7]} have no ratios: pytest benchmarks/ --record")
+    entries = baseline_of(runs)
     kept = {name: newest[name] for name in ("device", "device_class", "date", "commit", "torch") if name in newest}
     content = kept | {
         "runs": len(records),

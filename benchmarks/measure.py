@@ -171,14 +171,21 @@ def _cpuinfo(field: str) -> str | None:
     return None
 
 
-def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict]) -> Path:
-    """Write one run's results under records/ and return the file."""
+def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict], complete: bool) -> Path:
+    """Write one run's results under records/ and return the file.
+
+    Args:
+        bandwidth: bytes a second of a copy, where it was measured.
+        results: the rows of steps, parts, operators, sampling and metrics.
+        inputs: the rows of loaders.
+        complete: all benchmarks ran, as a baseline wants it.
+    """
     where = environment()
     name = "_".join(_slug(where[key]) for key in ("device", "date"))
     path = RECORDS / f"{name}.json"
     RECORDS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    record = where | {"copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
+    record = where | {"complete": complete, "copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path

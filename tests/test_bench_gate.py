@@ -204,7 +204,7 @@ def test_a_baseline_takes_runs_of_one_class_and_commit(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there are no records"):
         gate.write_baseline([])
     for other in (record(machine.run(), 9, "gpu"), record(machine.run(), 9, commit="d")):
-        with pytest.raises(ValueError, match="5 records or more of one class and commit.* there are 1"):
+        with pytest.raises(ValueError, match="5 records or more of whole runs of one class and commit.* there are 1"):
             gate.write_baseline([*runs, other])
     with pytest.raises(ValueError, match="not committed"):
         gate.write_baseline([*runs, record(machine.run(), 9) | {"uncommitted_changes": True}])
@@ -265,6 +265,53 @@ def test_what_a_run_lacks_of_the_baseline_fails_unless_it_was_left_out_on_purpos
     lost = bench("benchmarks", "--gate")
     assert lost.ret == 1 and "gate: FAILED, 1 of the baseline missing (3 judged" in lost.last
     assert "step three step 4 images float32 vs plain" in lost.text and "MISSING" in lost.text
+
+
+def test_a_record_of_a_part_of_a_run_is_no_record_for_a_baseline(bench):
+    whole = bench("benchmarks", "--record")
+    files = set(gate.RECORDS.glob("*.json"))
+    assert whole.ret == 0 and [gate.read_record(path)["complete"] for path in files] == [True]
+    for path in files:  # records are named by second
+        path.rename(path.with_name("whole.json"))
+    part = bench("benchmarks", "-k", "one", "--record")
+    assert part.ret == 0 and "which no baseline takes" in part.text
+    (path,) = set(gate.RECORDS.glob("*.json")) - {gate.RECORDS / "whole.json"}
+    assert gate.read_record(path)["complete"] is False
+
+
+def test_partial_records_never_enter_a_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "BASELINES", tmp_path)
+    machine = Machine(3)
+    runs = [record(machine.run(), day) for day in range(1, BASELINE_RUNS + 1)]
+    part = record(machine.run()[:1], 9)
+    whole = json.loads(gate.write_baseline([*runs, part | {"complete": False}]).read_text())
+    assert whole["runs"] == BASELINE_RUNS and len(whole["entries"]) == len(TRUE_SECONDS)
+    with pytest.raises(ValueError, match="2026-01-09.* lacks 2 of the 3 entries .*such as denoise of one step"):
+        gate.write_baseline([*runs, part])
+    with pytest.raises(ValueError, match="no ratios"):
+        gate.write_baseline([run | {"results": []} for run in runs])
+    with pytest.raises(ValueError, match="there are no records of whole runs"):
+        gate.write_baseline([part | {"complete": False}])
+
+
+def test_the_records_of_a_committed_baseline_write_it_again_byte_for_byte(tmp_path, monkeypatch):
+    committed = gate.baseline_path("cpu-intel-avx512").read_bytes()
+    origin = json.loads(committed)
+    monkeypatch.setattr(gate, "BASELINES", tmp_path)
+    records = [gate.read_record(path) for path in sorted(gate.RECORDS.glob("*.json"))]
+    same = [r for r in records if all(r[name] == origin[name] for name in ("device_class", "commit"))]
+    assert gate.write_baseline(same).read_bytes() == committed
+
+
+@pytest.mark.parametrize("stop", ["pytest.exit('enough')", "pytest.exit('enough', returncode=0)", "assert False"])
+def test_an_interrupted_gate_says_how_far_it_came(bench, stop):
+    (gate.BASELINES.parent / "benchmarks" / "test_parts.py").write_text(
+        f"import pytest\n\ndef test_broken():\n    {stop}\n\ndef test_later():\n    pass\n"
+    )
+    run = bench("benchmarks/test_steps.py", "benchmarks/test_parts.py", "-x", "--gate", "--record")
+    came = 2 + (stop == "assert False")
+    assert run.ret != 0 and f"gate: FAILED, interrupted: {came} of 4 ran (2 judged" in run.last
+    assert "MISSING" not in run.text and "which no baseline takes" in run.text
 
 
 def test_the_committed_baselines_judge_the_steps():
