@@ -36,6 +36,9 @@ def pytest_configure(config):
     if measure.DEVICE == "cpu":
         # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
         torch.set_num_threads(1)
+    # What xdist's -n sets, too; without it there is no such option.
+    if (config.getoption("gate") or config.getoption("record")) and config.getoption("dist", "no") != "no":
+        raise pytest.UsageError("--gate and --record time one benchmark at a time, in one process: run them without -n")
     if config.getoption("gate"):
         try:
             config.stash[BASELINE] = gate.read_baseline(measure.device_class())
@@ -58,7 +61,8 @@ def pytest_runtest_protocol(item):
 def _filtered(session) -> bool:
     """Whether benchmarks were left out on purpose: by -k, -m and their like, or since nodes or files were chosen."""
     chosen = any("::" in argument for argument in session.config.args)
-    return chosen or session.config.stash[DESELECTED] > 0 or not FILES <= {item.path.resolve() for item in session.items}
+    files = {item.path.resolve() for item in session.items}
+    return chosen or session.config.stash[DESELECTED] > 0 or not files >= FILES
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, config):
         path = measure.write_record(bandwidth, found, inputs, complete)
         write(f"recorded in {path}" + ("" if complete else ", which no baseline takes: not all benchmarks ran well"))
         write(f"history drawn in {history.draw(path.parent)}")
-    if found and config.getoption("gate"):
+    if config.getoption("gate"):
         verdicts = config.stash[VERDICTS]
         write("")
         for line in [*gate.table(verdicts), gate.conclusion(verdicts, config.stash.get(INTERRUPTED, None))]:
@@ -188,7 +192,7 @@ def pytest_sessionfinish(session):
         config.stash[INTERRUPTED] = f"{ran} of {collected} ran"
     part = _filtered(session) or INTERRUPTED in config.stash
     config.stash[COMPLETE] = not part and session.exitstatus == pytest.ExitCode.OK
-    if config.getoption("gate") and config.stash[RESULTS]:
+    if config.getoption("gate"):
         found = gate.measured(config.stash[RESULTS])
         config.stash[VERDICTS] = verdicts = gate.judge(found, config.stash[BASELINE], part)
         failed = not gate.passes(verdicts) or INTERRUPTED in config.stash

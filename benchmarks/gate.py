@@ -200,7 +200,8 @@ def write_baseline(records: list[dict]) -> Path:
     if len(records) < BASELINE_RUNS:
         raise ValueError(
             f"a baseline takes {BASELINE_RUNS} records or more of whole runs of one class and commit; of "
-            f"{newest['device_class']} at {str(newest['commit'])[:7]}, as the newest, there are {len(records)}: pytest benchmarks/ --record"
+            f"{newest['device_class']} at {str(newest['commit'])[:7]}, as the newest, there are {len(records)}: "
+            f"pytest benchmarks/ --record"
         )
     runs = [measured(record["results"]) for record in records]
     names = set().union(*runs)

@@ -267,6 +267,20 @@ def test_what_a_run_lacks_of_the_baseline_fails_unless_it_was_left_out_on_purpos
     assert "step three step 4 images float32 vs plain" in lost.text and "MISSING" in lost.text
 
 
+@pytest.mark.parametrize("option", ["--gate", "--record"])
+def test_benchmarks_that_compete_are_neither_judged_nor_recorded(bench, option):
+    pytest.importorskip("xdist")
+    run = bench("benchmarks", option, "-n", "2")
+    assert run.ret == pytest.ExitCode.USAGE_ERROR and "one benchmark at a time" in run.text
+    assert not gate.RECORDS.exists()
+
+
+def test_a_gate_without_ratios_fails(bench):
+    (gate.BASELINES.parent / "benchmarks" / "test_parts.py").write_text("def test_of_no_ratio():\n    pass\n")
+    run = bench("benchmarks", "-k", "no_ratio", "--gate")
+    assert run.ret == 1 and "gate: FAILED, nothing could be judged (0 judged" in run.last
+
+
 def test_a_record_of_a_part_of_a_run_is_no_record_for_a_baseline(bench):
     whole = bench("benchmarks", "--record")
     files = set(gate.RECORDS.glob("*.json"))
