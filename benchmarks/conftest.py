@@ -19,6 +19,7 @@ VERDICTS = pytest.StashKey[list]()
 DESELECTED = pytest.StashKey[int]()
 INTERRUPTED = pytest.StashKey[str]()
 COMPLETE = pytest.StashKey[bool]()
+SOURCE = pytest.StashKey[dict]()
 RAN = pytest.StashKey[int]()
 FILES = frozenset(Path(__file__).resolve().parent.glob("test_*.py"))
 
@@ -32,6 +33,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RESULTS] = []
     config.stash[INPUTS] = []
+    # Now, before the code is imported: files may change and commits be made while it is measured.
+    config.stash[SOURCE] = measure.source()
     config.stash[DESELECTED] = config.stash[RAN] = 0
     if measure.DEVICE == "cpu":
         # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
@@ -110,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, config):
         _write_inputs(write, inputs)
     if (found or inputs) and config.getoption("record"):
         complete = config.stash[COMPLETE]
-        path = measure.write_record(bandwidth, found, inputs, complete)
+        path = measure.write_record(config.stash[SOURCE], bandwidth, found, inputs, complete)
         write(f"recorded in {path}" + ("" if complete else ", which no baseline takes: not all benchmarks ran well"))
         write(f"history drawn in {history.draw(path.parent)}")
     if config.getoption("gate"):

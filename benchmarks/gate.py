@@ -193,6 +193,8 @@ def write_baseline(records: list[dict]) -> Path:
         raise ValueError(
             f"there are no records of whole runs; a baseline takes {BASELINE_RUNS}: pytest benchmarks/ --record"
         )
+    if newest["commit"] is None or newest["uncommitted_changes"] is None:
+        raise ValueError("the commit of the newest record is not known: record in a clone, where git is installed")
     if newest["uncommitted_changes"]:
         raise ValueError("the newest record is of changes that are not committed: commit them, and record again")
     same = ("device_class", "commit", "uncommitted_changes")

@@ -139,15 +139,9 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 def environment() -> dict:
-    """The machine and the software a number belongs to."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    elsewhere = ["--", ":/", ":(exclude)records"]  # records of the runs before are no change of what is measured
-    changes = subprocess.run(["git", "status", "--porcelain", *elsewhere], cwd=here, capture_output=True, text=True)
+    """The machine and the libraries a number belongs to."""
     described = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changes.stdout.strip()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__ if AVAILABLE else None,
@@ -161,6 +155,25 @@ def environment() -> dict:
     return described | {"device": _cpuinfo("model name") or platform.machine(), "threads": torch.get_num_threads()}
 
 
+def source() -> dict:
+    """The commit that is checked out, and whether there are changes beside it; None for both where git does not say."""
+    commit = _git("rev-parse", "HEAD")
+    # Records of the runs before are no change of what is measured.
+    changes = _git("status", "--porcelain", "--", ":/", ":(exclude)records")
+    if commit is None or changes is None:
+        return {"commit": None, "uncommitted_changes": None}
+    return {"commit": commit, "uncommitted_changes": bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the tree this file is in; None without git or outside of a repository."""
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
 def _cpuinfo(field: str) -> str | None:
     """What Linux says of the first core."""
     information = Path("/proc/cpuinfo")
@@ -171,10 +184,13 @@ def _cpuinfo(field: str) -> str | None:
     return None
 
 
-def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict], complete: bool) -> Path:
+def write_record(
+    checkout: dict, bandwidth: float | None, results: list[dict], inputs: list[dict], complete: bool
+) -> Path:
     """Write one run's results under records/ and return the file.
 
     Args:
+        checkout: what `source` said before anything was measured.
         bandwidth: bytes a second of a copy, where it was measured.
         results: the rows of steps, parts, operators, sampling and metrics.
         inputs: the rows of loaders.
@@ -185,7 +201,7 @@ def write_record(bandwidth: float | None, results: list[dict], inputs: list[dict
     path = RECORDS / f"{name}.json"
     RECORDS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    record = where | {"complete": complete, "copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
+    record = where | checkout | {"complete": complete, "copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path

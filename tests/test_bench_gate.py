@@ -293,6 +293,29 @@ def test_a_record_of_a_part_of_a_run_is_no_record_for_a_baseline(bench):
     assert gate.read_record(path)["complete"] is False
 
 
+def test_the_commit_of_a_record_is_that_of_the_beginning(bench, monkeypatch):
+    head = gate.RECORDS.with_name("head")
+    head.write_text("measured")
+    monkeypatch.setattr(measure, "source", lambda: {"commit": head.read_text(), "uncommitted_changes": False})
+    commits = f"\ndef test_commit(results):\n    open({str(head)!r}, 'w').write('later')\n"
+    (head.parent / "benchmarks" / "test_parts.py").write_text(FAKES.format(names=["part of one"]) + commits)
+    bench("benchmarks", "--record")
+    (path,) = gate.RECORDS.glob("*.json")
+    assert head.read_text() == "later" and gate.read_record(path)["commit"] == "measured"
+
+
+@pytest.mark.parametrize("lacking", ["repository", "git"])
+def test_a_record_of_an_unknown_commit_is_no_record_for_a_baseline(tmp_path, monkeypatch, lacking):
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    if lacking == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure.source() == {"commit": None, "uncommitted_changes": None}
+    unknown = [record(Machine(3).run(), day) | measure.source() for day in range(1, BASELINE_RUNS + 1)]
+    with pytest.raises(ValueError, match="commit of the newest record is not known"):
+        gate.write_baseline(unknown)
+
+
 def test_partial_records_never_enter_a_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "BASELINES", tmp_path)
     machine = Machine(3)
