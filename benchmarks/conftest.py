@@ -11,6 +11,8 @@ import pytest
 import torch
 from subjects import random_perceptual_weights
 
+from unite_fast.errors import UserError
+
 RESULTS = pytest.StashKey[list]()
 INPUTS = pytest.StashKey[list]()
 BANDWIDTH = pytest.StashKey[float]()
@@ -45,7 +47,7 @@ def pytest_configure(config):
     if config.getoption("gate"):
         try:
             config.stash[BASELINE] = gate.read_baseline(measure.device_class())
-        except FileNotFoundError as error:
+        except UserError as error:
             raise pytest.UsageError(str(error)) from None
 
 
@@ -111,16 +113,30 @@ def pytest_terminal_summary(terminalreporter, config):
         _write_operators(write, found, bandwidth)
     if inputs:
         _write_inputs(write, inputs)
-    if (found or inputs) and config.getoption("record"):
-        complete = config.stash[COMPLETE]
-        path = measure.write_record(config.stash[SOURCE], bandwidth, found, inputs, complete)
-        write(f"recorded in {path}" + ("" if complete else ", which no baseline takes: not all benchmarks ran well"))
+    try:
+        if (found or inputs) and config.getoption("record"):
+            _write_record(write, config)
+    finally:  # the verdict is told whatever becomes of the files
+        if config.getoption("gate"):
+            _write_verdicts(write, config)
+
+
+def _write_record(write, config):
+    complete, bandwidth = config.stash[COMPLETE], config.stash.get(BANDWIDTH, None)
+    rows = config.stash[RESULTS], config.stash[INPUTS]
+    path = measure.write_record(config.stash[SOURCE], bandwidth, *rows, complete)
+    write(f"recorded in {path}" + ("" if complete else ", which no baseline takes: not all benchmarks ran well"))
+    try:
         write(f"history drawn in {history.draw(path.parent)}")
-    if config.getoption("gate"):
-        verdicts = config.stash[VERDICTS]
-        write("")
-        for line in [*gate.table(verdicts), gate.conclusion(verdicts, config.stash.get(INTERRUPTED, None))]:
-            write(line)
+    except UserError as error:
+        write(f"history not drawn: {error}")
+
+
+def _write_verdicts(write, config):
+    verdicts = config.stash[VERDICTS]
+    write("")
+    for line in [*gate.table(verdicts), gate.conclusion(verdicts, config.stash.get(INTERRUPTED, None))]:
+        write(line)
 
 
 def _write_inputs(write, inputs):

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from contest import Ratio
 
+from unite_fast.errors import UserError
+
 BASELINES, RECORDS = (Path(__file__).with_name(name) for name in ("baselines", "records"))
 # The noise band of an entry is the largest of: BAND_SIGMAS times the error that a run of the baseline typically has,
 # known from the scatter of its rounds; the largest distance of those runs from their centre and half as much again,
@@ -32,6 +34,15 @@ BAND_SIGMAS, BAND_LARGEST, BAND_LEAST = 4.0, 1.5, 0.04
 BAND_MOST = 0.12
 # A run's own error, from the scatter of its rounds, that is still judged.
 ERROR_SIGMAS = 3.0
+KEY_FIELDS = ("operator", "direction", "shape", "dtype")
+# What is read of a record, and its kinds; a commit and changes that git did not know are None.
+RECORD_FIELDS = {
+    "device_class": str,
+    "date": str,
+    "commit": str | None,
+    "uncommitted_changes": bool | None,
+    "results": list,
+}
 BASELINE_RUNS = 5  # fewer say nothing about scatter
 
 SLOWER, WITHIN, FASTER, NOISY, NEW = "SLOWER", "within", "faster", "too noisy", "not in it"
@@ -62,7 +73,7 @@ class Verdict(NamedTuple):
 
 def key(result: dict, rival: str) -> str:
     """What identifies a ratio from run to run."""
-    return " ".join((result["operator"], result["direction"], result["shape"], result["dtype"], "vs", rival))
+    return " ".join((*(result[name] for name in KEY_FIELDS), "vs", rival))
 
 
 def measured(results: list[dict]) -> dict[str, Ratio]:
@@ -168,39 +179,46 @@ def read_baseline(device_class: str) -> dict[str, Entry]:
     """The committed baseline of a class.
 
     Raises:
-        FileNotFoundError: there is none; the message says how to make one.
+        UserError: there is none, and how to make one; or the file is no baseline.
     """
     path = baseline_path(device_class)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in BASELINES.glob("*.json"))) or "none"
-        raise FileNotFoundError(
+        raise UserError(
             f"no baseline for devices of class {device_class} (there are: {known}); record {BASELINE_RUNS} runs or "
             f"more with pytest benchmarks/ --record, then python benchmarks/gate.py baseline"
         )
-    return {name: Entry(**entry) for name, entry in json.loads(path.read_text())["entries"].items()}
+    entries = _read_object(path).get("entries")
+    whole = isinstance(entries, dict) and all(
+        isinstance(entry, dict) and entry.keys() == set(Entry._fields) and all(map(_positive, entry.values()))
+        for entry in entries.values()
+    )
+    if not whole or not entries:
+        raise UserError(f"{path} is not a baseline: it needs entries, each of a ratio and a band above 0")
+    return {name: Entry(**entry) for name, entry in entries.items()}
 
 
 def write_baseline(records: list[dict]) -> Path:
     """The baseline of the newest record of a whole run and those of its class and commit, written; the file.
 
     Raises:
-        ValueError: too few of them, or not all with the same entries.
+        UserError: too few of them, or not all with the same entries.
     """
     # Records from before `complete` do not say it: their entries tell.
     records = [record for record in records if record.get("complete", True)]
     newest = max(records, key=lambda record: record["date"], default=None)
     if newest is None:
-        raise ValueError(
+        raise UserError(
             f"there are no records of whole runs; a baseline takes {BASELINE_RUNS}: pytest benchmarks/ --record"
         )
     if newest["commit"] is None or newest["uncommitted_changes"] is None:
-        raise ValueError("the commit of the newest record is not known: record in a clone, where git is installed")
+        raise UserError("the commit of the newest record is not known: record in a clone, where git is installed")
     if newest["uncommitted_changes"]:
-        raise ValueError("the newest record is of changes that are not committed: commit them, and record again")
+        raise UserError("the newest record is of changes that are not committed: commit them, and record again")
     same = ("device_class", "commit", "uncommitted_changes")
     records = [record for record in records if all(record[name] == newest[name] for name in same)]
     if len(records) < BASELINE_RUNS:
-        raise ValueError(
+        raise UserError(
             f"a baseline takes {BASELINE_RUNS} records or more of whole runs of one class and commit; of "
             f"{newest['device_class']} at {str(newest['commit'])[:7]}, as the newest, there are {len(records)}: "
             f"pytest benchmarks/ --record"
@@ -209,12 +227,12 @@ def write_baseline(records: list[dict]) -> Path:
     names = set().union(*runs)
     for record, run in zip(records, runs, strict=True):
         if run.keys() != names:
-            raise ValueError(
+            raise UserError(
                 f"the record of {record['date']} lacks {len(names - run.keys())} of the {len(names)} entries of the "
                 f"others, such as {min(names - run.keys())}: remove the records of partial runs, or record again"
             )
     if not names:
-        raise ValueError(f"the records at {str(newest['commit'])[:7]} have no ratios: pytest benchmarks/ --record")
+        raise UserError(f"the records at {str(newest['commit'])[:7]} have no ratios: pytest benchmarks/ --record")
     entries = baseline_of(runs)
     kept = {name: newest[name] for name in ("device", "device_class", "date", "commit", "torch") if name in newest}
     content = kept | {
@@ -233,15 +251,14 @@ def compare(old: dict, new: dict) -> list[Verdict]:
     """Two records: the noise is that of the old one's class where a baseline is committed, else of their own rounds.
 
     Raises:
-        ValueError: records of different classes.
+        UserError: records of different classes.
     """
-    if old["device_class"] != new["device_class"]:
-        raise ValueError(f"the records are of different classes: {old['device_class']} and {new['device_class']}")
+    device_class = old["device_class"]
+    if device_class != new["device_class"]:
+        raise UserError(f"the records are of different classes: {device_class} and {new['device_class']}")
     before = measured(old["results"])
-    try:
-        bands = {name: entry.band for name, entry in read_baseline(old["device_class"]).items()}
-    except FileNotFoundError:
-        bands = {}
+    baseline = read_baseline(device_class) if baseline_path(device_class).is_file() else {}
+    bands = {name: entry.band for name, entry in baseline.items()}
     least = {name: max(bands.get(name, BAND_LEAST), ERROR_SIGMAS * ratio.error) for name, ratio in before.items()}
     return judge(measured(new["results"]), {name: Entry(before[name].value, least[name]) for name in before})
 
@@ -262,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{path}: {len(entries)} entries, {gated} steady enough to judge a fifth")
             return 0
         verdicts = compare(read_record(options.old), read_record(options.new))
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         print(f"gate.py: {error}", file=sys.stderr)
         return 2
     print("\n".join([*table(verdicts), conclusion(verdicts)]))
@@ -273,15 +290,45 @@ def read_record(path: Path) -> dict:
     """A record that `pytest benchmarks/ --record` wrote.
 
     Raises:
-        ValueError: not JSON, or something else than a record.
+        UserError: not JSON, or something else than a record.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or not {"device_class", "results"} <= record.keys():
-        raise ValueError(f"{path} is not a record of pytest benchmarks/ --record")
+    record = _read_object(path)
+    for name, kinds in RECORD_FIELDS.items():
+        if not isinstance(record.get(name, ...), kinds):
+            raise UserError(f"{path} is not a record of pytest benchmarks/ --record: its {name} is missing or malformed")
+    for number, result in enumerate(record["results"]):
+        if not _is_result(result):
+            raise UserError(f"{path}: result {number} lacks a field, or has a ratio that is not a number above 0")
     return record
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return found
+
+
+def _is_result(result: object) -> bool:
+    if not isinstance(result, dict):
+        return False
+    if "operator" not in result:
+        return True
+    ratios, errors = result.get("times_faster_than", {}), result.get("ratio_error", {})
+    return (
+        all(isinstance(result.get(name), str) for name in KEY_FIELDS)
+        and (isinstance(ratios, dict) and isinstance(errors, dict))
+        and all(map(_positive, ratios.values()))
+        and all(error == 0 or _positive(error) for error in errors.values())
+    )
+
+
+def _positive(number: object) -> bool:
+    """Whether this is a number whose logarithm is one."""
+    return isinstance(number, int | float) and math.isfinite(number) and number > 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ GOAL = {"cpu": ("step quickstart", 1 / 0.8), "gpu": ("step", 1.3)}  # of the pro
 
 
 def draw(folder: Path = gate.RECORDS) -> Path:
-    """Write history.png from the records of a folder: a row a class of device, steps in bold, parts behind them."""
+    """Write history.png from the records of a folder: a row a class of device, steps in bold, parts behind them.
+
+    Raises:
+        UserError: one of them is no record.
+    """
     records = sorted((gate.read_record(path) for path in folder.glob("*.json")), key=lambda record: record["date"])
     classes: dict[str, list[dict]] = defaultdict(list)
     for record in records:

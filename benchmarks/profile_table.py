@@ -22,6 +22,7 @@ from unite_fast.analysis.parts import Part, Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
+from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
 
 README = Path(__file__).with_name("README.md")
@@ -129,7 +130,7 @@ def main() -> int:
     parser.add_argument("record", type=Path)
     try:
         rewrite(gate.read_record(parser.parse_args().record))
-    except (OSError, ValueError) as error:
+    except (OSError, UserError, ValueError) as error:
         print(f"profile_table.py: {error}", file=sys.stderr)
         return 2
     return 0

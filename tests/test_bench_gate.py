@@ -22,6 +22,8 @@ import gate
 import history
 import measure
 
+from unite_fast.errors import UserError
+
 pytest_plugins = ("pytester",)
 ROUNDS, BASELINE_RUNS, LATER_RUNS = 11, 5, 10
 TRUE_SECONDS = {"step one": 0.4, "step two": 1.5, "denoise of one": 0.1}
@@ -199,14 +201,14 @@ def test_a_baseline_takes_runs_of_one_class_and_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "BASELINES", tmp_path)
     machine = Machine(3)
     runs = [record(machine.run(), day) for day in range(1, BASELINE_RUNS + 1)]
-    with pytest.raises(FileNotFoundError, match="gate.py baseline"):
+    with pytest.raises(UserError, match="gate.py baseline"):
         gate.read_baseline("cpu-test")
-    with pytest.raises(ValueError, match="there are no records"):
+    with pytest.raises(UserError, match="there are no records"):
         gate.write_baseline([])
     for other in (record(machine.run(), 9, "gpu"), record(machine.run(), 9, commit="d")):
-        with pytest.raises(ValueError, match="5 records or more of whole runs of one class and commit.* there are 1"):
+        with pytest.raises(UserError, match="5 records or more of whole runs of one class and commit.* there are 1"):
             gate.write_baseline([*runs, other])
-    with pytest.raises(ValueError, match="not committed"):
+    with pytest.raises(UserError, match="not committed"):
         gate.write_baseline([*runs, record(machine.run(), 9) | {"uncommitted_changes": True}])
     slow = [record(machine.run(2.0), 0, "gpu"), record(machine.run(2.0), 0, commit="b")]
     assert gate.write_baseline([*slow, *runs]) == tmp_path / "cpu-test.json"
@@ -312,8 +314,50 @@ def test_a_record_of_an_unknown_commit_is_no_record_for_a_baseline(tmp_path, mon
         monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.source() == {"commit": None, "uncommitted_changes": None}
     unknown = [record(Machine(3).run(), day) | measure.source() for day in range(1, BASELINE_RUNS + 1)]
-    with pytest.raises(ValueError, match="commit of the newest record is not known"):
+    with pytest.raises(UserError, match="commit of the newest record is not known"):
         gate.write_baseline(unknown)
+
+
+ROW = {"operator": "a", "direction": "step", "shape": "s", "dtype": "f", "times_faster_than": {"plain": 1.25}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"uncommitted_changes": ...}, {"date": ...}, {"results": None}, {"results": [None]},
+        {"results": [{"operator": "a"}]}, {"results": [ROW | {"direction": None}]},
+        {"results": [ROW | {"times_faster_than": {"plain": 0}}]},
+        {"results": [ROW | {"times_faster_than": {"plain": math.nan}}]},
+        {"results": [ROW | {"ratio_error": {"plain": -0.1}}]},
+    ],
+)  # fmt: skip
+def test_a_malformed_record_is_refused_by_name(tmp_path, change):
+    path = tmp_path / "this.json"
+    whole = record([ROW], 1)
+    path.write_text(json.dumps(whole))
+    assert gate.read_record(path) == whole
+    path.write_text(json.dumps({name: value for name, value in (whole | change).items() if value is not ...}))
+    with pytest.raises(UserError, match=r"this\.json"):
+        gate.read_record(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", "[]", '{"entries": {"a": 1}}', '{"entries": {"a": {"ratio": NaN, "band": 0.1}}}', '{"entries": {}}'],
+)
+def test_a_malformed_baseline_is_refused_by_name(bench, content):
+    path = gate.baseline_path(measure.device_class())
+    path.write_text(content)
+    run = bench("benchmarks", "--gate")
+    assert run.ret == pytest.ExitCode.USAGE_ERROR and str(path) in run.text and "INTERNALERROR" not in run.text
+
+
+def test_the_verdict_is_told_where_the_history_cannot_be_drawn(bench):
+    gate.RECORDS.mkdir()
+    (gate.RECORDS / "broken.json").write_text("{")
+    run = bench("benchmarks", "--gate", "--record")
+    assert run.ret == 0 and "gate: passed" in run.last
+    assert "history not drawn" in run.text and "broken.json is not JSON" in run.text and "INTERNALERROR" not in run.text
 
 
 def test_partial_records_never_enter_a_baseline(tmp_path, monkeypatch):
@@ -323,11 +367,11 @@ def test_partial_records_never_enter_a_baseline(tmp_path, monkeypatch):
     part = record(machine.run()[:1], 9)
     whole = json.loads(gate.write_baseline([*runs, part | {"complete": False}]).read_text())
     assert whole["runs"] == BASELINE_RUNS and len(whole["entries"]) == len(TRUE_SECONDS)
-    with pytest.raises(ValueError, match="2026-01-09.* lacks 2 of the 3 entries .*such as denoise of one step"):
+    with pytest.raises(UserError, match="2026-01-09.* lacks 2 of the 3 entries .*such as denoise of one step"):
         gate.write_baseline([*runs, part])
-    with pytest.raises(ValueError, match="no ratios"):
+    with pytest.raises(UserError, match="no ratios"):
         gate.write_baseline([run | {"results": []} for run in runs])
-    with pytest.raises(ValueError, match="there are no records of whole runs"):
+    with pytest.raises(UserError, match="there are no records of whole runs"):
         gate.write_baseline([part | {"complete": False}])
 
 
