@@ -43,6 +43,9 @@ RECORD_FIELDS = {
     "uncommitted_changes": bool | None,
     "results": list,
 }
+# Of the entries judged, the share faster than the baseline that is no change of the code but of the machine: of runs of
+# unchanged code, each judged by the four others of its baseline, at most 1 of 56 was.
+FASTER_MOST = 0.25
 BASELINE_RUNS = 5  # fewer say nothing about scatter
 
 SLOWER, WITHIN, FASTER, NOISY, NEW = "SLOWER", "within", "faster", "too noisy", "not in it"
@@ -168,7 +171,13 @@ def conclusion(verdicts: list[Verdict], interrupted: str | None = None) -> str:
         faults.append("nothing could be judged")
     if interrupted:
         faults.append(f"interrupted: {interrupted}")
-    return f"gate: {', '.join(['FAILED', *faults]) if faults else 'passed'} ({rest})"
+    line = f"gate: {', '.join(['FAILED', *faults]) if faults else 'passed'} ({rest})"
+    if count[FASTER] > FASTER_MOST * judged:
+        line += (
+            f"; {count[FASTER]} are faster together, so the machine's state seems to differ from the baseline's. Under "
+            f"load rivals slow down more than ours, which may hide a regression: repeat on a quiet machine"
+        )
+    return line
 
 
 def baseline_path(device_class: str) -> Path:

@@ -122,6 +122,14 @@ def test_noise_does_not_excuse_what_lies_beyond_it(ratio, word):
     assert gate.passes(verdicts) == (word != gate.SLOWER)
 
 
+@pytest.mark.parametrize("faster, told", [(2, False), (3, True)])
+def test_many_faster_together_are_told_to_be_the_machine(faster, told):
+    expected = {f"{number}": gate.Entry(1.25, 0.05) for number in range(8)}
+    run = {name: contest.Ratio(1.5 if int(name) < faster else 1.25, 0.01) for name in expected}
+    verdicts = gate.judge(run, expected)
+    assert gate.passes(verdicts) and ("repeat on a quiet machine" in gate.conclusion(verdicts)) == told
+
+
 def test_rounds_alternate_and_ratios_are_paired():
     order = []
     turns = {"ours": lambda: order.append("ours") or 2.0, "plain": lambda: order.append("plain") or 3.0}
