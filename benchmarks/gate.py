@@ -80,7 +80,7 @@ def key(result: dict, rival: str) -> str:
 
 
 def measured(results: list[dict]) -> dict[str, Ratio]:
-    """The ratios of the step, its parts and the operators in a run's results; an error that is not stated counts as 0."""
+    """The ratios of steps, parts and operators in a run's results; an error that is not stated counts as 0."""
     return {
         key(result, rival): Ratio(value, result.get("ratio_error", {}).get(rival, 0.0))
         for result in results
@@ -172,7 +172,7 @@ def conclusion(verdicts: list[Verdict], interrupted: str | None = None) -> str:
     if interrupted:
         faults.append(f"interrupted: {interrupted}")
     line = f"gate: {', '.join(['FAILED', *faults]) if faults else 'passed'} ({rest})"
-    if count[FASTER] > FASTER_MOST * judged:
+    if count[FASTER] > max(1, FASTER_MOST * judged):  # one alone is no state of the machine
         line += (
             f"; {count[FASTER]} are faster together, so the machine's state seems to differ from the baseline's. Under "
             f"load rivals slow down more than ours, which may hide a regression: repeat on a quiet machine"
@@ -304,7 +304,7 @@ def read_record(path: Path) -> dict:
     record = _read_object(path)
     for name, kinds in RECORD_FIELDS.items():
         if not isinstance(record.get(name, ...), kinds):
-            raise UserError(f"{path} is not a record of pytest benchmarks/ --record: its {name} is missing or malformed")
+            raise UserError(f"{path} is not a record of pytest benchmarks/ --record: {name} is missing or malformed")
     for number, result in enumerate(record["results"]):
         if not _is_result(result):
             raise UserError(f"{path}: result {number} lacks a field, or has a ratio that is not a number above 0")

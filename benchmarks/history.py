@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from unite_fast.errors import UserError
 
 GOAL = {"cpu": ("step quickstart", 1 / 0.8), "gpu": ("step", 1.3)}  # of the project: ratios the step should reach
 
@@ -64,4 +67,7 @@ def _draw_class(axis: plt.Axes, device_class: str, runs: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    print(draw())
+    try:
+        print(draw())
+    except UserError as error:
+        sys.exit(f"history.py: {error}")

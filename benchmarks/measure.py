@@ -201,7 +201,8 @@ def write_record(
     path = RECORDS / f"{name}.json"
     RECORDS.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    record = where | checkout | {"complete": complete, "copy_bytes_per_second": bandwidth, "results": results, "input": inputs}
+    rows = {"results": results, "input": inputs}
+    record = where | checkout | {"complete": complete, "copy_bytes_per_second": bandwidth} | rows
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -122,9 +122,9 @@ def test_noise_does_not_excuse_what_lies_beyond_it(ratio, word):
     assert gate.passes(verdicts) == (word != gate.SLOWER)
 
 
-@pytest.mark.parametrize("faster, told", [(2, False), (3, True)])
-def test_many_faster_together_are_told_to_be_the_machine(faster, told):
-    expected = {f"{number}": gate.Entry(1.25, 0.05) for number in range(8)}
+@pytest.mark.parametrize("entries, faster, told", [(8, 2, False), (8, 3, True), (2, 1, False)])
+def test_many_faster_together_are_told_to_be_the_machine(entries, faster, told):
+    expected = {f"{number}": gate.Entry(1.25, 0.05) for number in range(entries)}
     run = {name: contest.Ratio(1.5 if int(name) < faster else 1.25, 0.01) for name in expected}
     verdicts = gate.judge(run, expected)
     assert gate.passes(verdicts) and ("repeat on a quiet machine" in gate.conclusion(verdicts)) == told
@@ -409,6 +409,12 @@ def test_the_committed_baselines_judge_the_steps():
     for file in files:
         steps = {name: e for name, e in gate.read_baseline(file.stem).items() if name.startswith("step ")}
         assert steps and all(entry.band <= gate.BAND_MOST for entry in steps.values()), file
+
+
+def test_the_history_says_which_record_is_broken_in_one_line(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json is not JSON"):
+        history.draw(tmp_path)
 
 
 def test_the_history_is_drawn(tmp_path):
