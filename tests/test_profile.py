@@ -16,7 +16,7 @@ from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import image_operations
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import Op, Part, Rates
-from unite_fast.analysis.profiled_step import seconds_of_collectives_alone
+from unite_fast.analysis.profiled_step import ProfiledStep, seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
@@ -119,6 +119,23 @@ def test_communication_counts_where_nothing_is_computed():
         Event("step", 0, 20, cuda=True, annotation=True),
     ]  # fmt: skip
     assert seconds_of_collectives_alone(on_gpu) == pytest.approx(1)
+    # A range on the device's timeline counts nothing once more; a collective that outlasts the update counts in part.
+    updates = [Event("optimizer", 2.5, 3.5, cuda=True, annotation=True), Event("optimizer", 3.5, 5.5)]
+    assert seconds_of_collectives_alone(reductions + updates, "optimizer") == pytest.approx(2)
+    assert seconds_of_collectives_alone(reductions + computing + updates, "optimizer") == pytest.approx(1)
+    assert seconds_of_collectives_alone(reductions + updates) == pytest.approx(6)
+
+
+def test_collectives_of_the_update_count_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ProfiledStep, "timed", lambda self: (20.0, 0.0, 6.0))
+    monkeypatch.setattr(ProfiledStep, "traced", lambda self, path: (5.0, 4.0))
+    path = config_file(tmp_path)
+    assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "1", "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    *parts, update = numbers["parts"]
+    assert (update["forward"], numbers["communication_seconds"]) == (2, 5)
+    passes = sum(row["forward"] + row["backward"] for row in parts)
+    assert numbers["other_seconds"] == pytest.approx(20 - 2 - 5 - passes)
 
 
 def losses() -> StepLosses:

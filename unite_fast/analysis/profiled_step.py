@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, Stream
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import TwoPassObjective, two_pass_step
+
+UPDATE = "optimizer"  # its range in the trace
 
 
 def now(device: torch.device) -> float:
@@ -94,9 +96,9 @@ class ProfiledStep:
             self.extent += inputs.extent
             self._passes(inputs, index)
         passed = now(device)
-        with record_function("optimizer"):
+        with record_function(UPDATE):
             self.engine.step()
-        ended = now(device)
+            ended = now(device)  # inside, so that what is traced is what is timed
         return ended - began, waited, ended - passed
 
     def _passes(self, inputs: Inputs, index: int) -> None:
@@ -110,10 +112,13 @@ class ProfiledStep:
             last=index + 1 == accumulation,
         )  # fmt: skip
 
-    def traced(self, path: Path | None) -> float:
-        """Seconds a step in collectives alone, from a trace of two steps that is also written to `path`."""
+    def traced(self, path: Path | None) -> tuple[float, float]:
+        """Seconds a step in collectives alone, and how many of them in the update.
+
+        From a trace of two steps that is also written to `path`.
+        """
         if path is None and self.world.size == 1:
-            return 0.0
+            return 0.0, 0.0
         activities = [ProfilerActivity.CPU]
         if self.world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -124,7 +129,8 @@ class ProfiledStep:
                     self.timed()
         if path is not None and self.world.is_main:
             _write_trace(recorded, path)
-        return seconds_of_collectives_alone(recorded.events()) / 2
+        whole, update = (seconds_of_collectives_alone(recorded.events(), during) for during in (None, UPDATE))
+        return whole / 2, update / 2
 
     @contextmanager
     def _named(self):
@@ -156,15 +162,27 @@ class ProfiledStep:
                 hook.remove()
 
 
-def seconds_of_collectives_alone(events: Iterable[Any]) -> float:
-    """Seconds in which collectives of a profiler's events run and nothing is computed: what overlap does not hide."""
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in events:
-        collective = _is_collective(event)
-        if collective is not None:
-            spans[collective].append((event.time_range.start, event.time_range.end))
-    together = _covered(spans[True] + spans[False])
-    return (together - _covered(spans[False])) / 1e6
+def seconds_of_collectives_alone(events: Sequence[Any], during: str | None = None) -> float:
+    """Seconds in which collectives of a profiler's events run and nothing is computed: what overlap does not hide.
+
+    Args:
+        events: the profiler's.
+        during: counts those within the host's ranges of this name only; None counts all.
+    """
+    windows = [(-math.inf, math.inf)]
+    if during is not None:
+        named = (e for e in events if e.name == during and e.device_type == torch.autograd.DeviceType.CPU)
+        windows = [(e.time_range.start, e.time_range.end) for e in named]
+    alone = 0.0
+    for opened, closed in windows:
+        spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for event in events:
+            start, end = max(event.time_range.start, opened), min(event.time_range.end, closed)
+            collective = _is_collective(event)
+            if collective is not None and start < end:
+                spans[collective].append((start, end))
+        alone += _covered(spans[True] + spans[False]) - _covered(spans[False])
+    return alone / 1e6
 
 
 def _is_collective(event: Any) -> bool | None:

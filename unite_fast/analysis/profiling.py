@@ -73,10 +73,10 @@ class Measured:
 
     Attributes:
         rates: of the device, measured before anything else.
-        rows: the parts, and the update: clipping, optimizers, EMA.
+        rows: the parts, and the update without its collectives: clipping, optimizers, EMA.
         step: median seconds of a whole optimizer step, waiting included.
         waiting: seconds of it spent waiting for data; None with made-up data.
-        communication: seconds of it inside collectives while nothing is computed; on one rank 0.
+        communication: seconds of it inside collectives while nothing is computed, the update's too; on one rank 0.
         images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate, under train.fp8 as well.
         unit: what a batch counts, in the plural.
@@ -195,7 +195,7 @@ def measure(
             if index >= WARM_UP:
                 whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
                 operations.append(counted_operations(config, step.extent))
-        communication = step.traced(trace)
+        communication, in_update = step.traced(trace)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -204,19 +204,19 @@ def measure(
         ) from None
     finally:
         feed.close()
-    return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None, updates, communication,
-                     statistics.mean(operations), modality.unit)  # fmt: skip
+    return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None,
+                     statistics.median(updates) - in_update, communication, statistics.mean(operations), modality.unit)  # fmt: skip
 
 
 def _measured(
-    config, world, batch, rates, rows, whole, waits, updates, communication, operations, unit
+    config, world, batch, rates, rows, whole, waits, updating, communication, operations, unit
 ) -> Measured:
     dtype = "fp32" if autocast_dtype(config, world.device) is None else "bf16"
     update = update_part(
         config.model, config.optimizer, stage=config.train.zero_stage, ranks=world.size, dtype=dtype
     )
     floor = update.floor(1, rates)[0]
-    rows = [*rows, Row("update", 1, statistics.median(updates), 0.0, floor, update.forward, 0)]
+    rows = [*rows, Row("update", 1, max(updating, 0.0), 0.0, floor, update.forward, 0)]
     step = statistics.median(whole)
     images = batch.micro_batch * batch.accumulation
     return Measured(
