@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from unite_fast.analysis.planning import (
 )
 from unite_fast.analysis.simulation import jitter_of, simulate
 from unite_fast.analysis.update import Collective, newton_schulz_operations, trained_weights, update_part
+from unite_fast.cli.plan import STAGES, TOO_LARGE
 from unite_fast.config import Config, ModelConfig, ObjectiveConfig
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
@@ -132,6 +134,11 @@ def test_scaling_breaks_where_communication_does_not_shrink():
     slow = breaking_point(scaling(published("B", draws=3), H100, NODES._replace(link=1.25e9), stage=1))
     assert slow[0].ranks < broken.ranks and "reducing the gradients" in slow[1]
     assert breaking_point(plans[:1]) is None
+    # Measured from the first plan that fits; what does not fit breaks nothing.
+    at = plans.index(broken)
+    early = [replace(p, fits=index >= at) for index, p in enumerate(plans)]
+    assert breaking_point(early) == breaking_point(plans[at:])
+    assert breaking_point([replace(p, fits=False) for p in plans]) is None
 
 
 def test_a_ring_and_a_tree_cost_what_they_must():
@@ -204,6 +211,25 @@ def test_the_numbers_come_as_json(capsys):
     assert first["micro_batch"] * first["accumulation"] == 384 and first["communication_share"] == 0
     assert first["gpu_hours"] == pytest.approx(80 * 1000 / first["images_per_second"] / 3600)
     assert [row["gpus"] for row in numbers["scaling"]] == [8, 16, 32, 64, 128]  # what 384 images can be shared by
+
+
+def test_what_does_not_fit_has_no_times(tmp_path, capsys):
+    picture = tmp_path / "plan.png"
+    arguments = ["--preset", "XL", "--gpu", "rtx4090", "--out", picture]
+    assert run("plan", *arguments, "--set", "train.micro_batch=64") == 0
+    printed = capsys.readouterr().out
+    assert printed.count(TOO_LARGE) == len(STAGES) + 2  # 1024 images in 64s: 8 and 16 GPUs
+    assert "None of these runs fits into a GPU's memory." in printed and "at least 80%" not in printed
+    with Image.open(picture) as image:
+        assert image.width < 1000  # memory alone, no scaling
+    # Accumulation shrinks the micro-batch as GPUs are added: the larger runs fit.
+    assert run("plan", *arguments, "--set", "train.accumulation=4", "train.micro_batch=null") == 0
+    table, _, text = capsys.readouterr().out.partition("the same run on more GPUs")[2].partition("Up to 256 GPUs")
+    rows = [line.split() for line in table.splitlines() if "×4" in line]
+    missing = [row[0] for row in rows if "large" in row]
+    assert 0 < len(missing) < len(rows) and f"among {rows[len(missing)][0]}." in text
+    with Image.open(picture) as image:
+        assert image.width > 1000
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def plan_picture(
     """Draw memory of a GPU by ZeRO stage, where a step's time goes by number of GPUs, and samples/s against them.
 
     Args:
-        plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty.
+        plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty; what does not fit is left out.
         simulated: seconds of a step of each of `scaled`.
         broken: where scaling breaks, if it does.
         capacity: bytes of a GPU.
@@ -44,6 +44,8 @@ def plan_picture(
     """
     from matplotlib.figure import Figure
 
+    simulated = [seconds for p, seconds in zip(scaled, simulated, strict=True) if p.fits]
+    scaled = [p for p in scaled if p.fits]
     panels = 3 if scaled else 1
     figure = Figure(figsize=(5 * panels, 3.9), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)

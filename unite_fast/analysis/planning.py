@@ -284,7 +284,7 @@ def tree_time(size: float, ranks: int, hop: float, bandwidth: float) -> float:
 
 
 SCALE = (8, 16, 32, 64, 128, 256, 512, 1024)
-# Scaling is called broken where a GPU does less than this share of the work it does in the smallest run.
+# Scaling is called broken where a GPU does less than this share of the work it does in the smallest run that fits.
 BROKEN = 0.8
 
 
@@ -319,14 +319,18 @@ LOSSES = {
 
 
 def breaking_point(plans: list[Plan]) -> tuple[Plan, str] | None:
-    """The first plan whose GPUs do less than BROKEN of the first plan's work each, and what took the time; or None."""
+    """The first plan whose GPUs do less than BROKEN of the first plan's work each, and what took the time; or None.
+
+    Plans that do not fit are no runs, and count as neither.
+    """
 
     def a_sample(p: Plan, name: str) -> float:
         """GPU-seconds of a sample."""
         return getattr(p.seconds, name) * p.ranks / p.global_batch
 
-    first = plans[0]
-    for found in plans[1:]:
+    fitting = [p for p in plans if p.fits]
+    for found in fitting[1:]:
+        first = fitting[0]
         if a_sample(first, "total") / a_sample(found, "total") >= BROKEN:
             continue
         lost = {name: a_sample(found, name) - a_sample(first, name) for name in LOSSES}

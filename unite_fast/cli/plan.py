@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Lengths of the published runs (UNITE, reported results), in epochs.
 PUBLISHED_EPOCHS = {"B": 240, "M": 240, "L": 120, "XL": 120}
 STAGES = (0, 1, 2, 3)
+TOO_LARGE = "too large"
 
 
 def plan(
@@ -80,7 +81,7 @@ def plan(
     stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
     scaled = planning.scaling(run, device, links, stage=stage, **options)
     simulated = [simulate(run, p, device.rates, links, efficiency=share) for p in scaled]
-    broken = planning.breaking_point(scaled) if scaled else None
+    broken = planning.breaking_point(scaled)
     epochs = run.train.epochs or run.train.steps * plans[0].global_batch / population.samples
     if picture is not None:
         from unite_fast.analysis.plan_picture import plan_picture
@@ -180,7 +181,7 @@ def _print_stages(plans: list[Plan], title: str, population: Population, epochs:
                     _short(hours * epochs * p.ranks),
                 )
                 if p.fits
-                else ("too large",)
+                else (TOO_LARGE,)
             ),
         )
     out().print(table)
@@ -198,6 +199,9 @@ def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: 
         ("GPUs", "batch", "step ms", "simul. ms", f"{unit} /s a GPU", *shares),
     )
     for p, seconds in zip(plans, simulated, strict=True):
+        if not p.fits:
+            table.add_row(str(p.ranks), f"{p.micro_batch}×{p.accumulation}", TOO_LARGE)
+            continue
         s = p.seconds
         parts = (s.compute, s.launching, s.gradients, s.exchange, s.weights, s.update)
         table.add_row(
@@ -214,13 +218,15 @@ def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: 
 def _print_break(plans: list[Plan], broken: tuple[Plan, str] | None) -> None:
     from unite_fast.analysis.planning import BROKEN
 
-    if broken is None:
-        last, first = plans[-1].ranks, plans[0].ranks
-        text = f"Up to {last} GPUs each does at least {BROKEN:.0%} of the work it does among {first}."
+    fitting = [p.ranks for p in plans if p.fits]
+    if not fitting:
+        text = "None of these runs fits into a GPU's memory."
+    elif broken is None:
+        text = f"Up to {fitting[-1]} GPUs each does at least {BROKEN:.0%} of the work it does among {fitting[0]}."
     else:
         text = (
             f"Scaling breaks at {broken[0].ranks} GPUs: each does less than {BROKEN:.0%} of the work it does among "
-            f"{plans[0].ranks}; {broken[1]}."
+            f"{fitting[0]}; {broken[1]}."
         )
     out().print(text, markup=False, soft_wrap=True)
 
