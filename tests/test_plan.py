@@ -179,10 +179,19 @@ def test_devices_are_recognised_by_their_names():
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
         ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40-pcie"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA B200", "b200"),
     ):
         assert recognise(name).name == expected
-    assert recognise("NVIDIA GeForce RTX 4090 Laptop GPU") is None and recognise("Radeon") is None
+    for other in (
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 5090 D", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GB200", "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Radeon",
+    ):  # fmt: skip
+        assert recognise(other) is None, other
     assert [gpu.name for gpu in GPUS if gpu.measured] == ["h200"]
     assert find_gpu("H200").rates[:2] == pytest.approx((790e12, 4.3e12))
     assert stated_peak(CPU, torch.bfloat16) is None  # a CPU states none: no MFU in the records

@@ -7,6 +7,7 @@ one direction.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Gpu(NamedTuple):
 
     Attributes:
         name: on the command line.
-        torch_name: what torch.cuda.get_device_name holds for it.
+        torch_name: what torch.cuda.get_device_name holds for it, as whole words.
         memory: bytes.
         matmul, memory_bandwidth: stated peaks.
         fp8: stated peak of products in FP8; None where it has none.
@@ -70,6 +71,9 @@ GPUS = tuple(
         ("rtx3090", "RTX 3090", 24, 71, None, 936, 32),
     )
 )
+# Beside a known name they make it another product, of another peak; MIG is a slice of one. GB200 and GH200 are words of
+# their own.
+OTHER_PRODUCT = re.compile(r"\b(Laptop|Ti|D|NVL|MIG)\b")
 
 
 def find_gpu(name: str) -> Gpu:
@@ -89,9 +93,9 @@ def find_gpu(name: str) -> Gpu:
 
 def recognise(device_name: str) -> Gpu | None:
     """The GPU behind a torch.cuda.get_device_name, or None where it is none of the list."""
-    if "Laptop" in device_name:  # another, slower product of the same name
+    if OTHER_PRODUCT.search(device_name):
         return None
-    return next((gpu for gpu in GPUS if gpu.torch_name in device_name), None)
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.torch_name}\b", device_name)), None)
 
 
 def stated_peak(device: torch.device, dtype: torch.dtype | None) -> float | None:
