@@ -97,6 +97,11 @@ def test_memory_that_ends_beside_the_allocator_is_known_too(message):
     assert find_micro_batch(try_step, [1, 2, 3, 4, 6, 8]) == 4
 
 
+def test_a_cpu_without_the_memory_is_known_too():
+    sizes = [1, 2, 2**58]  # 2^60 bytes exceed every address space
+    assert find_micro_batch(torch.empty, sizes) == 2
+
+
 def test_another_failure_of_a_step_is_not_taken_for_a_lack_of_memory():
     def try_step(size: int) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cli_toy import mistake, run
 from runs import config, config_file, image_tree
 
+from unite_fast.analysis import profiling
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import image_operations
 from unite_fast.analysis.extent import Extent
@@ -65,11 +66,18 @@ def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys):
     assert all(words in printed for words in says)
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profiling, "measure_rates", None)
+    options = ["profile", "--config", config_file(tmp_path), "--trace"]
+    for file in ("/proc/trace.json", "/proc/absent/trace.json"):
+        says = mistake(capsys, *options, file)
+        assert says.startswith("cannot write the trace into /proc") and "--trace FILE" in says
+    assert "is a directory" in mistake(capsys, *options, tmp_path)
+
+
 def test_profile_explains_mistakes(tmp_path, capsys):
     path = config_file(tmp_path)
     options = ["--steps", "1", "--micro-batch", "1"]
-    says = mistake(capsys, "profile", "--config", path, *options, "--trace", "/proc/trace.json")
-    assert says.startswith("cannot write trace /proc/trace.json")
     says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1")
     assert "objective.lpips.vgg is not set" in says
     assert "No such file" in mistake(capsys, "profile", "--config", tmp_path / "absent.json")

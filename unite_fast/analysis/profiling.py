@@ -33,6 +33,7 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
 from unite_fast.objective.two_pass import TwoPassObjective
+from unite_fast.writable import require_writable
 
 # Wide enough that launching is a small share of it: 137 GFLOP on a GPU, 0.27 on a CPU core.
 MATMUL_SIDE = {"cuda": 8192, "cpu": 512}
@@ -165,6 +166,8 @@ def measure(
         UserError: batch keys that do not fit, missing LPIPS weights, memory, a path that cannot be written.
     """
     device = world.device
+    if trace is not None and world.is_main:
+        require_writable(trace.parent, "the trace", "Give another file: --trace FILE")
     check_compile(config, device)
     check_fp8(config, device)
     uk.set_backend(config.train.kernels)

@@ -28,7 +28,7 @@ def profile(
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps to time.", min=1)] = 10,
     trace: Annotated[
-        Path, typer.Option(help="Chrome trace of two steps, for ui.perfetto.dev.", metavar="FILE")
+        Path, typer.Option(help="Chrome trace of two steps, for ui.perfetto.dev.", metavar="FILE", dir_okay=False)
     ] = Path("profile_trace.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:

@@ -16,8 +16,10 @@ from unite_fast.errors import UserError
 
 # A process that the kernel kills for memory leaves no message, so on a CPU the search stops at half of what is free.
 CPU_MEMORY_SHARE = 0.5
-# Triton's and CUDA's own words, and those of cuBLAS and cuDNN.
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# Triton's and CUDA's own words, those of cuBLAS and cuDNN, and those of PyTorch's allocator on a CPU.
+OUT_OF_MEMORY = (
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory",
+)  # fmt: skip
 # auto without a global batch has no divisor to stop at; activations of more images than this only cost latency.
 AUTO_LIMIT = 1024
 
@@ -153,7 +155,7 @@ def find_largest(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory ran out: PyTorch's allocator says so in a class of its own, what allocates beside it
-    (a kernel that Triton loads, a library's handle) in the words of a RuntimeError."""
+    (a kernel that Triton loads, a library's handle) and the allocator of a CPU in the words of a RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
