@@ -17,12 +17,13 @@ from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import image_operations
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import Op, Part, Rates
-from unite_fast.analysis.profiled_step import ProfiledStep, seconds_of_collectives_alone
+from unite_fast.analysis.profiled_step import ProfiledStep, StepMemory, seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import ProgressLine
 from unite_fast.engine.world import World
+from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import StepLosses
 
 CPU = torch.device("cpu")
@@ -51,6 +52,13 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     assert passes == 4 * image_operations(made.model, made.objective)
     assert numbers["mfu"] * numbers["step_seconds"] * numbers["matmul_operations_per_second"] == pytest.approx(passes)
     assert all(row["floor"] > 0 for row in rows.values()) and rows["decode"]["memory"] > 0
+    memory = numbers["memory_bytes"]
+    model = Unite(made.model)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert (memory["weights"], memory["gradients"]) == (held, trained)
+    assert memory["ema"] == trained < memory["optimizer"] < 2 * trained  # Muon keeps one momentum, AdamW two moments
+    assert sum(memory.values()) - memory["peak"] < memory["peak"] and rows["update"]["memory"] > 0
     assert not (tmp_path / "runs").exists()
     events = json.loads(trace.read_text())["traceEvents"]
     assert {"step", "encoder", "decoder", "optimizer", "wait for data"} <= {event.get("name") for event in events}
@@ -62,7 +70,8 @@ def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "2", "--trace", trace) == 0
     printed = capsys.readouterr().out
-    says = ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto")
+    says = ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto",
+            "MiB of gradients", "MiB of averages", "code and libraries included")  # fmt: skip
     assert all(words in printed for words in says)
 
 
@@ -99,8 +108,9 @@ def test_what_is_measured():
 
 
 def test_what_no_part_explains_is_other():
+    none = StepMemory(0, 0, 0, 0, 0)
     row = Row("decode", 2, 0.2, 0.4, 0.3, 10, 0)
-    made = Measured(Rates(1, 1), [row], step=2.0, waiting=0.5, communication=0.25, images=1, mfu=0.1)
+    made = Measured(Rates(1, 1), [row], step=2.0, waiting=0.5, communication=0.25, memory=none, images=1, mfu=0.1)
     assert made.other == pytest.approx(0.65) and made.efficiency == pytest.approx(0.3 / 1.25)
     part = Part("update", (Op("EMA", forward_bytes=8),), False, 4)
     assert part.floor(1, Rates(1, 2)) == (4, 0)

@@ -33,7 +33,8 @@ def plan_picture(
     """Draw memory of a GPU by ZeRO stage, where a step's time goes by number of GPUs, and samples/s against them.
 
     Args:
-        plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty; what does not fit is left out.
+        plans: one for each ZeRO stage. scaled: one for each number of GPUs, may be empty;
+            what does not fit is left out.
         simulated: seconds of a step of each of `scaled`.
         broken: where scaling breaks, if it does.
         capacity: bytes of a GPU.

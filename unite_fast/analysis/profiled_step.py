@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from unite_fast.analysis.allocation import quiet_profiler
+from unite_fast.analysis.allocation import peak_allocated, quiet_profiler
 from unite_fast.analysis.extent import Extent
 from unite_fast.config import Config
-from unite_fast.engine.batch import Batch
+from unite_fast.engine.batch import Batch, peak_resident_bytes
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
@@ -32,6 +32,25 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class StepMemory(NamedTuple):
+    """Bytes on this rank.
+
+    Attributes:
+        weights: of the model, and what the optimizer steps where that is beside them (ZeRO).
+        gradients: of all trained weights, which are whole until the last backward reduces them.
+        optimizer: momentum and moments.
+        ema: averaged weights, of all decays.
+        peak: at the worst moment of the steps: allocated on a GPU, resident on a CPU, where it holds the process's code
+            and libraries and what came before as well.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    peak: int
 
 
 class Feed:
@@ -101,6 +120,36 @@ class ProfiledStep:
             ended = now(device)  # inside, so that what is traced is what is timed
         return ended - began, waited, ended - passed
 
+    def memory(self) -> StepMemory:
+        """Of the steps so far; on a GPU since its peak was last reset."""
+        engine, device = self.engine, self.world.device
+        masters, averages = engine.backend.layout.masters, engine.ema
+        # ZeRO 3 empties the parameters and keeps this rank's piece of each beside it.
+        parameters = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters()]
+        return StepMemory(
+            weights=stored([*parameters, *self.model.buffers(), *masters]),
+            gradients=sum(f.shape.numel() * masters[f.master].element_size() for f in engine.backend.layout.fragments),
+            optimizer=stored(value for state in engine.optimizer.state.values() for value in state.values()),
+            ema=stored(averages.of(master, decay) for decay in averages.decays for master in masters),
+            peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes(),
+        )
+
+    def memory_of_update(self) -> int:
+        """Bytes that the update of one more step allocates at most."""
+        # A CPU's profiler warns on stderr of what was there before it and goes: the last step's coefficient, gradients.
+        kept: list[Tensor | None] = [self.engine.optimizer.clip_coefficient]
+
+        def keep(optimizer: torch.optim.Optimizer, *_) -> None:
+            kept.extend(p.grad for group in optimizer.param_groups for p in group["params"])
+
+        for index in range(self.batch.accumulation):
+            self._passes(self._feed.next(), index)
+        hook = self.engine.optimizer.register_step_pre_hook(keep)
+        try:
+            return peak_allocated(self.engine.step, self.world.device)
+        finally:
+            hook.remove()
+
     def _passes(self, inputs: Inputs, index: int) -> None:
         config, accumulation = self.config, self.batch.accumulation
         draws = SeededDraws(
@@ -160,6 +209,12 @@ class ProfiledStep:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def seconds_of_collectives_alone(events: Sequence[Any], during: str | None = None) -> float:

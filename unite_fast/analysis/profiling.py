@@ -22,7 +22,7 @@ from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits, resolve_chunk
 from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
-from unite_fast.analysis.profiled_step import Feed, ProfiledStep, now
+from unite_fast.analysis.profiled_step import Feed, ProfiledStep, StepMemory, now
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
@@ -78,6 +78,7 @@ class Measured:
         step: median seconds of a whole optimizer step, waiting included.
         waiting: seconds of it spent waiting for data; None with made-up data.
         communication: seconds of it inside collectives while nothing is computed, the update's too; on one rank 0.
+        memory: of the step.
         images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate, under train.fp8 as well.
         unit: what a batch counts, in the plural.
@@ -88,6 +89,7 @@ class Measured:
     step: float
     waiting: float | None
     communication: float
+    memory: StepMemory
     images: int
     mfu: float
     unit: str = "images"
@@ -193,11 +195,14 @@ def measure(
         say(f"measuring {WARM_UP + steps} steps of {batch.global_batch} {modality.unit}")
         step = ProfiledStep(config, world, objective, model, batch, feed)
         whole, waits, updates, operations = [], [], [], []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         for index in range(WARM_UP + steps):
             taken = step.timed()
             if index >= WARM_UP:
                 whole.append(taken[0]), waits.append(taken[1]), updates.append(taken[2])
                 operations.append(counted_operations(config, step.extent))
+        memory, memory_of_update = step.memory(), step.memory_of_update()
         communication, in_update = step.traced(trace)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -208,22 +213,23 @@ def measure(
     finally:
         feed.close()
     return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None,
-                     statistics.median(updates) - in_update, communication, statistics.mean(operations), modality.unit)  # fmt: skip
+                     statistics.median(updates) - in_update, memory_of_update, communication, memory,
+                     statistics.mean(operations), modality.unit)  # fmt: skip
 
 
 def _measured(
-    config, world, batch, rates, rows, whole, waits, updating, communication, operations, unit
+    config, world, batch, rates, rows, whole, waits, updating, memory_of_update, communication, memory, operations, unit
 ) -> Measured:
     dtype = "fp32" if autocast_dtype(config, world.device) is None else "bf16"
     update = update_part(
         config.model, config.optimizer, stage=config.train.zero_stage, ranks=world.size, dtype=dtype
     )
     floor = update.floor(1, rates)[0]
-    rows = [*rows, Row("update", 1, max(updating, 0.0), 0.0, floor, update.forward, 0)]
+    rows = [*rows, Row("update", 1, max(updating, 0.0), 0.0, floor, update.forward, memory_of_update)]
     step = statistics.median(whole)
     images = batch.micro_batch * batch.accumulation
     return Measured(
-        rates, rows, step, statistics.median(waits) if waits else None, communication, images,
+        rates, rows, step, statistics.median(waits) if waits else None, communication, memory, images,
         operations / step / rates.matmul, unit,
     )  # fmt: skip
 

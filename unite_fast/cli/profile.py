@@ -84,6 +84,7 @@ def _numbers(measured: Measured) -> dict:
         "waiting_seconds": measured.waiting,
         "communication_seconds": measured.communication,
         "other_seconds": measured.other,
+        "memory_bytes": measured.memory._asdict(),
         "parts": [vars(row) for row in measured.rows],
     }
 
@@ -120,6 +121,11 @@ def _print(measured: Measured, name: str, device: str) -> None:
         if seconds is not None:
             table.add_row(label, "", _ms(seconds), "", f"{seconds / measured.step:.1%}")
     out().print(table)
+    held = ", ".join(
+        f"{_figures(size / 2**20)} MiB of {name}"
+        for name, size in zip(("weights", "gradients", "optimizer state", "averages"), measured.memory, strict=False)
+    )
+    whose = "this process's, code and libraries included" if device == "cpu" else "the step's"
     lines = (
         f"{measured.images / measured.step:.4g} {measured.unit}/s on this rank, {measured.mfu:.1%} of the measured "
         f"matrix rate (MFU), {measured.efficiency:.1%} of the floor without waiting and communication "
@@ -127,6 +133,8 @@ def _print(measured: Measured, name: str, device: str) -> None:
         f"rates measured at the start: {matmul / 1e9:.4g} GFLOP/s in large matrix products, "
         + (f"{fp8 / 1e9:.4g} in FP8 (for floors; MFU is not relative to it), " if fp8 else "")
         + f"{copy / 1e9:.3g} GB/s copying",
+        f"memory: {held} (gradients until the last backward reduces them); "
+        f"peak {_figures(measured.memory.peak / 2**20)} MiB, {whose}",
         "floor: every operator at the slower of its operations and its bytes, inputs read once and outputs written "
         "once; what stays in a cache beats it",
         "parts run alone on inputs of the step's size; other: draws, data conversion, launching, and what parts cost "
