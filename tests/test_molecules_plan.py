@@ -209,7 +209,7 @@ def test_the_command_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     assert run("plan", *arguments, "--out", picture) == 0
     printed = capsys.readouterr().out
     for words in (
-        "molecules /s", "64×1×8", "epoch s", "GPU-h, 8,000 epochs", "3\u00a0adamw", "Scaling breaks at",
+        "molecules", "/s", "64×1×8", "epoch", "GPU-h, 8,000 epochs", "3\u00a0adamw", "Scaling breaks at",
         "100,000 molecules an epoch, 18.0 atoms each, at most 29 (sizes as in QM9's training part: there are no data",
     ):  # fmt: skip
         assert words in printed

@@ -206,7 +206,7 @@ def test_the_command_prints_tables_and_draws(tmp_path, capsys):
     picture = tmp_path / "plans" / "plan.png"
     assert run("plan", "--preset", "B", "--gpus", "16", "--set", "objective.flow_draws=3", "--out", picture) == 0
     printed = capsys.readouterr().out
-    for words in ("ZeRO", "GPU-h", "3\u00a0adamw", "simul. ms", "Scaling breaks at", "assumed", "240 epochs"):
+    for words in ("ZeRO", "GPU-h", "3\u00a0adamw", "simul.", "Scaling breaks at", "assumed", "240 epochs"):
         assert words in printed
     with Image.open(picture) as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
@@ -220,6 +220,13 @@ def test_the_numbers_come_as_json(capsys):
     assert first["micro_batch"] * first["accumulation"] == 384 and first["communication_share"] == 0
     assert first["gpu_hours"] == pytest.approx(80 * 1000 / first["images_per_second"] / 3600)
     assert [row["gpus"] for row in numbers["scaling"]] == [8, 16, 32, 64, 128]  # what 384 images can be shared by
+
+
+def test_no_cell_is_cut_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("plan", "--config", "configs/qm9_s.json", "--molecules", "1") == 0
+    tables = capsys.readouterr().out.partition("·")[0]
+    assert "…" not in tables and "<0.01" in tables and tables.count("molecules") == 2
 
 
 def test_what_does_not_fit_has_no_times(tmp_path, capsys):

@@ -163,7 +163,8 @@ def _print_stages(plans: list[Plan], title: str, population: Population, epochs:
     # The largest unit that leaves a whole tenth of it.
     name, in_an_hour = next(((n, many) for n, many in (("h", 1), ("min", 60)) if shortest * many >= 0.1), ("s", 3600))
     table = _table(
-        title, ("ZeRO", "memory GiB", "batch", "step ms", f"{unit} /s", "MFU", "comm.", f"epoch {name}", total)
+        title,
+        ("ZeRO", "memory\nGiB", "batch", "step\nms", f"{unit}\n/s", "MFU", "comm.", f"epoch\n{name}", total),
     )
     for p in plans:
         hours = p.epoch_hours(population.samples)
@@ -188,7 +189,9 @@ def _print_stages(plans: list[Plan], title: str, population: Population, epochs:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all of a larger number's."""
+    """Three digits, or all of a larger number's; what is less than a hundredth is only called so."""
+    if 0 < value < 0.01:
+        return "<0.01"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
@@ -196,7 +199,7 @@ def _print_scaling(plans: list[Plan], simulated: list[float], stage: int, unit: 
     shares = ("com-\npute", "host", "gradi-\nents", "Muon", "gather", "up-\ndate")
     table = _table(
         f"the same run on more GPUs, ZeRO {stage}",
-        ("GPUs", "batch", "step ms", "simul. ms", f"{unit} /s a GPU", *shares),
+        ("GPUs", "batch", "step\nms", "simul.\nms", f"{unit}\n/s a\nGPU", *shares),
     )
     for p, seconds in zip(plans, simulated, strict=True):
         if not p.fits:
