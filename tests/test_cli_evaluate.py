@@ -353,7 +353,8 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     save_toy(tmp_path / "full")
     (tmp_path / "full" / "evaluations").touch()
     says = ask(model=tmp_path / "full")
-    assert says.startswith(f"cannot write evaluations into {tmp_path / 'full' / 'evaluations'}: Not a directory. Evaluate")
+    place = tmp_path / "full" / "evaluations"
+    assert says.startswith(f"cannot write evaluations into {place}: Not a directory. Evaluate")
     assert f"unite-fast export {tmp_path / 'full'} --out DIR" in says
     cut = tmp_path / "cut.npz"
     cut.write_bytes((files / "ref.npz").read_bytes()[:1000])
