@@ -57,9 +57,9 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition) -> bool:
+def wait_until(condition, seconds: int = 60) -> bool:
     """Whether it becomes true; a minute is for a busy machine, not a requirement."""
-    for _ in range(600):
+    for _ in range(10 * seconds):
         if condition():
             return True
         time.sleep(0.1)
