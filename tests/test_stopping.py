@@ -89,7 +89,11 @@ def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
     assert [record["epoch"] for record in records[10:14]] == pytest.approx([11 / 6, 2, 7 / 3, 8 / 3])
     lrs = [record["lr"] for record in records]
     assert len(lrs) == 18 and lrs == sorted(lrs, reverse=True) and 0 < lrs[-1] < 0.1 * lrs[0]
+    state = json.loads((kept := run / "checkpoints" / "step_00000018" / "state.json").read_text())
+    del state["config"]["train"]["compile"]  # as from a version without it
+    kept.write_text(json.dumps(state))
     resumed_again = train(config(tmp_path, train=settings | {"epochs": 4, "micro_batch": 4}), resume=True)
+    assert "compile" not in "".join(capsys.readouterr())
     assert records_of(resumed_again)[-1]["images"] == 96
 
 

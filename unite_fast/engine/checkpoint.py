@@ -383,8 +383,8 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
 
 def _changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(here, dict) and isinstance(there, dict):
-        for name in here:
-            yield from _changes(here[name], there.get(name), f"{key}.{name}" if key else name)
+        for name in [name for name in here if name in there]:  # one alone has what another version added
+            yield from _changes(here[name], there[name], f"{key}.{name}" if key else name)
     elif here != there:
         yield key, here, there
 
