@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from unite_fast.engine.loop import train
 from unite_fast.engine.report import Report
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World
+from unite_fast.records import METRICS, read_lines
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -69,7 +69,7 @@ def test_a_stop_breaks_off_pictures_and_metrics_which_resuming_makes(tmp_path, m
     train(settings, resume=True)
     assert len(list(run.glob("evaluations/step_00000004-*.json"))) == 1
     assert drawn in (None, (run / "samples_00000004.png").stat().st_mtime_ns), "what is there is not drawn again"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 4, 5, 8]
+    assert [record["step"] for record in read_lines(run / METRICS)] == [1, 4, 5, 8]
 
 
 def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
@@ -84,7 +84,7 @@ def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
     said = " ".join("".join(capsys.readouterr()).split())
     assert "continuing after step 12: 48 images, epoch 2.00" in said
     assert "changed since the checkpoint: train.epochs 4.0 (was 2.0), train.micro_batch 8 (was 4)" in said
-    records = records_of(run)
+    records = read_lines(run / METRICS)
     assert [record["images"] for record in records[10:14]] == [44, 48, 56, 64]
     assert [record["epoch"] for record in records[10:14]] == pytest.approx([11 / 6, 2, 7 / 3, 8 / 3])
     lrs = [record["lr"] for record in records]
@@ -94,11 +94,7 @@ def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
     kept.write_text(json.dumps(state))
     resumed_again = train(config(tmp_path, train=settings | {"epochs": 4, "micro_batch": 4}), resume=True)
     assert "compile" not in "".join(capsys.readouterr())
-    assert records_of(resumed_again)[-1]["images"] == 96
-
-
-def records_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert read_lines(resumed_again / METRICS)[-1]["images"] == 96
 
 
 def test_resuming_what_never_began_says_so(tmp_path, capsys):

@@ -107,6 +107,11 @@ class Engine:
         return norm
 
     @property
+    def parameter_count(self) -> int:
+        """Trained parameters of the whole model, whatever of them ZeRO keeps on this rank."""
+        return sum(fragment.shape.numel() for fragment in self.backend.layout.fragments)
+
+    @property
     def progress(self) -> float:
         """What was seen, in optimizer steps of today's batch: `step_count` unless the batch was another once."""
         return self.samples_seen / self.global_batch

@@ -250,10 +250,8 @@ class Run:
 
     def _announce(self, line: ProgressLine) -> None:
         objective = self.objective.config
-        shapes = {fragment.name: fragment.shape for fragment in self.engine.backend.layout.fragments}  # whole under ZeRO 3
-        parameters = sum(math.prod(shape) for shape in shapes.values())
         line.say(
-            f"{self.config.name}: {parameters / 1e6:.1f} M parameters, {self.total} steps of "
+            f"{self.config.name}: {self.engine.parameter_count / 1e6:.1f} M parameters, {self.total} steps of "
             f"{self.batch.global_batch} {self.modality.unit} ({self.world.size} × {self.batch.micro_batch} × "
             f"{self.batch.accumulation}), {objective.flow_draws} flow draws in chunks of {objective.chunk}, "
             f"{self.stream.steps_per_epoch:.1f} steps an epoch, on "

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -56,7 +54,6 @@ class Report:
         ("reconstructions.png", "held-out originals above their reconstructions"),
         (FOLDER, "every metric with its protocol"),
     )
-    remarks: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -69,6 +66,7 @@ class Report:
     ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
         self._data = data
+        self.remarks: dict[str, str] = {}
         self._prepare()
 
     def _prepare(self) -> None:
@@ -81,9 +79,10 @@ class Report:
         self._evaluator = Evaluator(plan, config.model, self.world, self.classes, files=files)
         self._originals = "training image" if plan.on_training else "original"
         if plan.on_training:
-            what = "training images above their reconstructions: data.val_path names no held-out ones"
+            why = "data.val_path names no held-out ones"
+            what = f"training images above their reconstructions: {why}"
             self.sheets = tuple((name, what if name == "reconstructions.png" else text) for name, text in self.sheets)
-            self.remarks = {"reconstructed": "training images: data.val_path names no held-out ones"}
+            self.remarks["reconstructed"] = f"training images: {why}"
         if self.world.is_main:
             self._held_out = load_images(
                 plan.data, config.data, image_size=config.model.image_size,
@@ -129,7 +128,7 @@ class Report:
                 summary = measured | self.remarks | {
                     "steps": steps,
                     "training_seconds": round(seconds, 1),
-                    "parameters": sum(p.numel() for p in self.engine.parameters.values()),
+                    "parameters": self.engine.parameter_count,
                     "made_by": made_by,
                 }
                 write_json(summary, self.folder / "summary.json")

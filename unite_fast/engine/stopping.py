@@ -18,7 +18,7 @@ IMPATIENT_SECONDS = 2.0
 
 
 class Interrupted(BaseException):
-    """A signal where nothing is left to save; no Exception, lest something that recovers from errors recover from it."""
+    """A signal where nothing is left to save; no Exception, lest what recovers from errors recover from it."""
 
 
 class StopSignals:
@@ -86,7 +86,10 @@ class StopSignals:
 
 
 class _Vote:
-    """Among GPUs, whether a flag is set on any rank; asking does not wait for the device, reading waits for the asking alone."""
+    """Among GPUs, whether a flag is set on any rank.
+
+    Asking does not wait for the device, reading waits for the asking alone.
+    """
 
     def __init__(self, world: World, flag: bool):
         self._answer = torch.tensor(int(flag), dtype=torch.int32).pin_memory()
