@@ -17,6 +17,7 @@ from unite_fast.engine import checkpoint
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.loop import train
 from unite_fast.engine.world import init_world
+from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
 
 WARNING = "the training data changed"
@@ -65,6 +66,23 @@ def test_a_removed_image_is_remarked_once_and_training_goes_on(folder, resumed):
 def test_another_image_of_the_same_number_is_remarked(folder, resumed):
     (folder / "train/class_0/003.png").rename(folder / "train/class_0/103.png")
     assert "24 images as before, but not the same ones" in resumed(3)
+
+
+def test_labels_that_stand_for_other_classes_are_remarked_once(folder, resumed):
+    (folder / "train/class_1").rename(folder / "train/a_class")
+    text = resumed(3)
+    assert "the classes changed: what was 'class_0' is 'a_class', 'class_1' is 'class_0'" in text and "2 of 2" in text
+    assert "the classes changed" not in resumed(4)
+
+
+def test_keys_that_change_what_the_same_weights_compute_are_refused(folder):
+    for changed, says in (
+        ({"context_start": 0}, "another model: model.context_start is 0, there 1"),
+        ({"decoder": {"depth": 1, "width": 16, "heads": 4, "inner": 16}}, "model.decoder.heads is 4, there 2"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train(config(folder, model=changed, train={"steps": 3}), resume=True)
+    train(config(folder, model={"checkpoint_activations": True}, train={"steps": 3}), resume=True)
 
 
 def test_an_image_that_the_check_leaves_out_is_remarked(folder, resumed):

@@ -31,6 +31,9 @@ from unite_fast.weights import read_tensors, save_tensors
 FORMAT = 1
 PACKAGES = ("unite_fast", "torch", "safetensors", "deepspeed", "triton")  # whose versions a checkpoint carries
 WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+# What of the model's section may change between sessions; any other key that no shape tells, such as the decoder's heads,
+# makes another function of the same weights. The picture's side may where registers are not patches.
+FREE = {"model.preset", "model.decoder.preset", "model.checkpoint_activations", "model.image_size"}
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the step is being saved again, see _finish
 
 
@@ -366,12 +369,15 @@ def _open(directory: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -
 
 def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) -> None:
     mine = {fragment.name: list(fragment.shape) for fragment in engine.backend.layout.fragments}
-    if mine != state["parameters"]:
-        config = engine.config.model_dump(mode="json")
-        changed = [
-            f"{key} is {here!r}, there {there!r}"
-            for key, here, there in _changes(config["model"], state["config"].get("model"), "model")
-        ]
+    same_shapes = mine == state["parameters"]
+    changed = [
+        f"{key} is {here!r}, there {there!r}"
+        for key, here, there in _changes(
+            engine.config.model.model_dump(mode="json"), state["config"].get("model"), "model"
+        )
+        if not same_shapes or key not in FREE
+    ]
+    if changed or not same_shapes:
         detail = "; ".join(changed) or _difference(mine, state["parameters"])
         raise UserError(f"checkpoint {directory} is of another model: {detail}")
     kind, saved = engine.config.optimizer.kind, state["config"].get("optimizer", {})

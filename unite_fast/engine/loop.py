@@ -24,7 +24,7 @@ from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
 from unite_fast.engine.report import Due
-from unite_fast.engine.session import changed_samples, record_session
+from unite_fast.engine.session import changed_classes, changed_samples, record_session
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World, init_world
 from unite_fast.errors import UserError
@@ -112,7 +112,8 @@ class Run:
             self._seconds_before = float(kept.get("training_seconds", 0.0))
             if self.samples is not None:
                 changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
-                self._notices += [f"warning: {changed}"] if changed else []
+                classes = changed_classes(kept.get("class_names"), self.stream.classes)
+                self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
             if keys := checkpoint.changed_keys(state, config):
                 self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
         elif resume:

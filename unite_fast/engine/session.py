@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,26 @@ def changed_samples(before: Mapping[str, Any] | None, now: Mapping[str, Any], un
         f"the training data changed: {what}. The run goes on with the data as they are, in another order than it would "
         f"have had: in this epoch some {unit} may come twice and some not at all. If that is not meant, stop it "
         f"(Ctrl-C), put back what was in data.path, or set it to where that is, and --resume again"
+    )
+
+
+def changed_classes(before: Sequence[str] | None, now: Sequence[str]) -> str | None:
+    """A warning for a resumed run whose labels stand for other classes than before; None where they do not.
+
+    No error: a renamed folder may keep its place, and a model may be trained on with other classes of the same number.
+
+    Args:
+        before: class names by label, as the checkpoint has them; None in imported ones.
+        now: of the data as they are.
+    """
+    moved = [] if before is None else [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
+    if not moved:
+        return None
+    some = ", ".join(f"{was!r} is {is_!r}" for was, is_ in moved[:3]) + (", …" if len(moved) > 3 else "")
+    return (
+        f"the classes changed: what was {some}. Labels are places in the sorted names, so {len(moved)} of {len(now)} go "
+        f"on as labels of other images, unless folders were renamed in place. If that is not meant, stop the run "
+        f"(Ctrl-C), give the class folders their names back, and --resume again"
     )
 
 
