@@ -54,6 +54,7 @@ def test_shipped_configurations_are_valid(path):
         ({"train": MINIMAL["train"]}, ["data", "required"]),
         ({**MINIMAL, "name": "../escape"}, ["name"]),
         ({**MINIMAL, "name": ".."}, ["name", "'..'"]),
+        ({**MINIMAL, "name": "my run"}, ["name: 'my run' is no name of a run", "no spaces"]),
         (merged(sampling={"interval": [1, 0.1]}), ["sampling.interval: [1, 0.1] must rise"]),
         ({**MINIMAL, "runs": "~nobodyx/rr"}, ["runs: ~nobodyx/rr", "no home folder ~nobodyx", "./~nobodyx/rr"]),
         (merged(data={"val_path": "~nobodyx"}), ["data.val_path: ~nobodyx: no home folder"]),

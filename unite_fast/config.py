@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,6 +51,15 @@ def _from_home(path: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_from_home)]  # ~ and ~user at its beginning stand for a home folder
+
+_RUN_NAME = re.compile(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def _folder_name(name: str) -> str:
+    if not _RUN_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a run: use letters without accents, digits, '-', '_' and '.', no spaces")
+    return name
+
 
 # Published sizes (UNITE, arXiv 2603.22283): depth L, width C, heads H.
 ENCODER_PRESETS = {
@@ -330,7 +340,7 @@ class Config(Section):
     """A whole run; on another modality its sections of the model and the data are that modality's own."""
 
     modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
-    name: str = Field("run", pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="name of the run, used for its folder")
+    name: Annotated[str, AfterValidator(_folder_name)] = Field("run", description="name of the run, used for its folder: letters without accents, digits, - _ .")
     runs: LocalPath = Field("runs", description="folder that holds run folders")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
