@@ -31,8 +31,8 @@ from unite_fast.weights import read_tensors, save_tensors
 FORMAT = 1
 PACKAGES = ("unite_fast", "torch", "safetensors", "deepspeed", "triton")  # whose versions a checkpoint carries
 WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
-# What of the model's section may change between sessions; any other key that no shape tells, such as the decoder's heads,
-# makes another function of the same weights. The picture's side may where registers are not patches.
+# What of the model's section may change between sessions; any other key that no shape tells, such as the decoder's
+# heads, makes another function of the same weights. The picture's side may where registers are not patches.
 FREE = {"model.preset", "model.decoder.preset", "model.checkpoint_activations", "model.image_size"}
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the step is being saved again, see _finish
 

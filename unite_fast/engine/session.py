@@ -82,7 +82,7 @@ def changed_samples(before: Mapping[str, Any] | None, now: Mapping[str, Any], un
 
 
 def changed_classes(before: Sequence[str] | None, now: Sequence[str]) -> str | None:
-    """A warning for a resumed run whose labels stand for other classes than before; None where they do not.
+    """A warning for a resumed run whose labels stand for other classes than before; None for the same.
 
     No error: a renamed folder may keep its place, and a model may be trained on with other classes of the same number.
 

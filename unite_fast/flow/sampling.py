@@ -5,6 +5,7 @@ Shapes: B images, K registers, D latent channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -92,11 +93,11 @@ def generate(
     Args:
         labels: [B] integers in 0 … num_classes (the last one means no class).
         guidance: w ≥ 0; 1 turns guidance off.
-        interval: open interval of t inside which guidance acts.
+        interval: open interval of t inside which guidance acts; two equal times turn it off.
         solver: `euler`, `heun` or `dopri5`.
         steps: number of time points from 0 to 1, at least 2, uniform before the shift.
         noise: [B, K, D] starting noise; drawn from N(0, 1) if None.
-        time_shift: α of the shift.
+        time_shift: α > 0 of the shift.
         normalise: apply the latent norm to every prediction. The published unguided sampler does not.
         return_latents: also return the final latents [B, K, D].
 
@@ -104,8 +105,8 @@ def generate(
         Images [B, 3, H, H] clipped to [0, 1].
 
     Raises:
-        ValueError: unknown solver, too few steps, noise of another shape, labels that are no integer tensor [B] or out
-            of range, a model of molecules.
+        ValueError: unknown solver, too few steps; guidance, interval or time_shift out of range; noise of another
+            shape, labels that are no integer tensor [B] or out of range, a model of molecules.
     """
     if model.config.modality != "images":
         raise ValueError(f"this model makes {model.config.modality}: call unite_fast.molecules.sampling.generate")
@@ -113,6 +114,12 @@ def generate(
         raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
     if steps < 2:
         raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be a finite number from 0 on, got {guidance}")
+    if not interval[0] <= interval[1]:
+        raise ValueError(f"interval must not fall, or guidance never acts, got {interval}")
+    if not 0 < time_shift < math.inf:
+        raise ValueError(f"time_shift must be a finite number above 0, got {time_shift}")
     device = model.latent_norm.weight.device
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         raise ValueError(f"labels must be an integer tensor [B], got {kind_of(labels)}")
