@@ -117,6 +117,8 @@ def test_heads_as_given(tmp_path, capsys):
     base = ["import", path, "--out", tmp_path / "out"]
     assert "--heads 4 contradicts the q norm's width, which says 2 heads" in mistake(capsys, *base, "--heads", 4)
     assert "decoder width 16 is not divisible by its 3 heads" in mistake(capsys, *base, "--decoder-heads", 3)
+    says = mistake(capsys, *base, "--context-start", 9)
+    assert "context_start 9 is not below depth" in says and "set --context-start, or model.context_start of" in says
     assert not (tmp_path / "out").exists()
 
 
@@ -164,6 +166,8 @@ def _plain(**changes):
         (_plain(**{"encoder.blocks.3.mlp.w3.weight": torch.zeros(3, 3)}), "has shape [3, 3], sizes inferred"),
         (_plain(**{"encoder_layer_norm.bias": torch.full((4,), torch.nan)}), "1 entries hold NaN or infinite values"),
         (_plain(**{"latent_tokens": torch.zeros(1).expand(1, 10**9, 10**9)}), "and stores fewer numbers"),
+        (_plain(**{"latent_tokens": torch.zeros(1, 16, 16, dtype=torch.int8)}), "is of torch.int8; weights are"),
+        (_plain(**{"latent_tokens": torch.zeros(1, 16, 16, dtype=torch.complex64)}), "is of torch.complex64; weights"),
         (_plain(**{"module.latent_tokens": torch.zeros(1)}), "two entries are named 'latent_tokens'"),
         (EMA.state_dict(), "is in unite_fast's own naming already"),
     ],

@@ -202,8 +202,10 @@ def translate(
     except (ValueError, IndexError, ZeroDivisionError, AttributeError) as error:
         # Shapes that no model has: a vector where a matrix belongs, a width that its heads do not divide.
         reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
+        # No shape tells where the context joins: what was given, or the published models' block, may be what is wrong.
+        remedy = ": set --context-start, or model.context_start of --config" if "context_start" in reason else ""
         raise UserError(
-            f"cannot import {path}: its shapes fit no model: {reason.removeprefix('Value error, ')}"
+            f"cannot import {path}: its shapes fit no model: {reason.removeprefix('Value error, ')}{remedy}"
         ) from None
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -359,6 +361,9 @@ def _plain_names(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: two entries are named {name!r} once wrapper prefixes are gone")
         if name.startswith("lpips_loss."):
             continue
+        # Integers are quantised weights without their scale, and of complex ones float() would keep the real part.
+        if not value.is_floating_point():
+            raise UserError(f"{path}: entry {key!r} is of {value.dtype}; weights are floating-point numbers")
         # A stride of 0 lets a few bytes claim any shape, and float() would allocate it.
         if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path}: entry {key!r} claims shape {list(value.shape)} and stores fewer numbers")
