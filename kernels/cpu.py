@@ -11,7 +11,7 @@ import ctypes
 import importlib.machinery
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
@@ -150,6 +150,25 @@ def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _backward_pass(operator: str) -> Callable[[Callable], Callable]:
+    """`first_derivatives` of a pass that reads its gradients at their addresses, where vmap and forward-mode
+    differentiation have nothing: the one would break off without a reason, the other make zeros."""
+
+    def decorate(backward: Callable) -> Callable:
+        @first_derivatives(operator)
+        def seen(ctx, saved, *grads):
+            if transformed() or not all(grad is None or torch._C._has_storage(grad) for grad in grads):
+                raise RuntimeError(
+                    f"{operator}: its backward pass has no part in vmap and forward-mode differentiation; "
+                    "set_backend('torch') before the forward pass"
+                )
+            return backward(ctx, saved, *grads)
+
+        return seen
+
+    return decorate
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -161,9 +180,9 @@ class _SwiGlu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivatives("swiglu")
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+    @_backward_pass("swiglu")
+    def backward(ctx, saved, grad):
+        (x,) = saved
         grad, grad_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1] // 2
         if grad.numel():
             LIBRARY.unite_swiglu_backward(
@@ -191,9 +210,9 @@ class _AdaptiveNorm(torch.autograd.Function):
         return residual, normed
 
     @staticmethod
-    @first_derivatives("adaln")
-    def backward(ctx, grad_residual, grad_normed):
-        x, branch, gate, closing, weight, scale, offsets = ctx.saved_tensors
+    @_backward_pass("adaln")
+    def backward(ctx, saved, grad_residual, grad_normed):
+        x, branch, gate, closing, weight, scale, offsets = saved
         if grad_normed is None:
             if grad_residual is None:
                 return (None,) * 9
@@ -235,9 +254,9 @@ class _QkNormRope(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivatives("qk_norm_rope")
-    def backward(ctx, grad):
-        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    @_backward_pass("qk_norm_rope")
+    def backward(ctx, saved, grad):
+        qkv, q_weight, k_weight, cos, sin = saved
         batch, tokens, _, heads, width = qkv.shape
         if grad.stride(-1) != 1:
             grad = grad.contiguous()
@@ -266,9 +285,9 @@ class _ShortAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivatives("attention")
-    def backward(ctx, grad):
-        qkv, weights, offsets = ctx.saved_tensors
+    @_backward_pass("attention")
+    def backward(ctx, saved, grad):
+        qkv, weights, offsets = saved
         grad, grad_qkv = grad.contiguous(), torch.empty(qkv.shape)
         pointers = map(_at, (qkv, grad, None, grad_qkv, weights, offsets))
         strides, (*_, heads, width) = (c_int64 * 4)(*qkv.stride()[:4]), qkv.shape

@@ -85,10 +85,10 @@ def use_triton(x: Tensor) -> bool:
 
 
 class _Refused(torch.autograd.Function):
-    """A gradient as it is, whose own backward pass raises."""
+    """A gradient as it is, which hangs on `links` and whose own backward pass raises."""
 
     @staticmethod
-    def forward(ctx, grad, leaf, operator):
+    def forward(ctx, grad, operator, *links):
         ctx.operator = operator
         return grad.view_as(grad)
 
@@ -103,20 +103,24 @@ class _Refused(torch.autograd.Function):
 def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
     """Decorates the backward pass of an operator whose gradients autograd cannot see into.
 
+    The pass is called with what was saved for it before the incoming gradients, and must have saved a tensor through
+    which autograd finds the operator's inputs: one of them, or an output.
+
     PyTorch's once_differentiable leaves such gradients out of a second backward pass without a word where the incoming
-    one is constant, as it is behind a sum.
+    one is constant, as it is behind a sum, and where that pass is asked for the gradients of chosen tensors alone.
     """
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def once(ctx, *grads):
+            saved = ctx.saved_tensors  # unpacked once, as a checkpoint's tensors must be
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = backward(ctx, saved, *grads)
             if not torch.is_grad_enabled():
                 return found
-            leaf = torch.zeros((), requires_grad=True)
+            links = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
             found = (found,) if isinstance(found, Tensor) else found
-            return tuple(None if grad is None else _Refused.apply(grad, leaf, operator) for grad in found)
+            return tuple(None if grad is None else _Refused.apply(grad, operator, *links) for grad in found)
 
         return once
 

@@ -232,12 +232,12 @@ def _save_loss(ctx, inputs, output):
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.dtypes = pred.dtype, z1.dtype, weight.dtype, bias.dtype
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(*output)
 
 
 @first_derivatives("latent_norm_flow_loss")
-def _backward_loss(ctx, grad, *_):
-    grad_pred, grad_z1, affine = ctx.saved_tensors
+def _backward_loss(ctx, saved, grad, *_):
+    _, grad_pred, grad_z1, affine = saved
     scale = grad / grad_z1.numel()
     tensors = (grad_pred, grad_z1, affine[0], affine[1])
     needed = (ctx.needs_input_grad[index] for index in (0, 1, 3, 4))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import test_attention
 import torch
 import torch.nn.functional as F
 from kernel_testing import normal, on_backend
 
 import unite_kernels as uk
+from unite_fast.model.attention import attend
+from unite_kernels import cpu
 from unite_kernels.rms import unit_rms
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD = 2, 3, 8, 2, 4
@@ -117,6 +120,51 @@ def test_second_derivatives_are_right_or_refused(name, backend):
             else:
                 (expected.square() + true.square()).sum().backward()
                 torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=1e-4, atol=1e-4)
+
+
+ATTENTION = (normal(BATCH, TOKENS, 3, HEADS, 16, seed=14), attend, test_attention.equation)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", [*OPERATORS, "attention"])
+def test_second_derivatives_of_chosen_tensors_are_right_or_refused(name, backend):
+    """A gradient penalty beside a loss: autograd walks to the chosen tensors alone, and the loss leads there anyway."""
+    x, operator, equation = OPERATORS.get(name, ATTENTION)
+    with on_backend(backend):
+        # By way of the input itself, and of a gradient that comes from later layers, which is linear in these.
+        for reduce in (lambda y, later: y.sum(), lambda y, later: (later * y).sum()):
+            leaf, later = x.detach().requires_grad_(), torch.ones((), device=x.device).requires_grad_()
+            loss = reduce(operator(leaf), later)
+            (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            for chosen in (leaf, later):
+                total = grad.square().sum() + 2 * leaf.sum() + 3 * later
+                try:
+                    (found,) = torch.autograd.grad(total, chosen, retain_graph=True)
+                except RuntimeError as refusal:
+                    assert "no derivative; set_backend" in str(refusal) or "no autograd formula" in str(refusal)
+                    continue
+                true, last = x.detach().double().requires_grad_(), torch.ones((), device=x.device).double()
+                last.requires_grad_()
+                (expected,) = torch.autograd.grad(reduce(equation(true), last), true, create_graph=True)
+                wanted = true if chosen is leaf else last
+                (expected,) = torch.autograd.grad(expected.square().sum() + 2 * true.sum() + 3 * last, wanted)
+                torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None or X.is_cuda, reason=cpu.STATE)
+@pytest.mark.parametrize("name", ["rms_norm_modulate", "block_boundary", "qk_norm_rope", "swiglu"])
+def test_gradients_without_an_address_are_refused(name):
+    """The backward pass alone under vmap or forward mode, behind a forward pass that saw neither."""
+    x, operator, _ = OPERATORS[name]
+    leaf = x.detach().requires_grad_()
+    out = operator(leaf)
+    rows = torch.stack([torch.ones_like(out), torch.ones_like(out)])
+    with pytest.raises(RuntimeError, match="no part in vmap and forward-mode differentiation; set_backend"):
+        torch.autograd.grad(out, leaf, rows, is_grads_batched=True, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(*rows)
+        with pytest.raises(RuntimeError, match="no part in vmap and forward-mode differentiation; set_backend"):
+            torch.autograd.grad(out, leaf, dual)
 
 
 @each_operator
