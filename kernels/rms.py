@@ -41,4 +41,7 @@ class _UnitRms(torch.autograd.Function):
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) over the last dimension, float32 or float64."""
+    if torch.compiler.is_compiling():
+        # Under dynamic=True a number is a symbol, of which the compiler takes one function, and breaks off at a second.
+        eps = torch.full((), eps, dtype=x.dtype, device=x.device)
     return _UnitRms.apply(x, eps)[0]

@@ -244,7 +244,8 @@ def test_opcheck(form):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiled(backend):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(backend, dynamic):
     function, names = FORMS["boundary"]
 
     def two_norms(*inputs):
@@ -252,7 +253,9 @@ def test_compiled(backend):
         return x, uk.layer_norm_modulate(torch.tanh(h), None, None, inputs[-2], inputs[-1])
 
     inputs = inputs_of(names, (2, 9, 40), torch.float32)
-    compiled = torch.compile(two_norms, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    compiler = "inductor" if DEVICE == "cuda" else "aot_eager"
+    torch._dynamo.reset()
+    compiled = torch.compile(two_norms, fullgraph=True, dynamic=dynamic, backend=compiler)
     torch.testing.assert_close(run(backend, compiled, inputs), run(backend, two_norms, inputs))
 
 
