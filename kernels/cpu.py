@@ -53,14 +53,21 @@ def serves(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # a mode that traces or counts would see memory that nobody writes
         return False
+    share_threads()
     return all(
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
         for x in tensors
     )
 
 
+def share_threads() -> None:
+    """Give the calling thread PyTorch's number of threads, which OpenMP keeps for each thread: in one that Python started
+    PyTorch sets it when it first asks for it, and cpu.c would take all cores until then."""
+    torch.get_num_threads()
+
+
 def serves_attention(qkv: Tensor) -> bool:
-    """Whether `attention` computes with qkv [.., d], up to MAX_TOKENS tokens: heads are whole vectors, at most MAX_HEAD."""
+    """Whether `attention` computes with qkv [.., d], up to MAX_TOKENS tokens: heads of whole vectors, at most MAX_HEAD."""
     return qkv.shape[-1] % WIDEST == 0 and qkv.shape[-1] <= MAX_HEAD and serves(qkv)
 
 
@@ -162,6 +169,7 @@ def _backward_pass(operator: str) -> Callable[[Callable], Callable]:
                     f"{operator}: its backward pass has no part in vmap and forward-mode differentiation; "
                     "set_backend('torch') before the forward pass"
                 )
+            share_threads()
             return backward(ctx, saved, *grads)
 
         return seen

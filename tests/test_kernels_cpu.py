@@ -293,6 +293,25 @@ def test_a_broken_or_missing_library_is_said_to_be_so(monkeypatch, tmp_path):
     assert found is None and "cannot be loaded" in state
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere cpu.c has no threads")
+def test_a_thread_of_python_takes_as_many_threads_as_pytorch():
+    program = (
+        "import ctypes, threading, torch, unite_kernels as uk\n"
+        "torch.set_num_threads(1)\n"
+        "x = torch.ones(64, 1024, 8, requires_grad=True)\n"
+        "def both(run): run(); print(ctypes.CDLL(None).omp_get_max_threads())\n"
+        "def start(run): thread = threading.Thread(target=both, args=(run,)); thread.start(); thread.join()\n"
+        "start(lambda: None)\n"
+        "start(lambda: uk.swiglu(x))\n"
+        "out = uk.swiglu(x); grad = torch.ones_like(out)\n"
+        "start(lambda: out.backward(grad))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "1", "1"]
+
+
 def test_without_it_the_package_works():
     program = (
         "import importlib.machinery; importlib.machinery.EXTENSION_SUFFIXES.clear()\n"
