@@ -61,13 +61,15 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 def share_threads() -> None:
-    """Give the calling thread PyTorch's number of threads, which OpenMP keeps for each thread: in one that Python started
-    PyTorch sets it when it first asks for it, and cpu.c would take all cores until then."""
+    """Give the calling thread PyTorch's number of threads, which OpenMP keeps for each thread.
+
+    In one that Python started PyTorch sets it when it first asks for it, and cpu.c would take all cores until then.
+    """
     torch.get_num_threads()
 
 
 def serves_attention(qkv: Tensor) -> bool:
-    """Whether `attention` computes with qkv [.., d], up to MAX_TOKENS tokens: heads of whole vectors, at most MAX_HEAD."""
+    """Whether `attention` computes with qkv [.., d], up to MAX_TOKENS tokens: whole vectors, at most MAX_HEAD."""
     return qkv.shape[-1] % WIDEST == 0 and qkv.shape[-1] <= MAX_HEAD and serves(qkv)
 
 

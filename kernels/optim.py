@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE
+from .dispatch import NAMESPACE, check_tensors
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -30,12 +30,18 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
 
     Raises:
         ValueError: different lengths, a pair that does not match, or a decay outside [0, 1].
+        TypeError: what is no tensor, or not of a floating dtype.
     """
     if len(ema) != len(params):
         raise ValueError(f"ema_update_: ema has {len(ema)} tensors and params {len(params)}; give one of each a weight")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"ema_update_: decay is {decay}; it must lie in [0, 1]")
     for index, (average, parameter) in enumerate(zip(ema, params, strict=True)):
+        for side, tensor in (("ema", average), ("params", parameter)):
+            if not isinstance(tensor, Tensor):  # names are made where one is refused, as there are hundreds a step
+                check_tensors("ema_update_", **{f"{side}[{index}]": tensor})
+        if not average.is_floating_point():
+            raise TypeError(f"ema_update_: ema[{index}] is {average.dtype}; it must be a floating dtype")
         for name in ("shape", "dtype", "device"):
             if getattr(average, name) != getattr(parameter, name):
                 raise ValueError(
@@ -117,8 +123,9 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7, scale: float 
 
     Raises:
         ValueError: g is not three-dimensional, or steps is negative.
-        TypeError: g is not of a floating dtype.
+        TypeError: g is no tensor, or not of a floating dtype.
     """
+    check_tensors("newton_schulz", g=g)
     if g.dim() != 3:
         raise ValueError(f"newton_schulz: g has shape {tuple(g.shape)}; it must be [n, rows, columns]")
     if steps < 0:

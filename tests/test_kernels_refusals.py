@@ -124,5 +124,15 @@ def test_a_weight_without_gradient_is_refused():
     weight, mean = normal(3, 4), normal(12)
     with pytest.raises(TypeError, match=r"^muon_momentum_: gradients\[1\] is None; it must be a tensor$"):
         uk.muon_momentum_([weight, weight], [weight, None], [mean, mean], 0.9)
+    with pytest.raises(TypeError, match=r"^ema_update_: params\[1\] is None; it must be a tensor$"):
+        uk.ema_update_([weight, weight], [weight, None], 0.9)
+    with pytest.raises(TypeError, match="^newton_schulz: g is None; it must be a tensor$"):
+        uk.newton_schulz(None)
     with pytest.raises(TypeError, match="^muon_momentum_: coefficient is a float; it must be a tensor$"):
         uk.muon_momentum_([weight], [weight], [mean], 0.9, 1.0)
+
+
+def test_an_average_of_integers_is_refused():
+    steps = torch.ones(3, dtype=torch.int64, device=X.device)
+    with pytest.raises(TypeError, match=r"^ema_update_: ema\[0\] is torch.int64; it must be a floating dtype$"):
+        uk.ema_update_([steps], [steps], 0.9)
