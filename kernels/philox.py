@@ -36,7 +36,7 @@ def philox(counters: int, draws: Tensor, seed: int, step: Step, stream: int) -> 
         stream: the fourth, in [0, 2³²).
     """
     c0, c1 = torch.arange(counters, device=draws.device)[None], draws[:, None]
-    c2, c3 = torch.as_tensor(step, device=draws.device).bitwise_and(WORD), stream
+    c2, c3 = step_tensor(step, draws.device).bitwise_and(WORD), stream
     key_a, key_b = seed & WORD, seed >> 32
     for _ in range(ROUNDS):
         # The int64 product of two words wraps but keeps all 64 bits; the mask clears the sign bits that the shift

@@ -294,6 +294,25 @@ def test_compiled_values(backend):
         torch.testing.assert_close(run(compiled), run(losses), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_step_that_counts_compiles_nothing_again(backend):
+    z, compiled = normal(2, 5, 8), []
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def noised(z, step):
+        return uk.flow_noise(z, 3, 1, step)
+
+    torch._dynamo.reset()
+    with on_backend(backend):
+        function = torch.compile(noised, fullgraph=True, backend=compiler)
+        for step in range(2, 9):
+            assert all(map(torch.equal, function(z, step), noised(z, step)))
+    assert len(compiled) == 2  # for a constant, and for any number
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 def test_a_replayed_graph_draws_anew_without_waiting():
     z, weight, bias = tensors((2, 5, 8), (8,), (8,))
