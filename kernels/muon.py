@@ -297,8 +297,8 @@ def muon_update_(
     """What stands behind Newton–Schulz in Muon, and moving averages of the weights, over lists of tensors, in place.
 
     params ← (1 − lr · weight_decay) · params − lr · updates, then for each decay
-    averages ← decay · averages + (1 − decay) · params. The numbers may change with every call: nothing is compiled
-    again for them, and no device is waited for.
+    averages ← decay · averages + (1 − decay) · params. The numbers may change with every call: no kernel is
+    compiled again for them, and no device is waited for; torch.compile makes a new graph for each.
 
     Args:
         params: float32, contiguous; of any size, a flat slice of all weights too.
