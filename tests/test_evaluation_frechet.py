@@ -57,6 +57,15 @@ def test_known_values():
     assert frechet_distance(np.zeros(5), zero, np.zeros(5), zero) == 0
 
 
+def test_nan_is_no_distance_of_zero():
+    mean, covariance = gaussian()
+    holed = covariance.copy()
+    holed[3, 4] = np.nan
+    assert np.isnan(frechet_distance(mean, holed, mean, covariance))
+    assert np.isnan(frechet_distance(mean, covariance, mean, holed))
+    assert np.isnan(frechet_distance(mean * np.nan, covariance, mean, covariance))
+
+
 def test_a_number_of_few_images_comes_with_its_worth():
     assert "determine 9 of the 2048 directions" in frechet_caveat(10, 2048)
     assert "of 10000 images is higher than one of the 50000" in frechet_caveat(10_000, 2048)

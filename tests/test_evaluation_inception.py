@@ -110,3 +110,9 @@ def test_files_that_are_not_the_weights(weights, tmp_path):
     assert "'Conv2d_1a_3x3.conv.weight' is missing" in _refusal(other)
     torch.save(inception_weights() | {"fc.weight": torch.zeros(1000, 2048)}, other)
     assert "'fc.weight' has shape [1000, 2048], expected [1008, 2048]" in _refusal(other)
+    name = "Mixed_6e.branch7x7_2"
+    for part, value in (("conv.weight", float("nan")), ("bn.running_var", -1.0)):
+        entry = inception_weights()[f"{name}.{part}"].clone()
+        entry.view(-1)[0] = value
+        torch.save(inception_weights() | {f"{name}.{part}": entry}, other)
+        assert f"the weights of '{name}' hold NaN or infinite values" in _refusal(other)

@@ -92,11 +92,15 @@ def test_dropout_keeps_the_expectation(files):
 def test_missing_weights_name_the_path_and_the_key_that_turns_the_term_off(files, tmp_path):
     good = dict(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"))
     (tmp_path / "broken.pth").write_bytes(b"not a file of weights")
+    holed = torch.load(files / "linear.pth")
+    holed["lin2.model.1.weight"].view(-1)[5] = float("nan")
+    torch.save(holed, tmp_path / "holed.pth")
     for change, words in (
         (dict(vgg=None), ["objective.lpips.vgg", "not set"]),
         (dict(linear=str(tmp_path / "none.pth")), ["objective.lpips.linear", "none.pth"]),
         (dict(vgg=good["linear"]), ["features.0.weight"]),
         (dict(linear=str(tmp_path / "broken.pth")), ["broken.pth"]),
+        (dict(linear=str(tmp_path / "holed.pth")), ["'lin2.model.1.weight' holds NaN"]),
     ):
         with pytest.raises(UserError) as caught:
             Lpips.from_config(LpipsConfig(**{**good, **change}))

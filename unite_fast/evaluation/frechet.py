@@ -40,13 +40,14 @@ def frechet_distance(
         covariance_a, covariance_b: [k, k], symmetric, positive semi-definite up to rounding.
 
     Returns:
-        The squared distance, at least 0.
+        The squared distance, at least 0; NaN where an argument holds one.
     """
     offset = np.asarray(mean_a, dtype=np.float64) - np.asarray(mean_b, dtype=np.float64)
     root_a, trace_a = _root(covariance_a)
     root_b, trace_b = _root(covariance_b)
     overlap = np.linalg.svd(root_a.T @ root_b, compute_uv=False).sum() if root_a.size and root_b.size else 0.0
-    return max(0.0, float(offset @ offset + trace_a + trace_b - 2.0 * overlap))
+    # Python's max(0, NaN) would be 0, the best distance there is.
+    return float(np.maximum(0.0, offset @ offset + trace_a + trace_b - 2.0 * overlap))
 
 
 def frechet_caveat(images: int, features: int) -> str | None:
@@ -71,6 +72,8 @@ def frechet_caveat(images: int, features: int) -> str | None:
 def _root(covariance: np.ndarray) -> tuple[np.ndarray, float]:
     """R with R Rᵀ = covariance, [k, rank], and the trace of a positive semi-definite matrix [k, k]."""
     covariance = np.asarray(covariance, dtype=np.float64)
+    if not np.isfinite(covariance).all():  # LAPACK may do anything with it
+        return np.empty((len(covariance), 0)), float("nan")
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     # eigh is exact to about k·2.2e-16 of the largest eigenvalue. What lies below is rounding of a zero, and its root
     # (1e-8 from 1e-16) would be an error eight orders larger.

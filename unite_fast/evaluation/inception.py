@@ -198,7 +198,7 @@ class Inception(nn.Module):
         """Take a state dict of convolutions with batch norms: y = γ (W x − mean) / √(var + 0.001) + β.
 
         Raises:
-            UserError: an entry that is missing or of another shape.
+            UserError: an entry that is missing, of another shape, or that makes weights that are no finite numbers.
         """
         for name, convolution in self.convolutions():
             weight = _entry(state, f"{name}.conv.weight", convolution.weight.shape)
@@ -211,6 +211,9 @@ class Inception(nn.Module):
             convolution.bias.copy_(beta - mean * gain)
         self.fc.weight.copy_(_entry(state, "fc.weight", self.fc.weight.shape))
         self.fc.bias.copy_(_entry(state, "fc.bias", self.fc.bias.shape))
+        for name, parameter in self.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise UserError(f"the weights of {name.rpartition('.')[0]!r} hold NaN or infinite values")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

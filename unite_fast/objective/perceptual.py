@@ -143,4 +143,6 @@ def _assign(parameter: Tensor, state: dict[str, Tensor], name: str) -> None:
     value = state[name]
     if value.numel() != parameter.numel():
         raise UserError(f"{name!r} has shape {list(value.shape)}, expected {list(parameter.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise UserError(f"{name!r} holds NaN or infinite values")
     parameter.data.copy_(value.reshape(parameter.shape))
