@@ -30,7 +30,7 @@ from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation import held_out as held_out_module
 from unite_fast.evaluation.frechet import gaussian_statistics
-from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
+from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, Pictures, to_bytes
 from unite_fast.evaluation.inception import Inception
 from unite_fast.flow.sampling import generate
 from unite_fast.objective.perceptual import Lpips
@@ -184,11 +184,48 @@ def test_batch_and_memory_change_nothing_but_time(files, capsys, monkeypatch):
 
 def test_images_are_kept_if_asked_for(files, tmp_path):
     evaluate(files, "--save-images", tmp_path / "png", "--guidance", 3, metrics="psnr", name="kept", count=6)
-    pictures = sorted((tmp_path / "png").iterdir())
+    pictures = sorted((tmp_path / "png").glob("*.png"))
     assert [path.name for path in pictures][:2] == ["000000_class0000.png", "000001_class0001.png"]
     kept = np.stack([read(path) for path in pictures])
     expected = to_bytes(drawn(6, guidance=3.0)).permute(0, 2, 3, 1).numpy()
     assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
+
+
+def pixels(folder):
+    return {path.name: read(path).tobytes() for path in folder.glob("*.png")}
+
+
+def test_kept_images_are_those_of_the_record_alone(trained, tmp_path):
+    def measure(name, *options):
+        assert run("evaluate", trained, "--metrics", "small", "--name", name, "--save-images", tmp_path / name,
+                   *options) == 0  # fmt: skip
+        return records(trained)[name]["protocol"]["generation"]
+
+    # A search draws images of its own, of the same numbers.
+    found = measure("swept", "--search", "guidance", "--search-count", 4, "--search-values", "3,1,2,0", "--count", 6)
+    measure("plain", "--guidance", found["guidance"], "--count", 6)
+    measure("last", "--guidance", 0, "--count", 6)
+    assert pixels(tmp_path / "last") != pixels(tmp_path / "plain"), "the search must not end at its best point"
+    assert len(pixels(tmp_path / "plain")) == 6 and pixels(tmp_path / "swept") == pixels(tmp_path / "plain")
+    # Fewer images into the same folder leave none of the former ones, and what is not theirs stays.
+    (tmp_path / "plain" / "own.png").write_bytes((tmp_path / "plain" / "000000_class0000.png").read_bytes())
+    measure("plain", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
+    measure("fresh", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
+    left = pixels(tmp_path / "plain")
+    assert left.pop("own.png") and left == pixels(tmp_path / "fresh") and len(left) == 4
+
+
+def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
+    pictures = Pictures(tmp_path / "png", 3)
+    pictures.begin("one")
+    pictures.save(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), first=3)
+    pictures.begin("one")
+    assert pictures.hold(3, 5) and not pictures.hold(3, 6)
+    pictures.begin("another")
+    assert not pictures.hold(3, 4)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        Pictures(tmp_path / "file", 3).begin("one")
 
 
 def test_dopri5_names_its_batch(files):

@@ -105,7 +105,10 @@ def evaluate(
         Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")
     ] = Precision.auto,
     save_images: Annotated[
-        Path | None, typer.Option(help="Also keep the generated images, as PNG files.", metavar="DIR")
+        Path | None, typer.Option(
+            help="Also keep the generated images, as PNG files; those of another evaluation in DIR are deleted.",
+            metavar="DIR",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the record. Default: step and protocol.")] = None,
     device: DeviceOption = Device.auto,

@@ -24,17 +24,16 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
-from unite_fast.evaluation.generation import balanced_labels, draw, to_bytes
+from unite_fast.evaluation.generation import Pictures, balanced_labels, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
 from unite_fast.evaluation.inception import FEATURES, Inception
 from unite_fast.evaluation.protocol import DEFINITIONS, METRICS, environment, names_hash
 from unite_fast.evaluation.reconstruction import require_finite, summarise
 from unite_fast.evaluation.reference import Reference, read_reference
 from unite_fast.evaluation.small_data import SmallDataJudge
-from unite_fast.evaluation.work import Work
+from unite_fast.evaluation.work import Work, digest
 from unite_fast.model.unite import Unite
 from unite_fast.objective.perceptual import Lpips
-from unite_fast.pictures import save_png
 
 # Raised when pieces of former versions must not be continued, because images or features come out differently.
 PIECES = 1
@@ -61,7 +60,7 @@ class Plan:
         train_data: class folders of the training images, for "small".
         data_config: crop and the like of those folders.
         lpips: weights of LPIPS, for lpips.
-        save_images: folder for the generated images as PNG files.
+        save_images: folder for the generated images as PNG files; those of another evaluation there are deleted.
     """
 
     metrics: tuple[str, ...]
@@ -190,7 +189,7 @@ class Evaluator:
             about: the protocol's `model`, with the `sha256` of its weights.
             sampling: options of `generate` beside noise: guidance, interval, solver, steps, time_shift.
             work: where pieces are kept until the result is on record.
-            metrics: fewer than the plan's.
+            metrics: fewer than the plan's, as for a point of a search; no images are saved then.
             count: another number of generated images than the plan's.
 
         Raises:
@@ -199,8 +198,11 @@ class Evaluator:
         began = time.monotonic()
         wanted = self.plan.metrics if metrics is None else metrics
         count = self.plan.count if count is None else count
+        pictures = None
+        if metrics is None and self.plan.save_images:
+            pictures = Pictures(self.plan.save_images, self.sizes.num_classes)
         with self._on_device(model) as device:
-            generated = self._generated(model, device, about, sampling, work, wanted, count)
+            generated = self._generated(model, device, about, sampling, work, wanted, count, pictures)
             held_out = self._held_out(model, device, about, work, wanted)
         found: dict[str, float | int] = {}
         sections: dict[str, Any] = {}
@@ -232,11 +234,11 @@ class Evaluator:
     def _autocast(self, device: torch.device):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.plan.precision == "bf16")
 
-    def _generated(self, model, device, about, sampling, work, wanted, count) -> dict[str, Tensor] | None:
+    def _generated(self, model, device, about, sampling, work, wanted, count, pictures) -> dict[str, Tensor] | None:
         """features [N, 2048], logits [N, 1008], images [N, 3, H, H] uint8: those that the metrics need."""
         plan, keep_images = self.plan, "small" in wanted
         with_features = bool(self._of_generated.intersection(wanted))
-        if not (with_features or keep_images or plan.save_images):
+        if not (with_features or keep_images or pictures):
             return None
 
         def make(first: int, stop: int) -> dict[str, Tensor]:
@@ -245,24 +247,21 @@ class Evaluator:
                 images = draw(model, labels, sampling, seed=plan.seed, first=first)
             require_finite(images, "generated images")
             pixels = to_bytes(images)
-            if plan.save_images:
-                for index, image in enumerate(pixels.cpu(), start=first):
-                    save_png(image, self._png(index))
+            if pictures:
+                pictures.save(pixels, first)
             made = {"labels": labels}
             if with_features:
                 made["features"], made["logits"] = self.inception(pixels)
             return made | ({"images": pixels} if keep_images else {})
 
-        def saved(first: int, stop: int) -> bool:
-            return plan.save_images is None or all(self._png(index).is_file() for index in range(first, stop))
-
         key = self._key("generated", about) | {
             "sampling": sampling, "inception": self.inception.sha256 if with_features else None, "images": keep_images,
         }  # fmt: skip
-        return work.gather("generating", key, count, plan.batch, make, kept=saved)
-
-    def _png(self, index: int) -> Path:
-        return self.plan.save_images / f"{index:06d}_class{index % self.sizes.num_classes:04d}.png"
+        if pictures is None:
+            return work.gather("generating", key, count, plan.batch, make)
+        if self.world.is_main:
+            pictures.begin(digest(key | {"count": count}))
+        return work.gather("generating", key, count, plan.batch, make, kept=pictures.hold)
 
     def _held_out(self, model, device, about, work, wanted) -> dict[str, Tensor] | None:
         """See `HeldOut.measure`."""

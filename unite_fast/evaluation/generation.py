@@ -5,15 +5,22 @@ Shapes: n images, K registers, D latent channels.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unite_fast.errors import UserError
 from unite_fast.flow import sampling
 from unite_fast.model.unite import TOKENIZE_T_MAX, Unite
+from unite_fast.pictures import save_png
+from unite_fast.weights import write_text
 from unite_kernels import philox_normal
 
+STAMP = ".evaluation"  # in a folder of pictures: which evaluation they belong to
+PICTURE = re.compile(r"\d{6,}_class\d{4,}\.png")
 SAMPLE_STREAM, TOKENIZE_STREAM = 0, 1  # of the counter-based generator
 
 
@@ -60,6 +67,55 @@ def balanced_labels(first: int, stop: int, num_classes: int) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] -> uint8, rounded to the nearest level: the pixels that a PNG would hold."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+class Pictures:
+    """A folder that holds the generated images of one evaluation, and no others, as PNG files.
+
+    Args:
+        folder: made if missing.
+        num_classes: the images are labelled as by `balanced_labels`.
+    """
+
+    def __init__(self, folder: Path, num_classes: int):
+        self.folder, self._classes = folder, num_classes
+
+    def path(self, index: int) -> Path:
+        """Of image number `index`."""
+        return self.folder / f"{index:06d}_class{index % self._classes:04d}.png"
+
+    def begin(self, evaluation: str) -> None:
+        """Delete the pictures of another evaluation; those of this one, begun before, stay. For one rank.
+
+        Args:
+            evaluation: one line that tells it from all others.
+
+        Raises:
+            UserError: a folder that cannot be written.
+        """
+        try:
+            stamp = self.folder / STAMP
+            if stamp.is_file() and stamp.read_text() == evaluation:
+                return
+            for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                if PICTURE.fullmatch(path.name):
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write images into {self.folder}: {error.strerror or error}") from None
+        write_text(evaluation, stamp)
+
+    def save(self, pixels: Tensor, first: int) -> None:
+        """Write images number `first` …, [n, 3, H, W] uint8.
+
+        Raises:
+            UserError: a path that cannot be written.
+        """
+        for index, image in enumerate(pixels.cpu(), start=first):
+            save_png(image, self.path(index))
+
+    def hold(self, first: int, stop: int) -> bool:
+        """Whether images first … stop − 1 are there."""
+        return all(self.path(index).is_file() for index in range(first, stop))
 
 
 def _noise(model: Unite, seed: int, stream: int, count: int, first: int) -> Tensor:
