@@ -130,6 +130,21 @@ def test_generation_metrics_and_their_protocol(files, inception, held_out, capsy
     assert set(protocol["definitions"]) == {"gfid", "is"}
 
 
+def similarity_by_hand(a, b):
+    """Mean SSIM of Wang et al. 2004 over all 11×11 windows inside the images [n, 3, H, H], in float64."""
+    line = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window = torch.outer(line, line) / line.sum() ** 2
+
+    def mean(x):
+        return (x.unfold(2, 11, 1).unfold(3, 11, 1) * window).sum((-2, -1))
+
+    a, b = a.double(), b.double()
+    ma, mb = mean(a), mean(b)
+    va, vb, both = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    value = (2 * ma * mb + 0.01**2) * (2 * both + 0.03**2) / ((ma**2 + mb**2 + 0.01**2) * (va + vb + 0.03**2))
+    return float(value.mean())
+
+
 def test_held_out_metrics(files, inception, held_out, capsys, monkeypatch):
     similarity, tf32 = held_out_module.structural_similarity_index_measure, []
 
@@ -158,7 +173,8 @@ def test_held_out_metrics(files, inception, held_out, capsys, monkeypatch):
     assert found["lpips"] == pytest.approx(float(lpips(exact, rebuilt)), rel=1e-3)
     assert apart(found["rfid"], distance(inception(held_out)[0], inception(to_bytes(rebuilt))[0])) < 1e-3
     assert tf32 and not any(tf32), "a GPU would round the pixels that SSIM takes differences of"
-    assert -0.2 < found["ssim"] < 0.5 and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert found["ssim"] == pytest.approx(similarity_by_hand(exact, rebuilt), abs=1e-5)
+    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert math.isfinite(found["kid"]) and found["kid_subset_size"] == HELD_OUT
     section = record["protocol"]["held_out"]
     assert (section["count"], section["skipped"], section["crop"]) == (HELD_OUT, 1, "adm")

@@ -36,7 +36,7 @@ from unite_fast.model.unite import Unite
 from unite_fast.objective.perceptual import Lpips
 
 # Raised when pieces of former versions must not be continued, because images or features come out differently.
-PIECES = 1
+PIECES = 2
 INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
 
 

@@ -38,7 +38,7 @@ METRICS = {
     "gfid": Metric("lower", (*_GENERATED, "reference")),
     "is": Metric("higher", _GENERATED),
     "kid": Metric("lower", (*_GENERATED, "held_out")),
-    "precision": Metric("higher", (*_GENERATED, "held_out")),
+    "precision": Metric("higher", (*_GENERATED, "held_out", "small_data")),  # small has one of this name, too
     "recall": Metric("higher", (*_GENERATED, "held_out")),
     "rfid": Metric("lower", ("held_out", "inception")),
     "psnr": Metric("higher", ("held_out",)),
@@ -82,7 +82,7 @@ DEFINITIONS = {
     "recall": "share of held-out images inside the generated manifold, k = 3",
     "rfid": "Fréchet distance of reconstructions to their originals, Inception-v3 pool features, float64",
     "psnr": "mean of the per-image PSNR in dB, pixels in [0, 1], not rounded",
-    "ssim": "mean SSIM, Gaussian window of 11 pixels, sigma 1.5, data range 1",
+    "ssim": "mean SSIM, Gaussian window of 11 pixels inside the image, sigma 1.5, data range 1",
     "lpips": "mean LPIPS-VGG of pairs scaled to [-1, 1]",
     "l1": "mean absolute error, pixels in [0, 1]",
     "small": "see unite_fast/evaluation/small_data.py",
@@ -144,6 +144,9 @@ def differences(left: dict[str, Any], right: dict[str, Any], metric: str) -> lis
         for key in sorted({*mine, *theirs}):
             if key not in ("path", "file") and mine.get(key) != theirs.get(key):
                 found.append(f"{section}.{key}: {_short(mine.get(key))} / {_short(theirs.get(key))}")
+    texts = [side.get("definitions", {}).get(metric) for side in (left, right)]
+    if None not in texts and texts[0] != texts[1]:
+        found.append(f"definitions.{metric}: {' / '.join(texts)}")
     return found
 
 
