@@ -18,11 +18,12 @@ PROTOCOL = {
     "inception": {"file": "pt.pth", "sha256": "22" * 32, "published": True},
     "reference": {"file": "ref.npz", "sha256": "33" * 32},
     "held_out": {"path": "val", "count": 100, "names_sha256": "44" * 32},
+    "definitions": {"psnr": "of each image"},
 }
 
 
 def record(folder, name, metrics, **sections):
-    protocol = {key: PROTOCOL.get(key, {}) | sections.get(key, {}) for key in PROTOCOL}
+    protocol = {key: PROTOCOL.get(key, {}) | sections.get(key, {}) for key in PROTOCOL | sections}
     write_record(folder / "evaluations" / f"{name}.json", metrics, protocol)
 
 
@@ -52,6 +53,7 @@ def test_equal_protocols_are_ranked(runs, capsys):
         ("generation", {"count": 10000}, "generation.count: 50000 / 10000", "psnr"),
         ("reference", {"sha256": "55" * 32}, "reference.sha256: 33333333… / 55555555…", "is"),
         ("held_out", {"names_sha256": "66" * 32}, "held_out.names_sha256: 44444444… / 66666666…", "gfid"),
+        ("definitions", {"psnr": "pooled"}, "definitions.psnr: of each image / pooled", "gfid"),
     ],
 )
 def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change, says, untouched):
@@ -63,6 +65,25 @@ def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change,
     assert run("compare", runs / "one", runs / "three", "--anyway") == 0
     printed = capsys.readouterr().out
     assert "ranked all the same, --anyway" in printed and says in printed
+
+
+def test_precision_of_small_data_compares_by_its_own_sets(runs):
+    for name, held_out in (("three", "77"), ("four", "88"), ("five", "88")):
+        record(runs / name, "c", {"precision": 0.9}, small_data={"held_out": held_out * 32})
+    three, four, five = (read_records(runs / name)[0] for name in ("three", "four", "five"))
+    assert ranking([three, four], "precision")[1] == ["small_data.held_out: 77777777… / 88888888…"]
+    assert ranking([four, five], "precision") == ([0, 1], [])
+
+
+def test_no_value_is_cut_however_many_evaluations(runs, capsys):
+    for number in range(12):
+        record(runs / "many", f"{number:02d}", {"gfid": 12.34 + number, "recall": 0.012345, "psnr": 25.5})
+    record(runs / "many", "12", {"gfid": 7.891})
+    assert run("compare", runs / "many") == 0
+    printed = capsys.readouterr().out
+    assert all(f"{12.34 + number:.4g}" in printed for number in range(12)) and "7.891 *" in printed
+    assert printed.count("0.01235 *") == 12 and printed.count("25.5 *") == 12
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
 
 
 def test_a_value_alone_is_not_the_best(runs, capsys):

@@ -96,12 +96,9 @@ def compare(
     shown = [name for name in READINGS if any(name in row.metrics for row in rows)]
     if not shown:
         raise UserError(f"the records of {', '.join(map(str, runs))} hold none of {', '.join(METRICS)}")
-    # Metrics downwards and evaluations across, by number: names are long, and one metric's values stand beside another.
-    table = Table(title_justify="left")
-    table.add_column("metric", no_wrap=True)
-    for number in range(1, len(rows) + 1):
-        table.add_column(f"[{number}]", justify="right", no_wrap=True)
     notes: list[str] = []
+    names: list[str] = []
+    columns: list[list[Text]] = [[] for _ in rows]
     for name in shown:
         best, reasons = ranking(rows, name)
         if reasons:
@@ -109,15 +106,38 @@ def compare(
             verdict = "ranked all the same, --anyway" if anyway else "not ranked"
             more = f"; and {len(reasons) - DIFFERENCES_SHOWN} more" if len(reasons) > DIFFERENCES_SHOWN else ""
             notes.append(f"{name}: {verdict}, protocols differ in {'; '.join(reasons[:DIFFERENCES_SHOWN])}{more}")
-        cells = []
-        for index, row in enumerate(rows):
+        for index, (row, column) in enumerate(zip(rows, columns, strict=True)):
             value = row.metrics.get(name)
             text = "" if value is None else f"{value:.4g}{' *' if index in best else ''}"
-            cells.append(Text(text, style="bold green" if index in best else ""))
+            column.append(Text(text, style="bold green" if index in best else ""))
         arrow = "↓" if READINGS[name].better == "lower" else "↑"
-        table.add_row(f"{name} {arrow}{' ≠' if reasons else ''}", *cells)
+        names.append(f"{name} {arrow}{' ≠' if reasons else ''}")
     for number, row in enumerate(rows, start=1):
         out().print(f"[{number}] {row.name}", markup=False, soft_wrap=True)
-    out().print(table)
+    # Metrics downwards and evaluations across, by number: names are long, and one metric's values stand beside another.
+    # As many evaluations a table as fit in the terminal, which would cut their values.
+    room = out().width - max(map(len, ["metric", *names])) - len("│  │")
+    widths = [max(len(f"[{i + 1}]"), *map(len, column)) + len("  │") for i, column in enumerate(columns)]
+    for group in _groups(widths, room):
+        table = Table()
+        table.add_column("metric", no_wrap=True)
+        for index in group:
+            table.add_column(f"[{index + 1}]", justify="right", no_wrap=True)
+        for name, *cells in zip(names, *(columns[index] for index in group), strict=True):
+            table.add_row(name, *cells)
+        out().print(table)
     for note in notes:
         out().print(f"≠ {note}", markup=False, soft_wrap=True)
+
+
+def _groups(widths: list[int], room: int) -> list[list[int]]:
+    """Indices in order, as many a group as their widths fit in the room, and one at least."""
+    groups: list[list[int]] = []
+    left = 0
+    for index, width in enumerate(widths):
+        if not groups or width > left:
+            groups.append([])
+            left = room
+        groups[-1].append(index)
+        left -= width
+    return groups
