@@ -109,6 +109,17 @@ def test_reference_is_the_pictures_mean_and_covariance(files, inception, held_ou
         assert found["inception"] == file_hash(files / "inception.pth")
 
 
+def test_where_a_reference_goes_is_asked_before_pictures_are_read(files, capsys, tmp_path):
+    def ask(out):
+        return mistake(capsys, "reference", files / "val", "--out", out, "--inception", files / "none.pth")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    assert ask(tmp_path / "file" / "r.npz").startswith(f"cannot write the statistics into {tmp_path}/file: Not a d")
+    assert ask(tmp_path / "folder.npz") == f"--out {tmp_path / 'folder.npz'} is a folder: give the name of a file in it"
+    assert "no Inception-v3 weights" in ask(tmp_path / "new" / "r.npz")
+
+
 def test_generation_metrics_and_their_protocol(files, inception, held_out, capsys):
     record = evaluate(files)
     printed = capsys.readouterr()

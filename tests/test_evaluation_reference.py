@@ -94,6 +94,8 @@ def test_the_common_form_is_enough(tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(5, np.float32), sigma=np.eye(5), arr_0=np.zeros(3, np.uint8))
     found = read(tmp_path / "r.npz")
     assert found.mu.dtype == np.float64 and set(found.about) == {"file", "sha256"}
+    np.savez(tmp_path / "r.npz", mu=np.zeros(5), sigma=np.eye(5), count=np.arange(3))  # somebody's own, of each class
+    assert set(read(tmp_path / "r.npz").about) == {"file", "sha256"}
 
 
 def test_files_that_do_not_fit(tmp_path):
@@ -119,5 +121,17 @@ def test_files_that_do_not_fit(tmp_path):
     assert "no finite numbers" in refusal()
     np.savez(path, mu=np.array([object()] * 5), sigma=np.eye(5))
     assert "no .npz of plain arrays" in refusal()
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(5))
+    assert "it is one bare array" in refusal()
+    np.savez_compressed(path, mu=np.zeros(5), sigma=np.eye(5))
+    whole = bytearray(path.read_bytes())
+    begin = whole.index(b"mu.npy") + len("mu.npy") + int.from_bytes(whole[28:30], "little")
+    whole[begin] ^= 0xFF  # the first byte of the compressed stream
+    path.write_bytes(whole)
+    assert "is truncated or no .npz" in refusal()
+    for sigma in (-np.eye(5), np.eye(5) + np.triu(np.ones((5, 5)))):
+        np.savez(path, mu=np.zeros(5), sigma=sigma)
+        assert "sigma is no covariance" in refusal()
     with pytest.raises(UserError, match="must end in .npz"):
         write_reference(moments(), Path("x.npy"), {})

@@ -50,9 +50,14 @@ def reference(
     from unite_fast.evaluation.frechet import frechet_caveat
     from unite_fast.evaluation.inception import FEATURES
     from unite_fast.evaluation.reference import folder_statistics, write_reference
+    from unite_fast.writable import require_writable
 
     world = join_world(device.value)
     try:
+        if world.is_main:
+            if out_file.is_dir():
+                raise UserError(f"--out {out_file} is a folder: give the name of a file in it")
+            require_writable(out_file.parent, "the statistics", "Give --out a file in a folder that takes some.")
         moments, about = folder_statistics(
             images, inception, image_size=size, crop=crop.value, batch=batch, world=world
         )

@@ -7,6 +7,7 @@ elsewhere hold `mu` and `sigma` alone and are taken at their word.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +101,8 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
         features: k.
 
     Raises:
-        UserError: missing, truncated, other arrays, another number of features, values that are not finite, or
-            statistics recorded for another image size or other extractor weights.
+        UserError: missing, truncated, other arrays, another number of features, values that are not finite, a sigma
+            that is no covariance, or statistics recorded for another image size or other extractor weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,11 +110,14 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
             f"no reference statistics at {path}: `unite-fast reference IMAGES --out {path}` makes them from a folder"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is one bare array, a .npy")
+        with loaded as file:
             found = {name: file[name] for name in ("mu", "sigma", "count", "crop", "image_size", "inception")
                      if name in file.files}  # fmt: skip
             names = file.files
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
         raise UserError(f"{path} is truncated or no .npz of plain arrays: {str(error) or 'it is empty'}") from None
     if "mu" not in found or "sigma" not in found:
         raise UserError(f"{path} must hold mu and sigma, it holds {', '.join(names) or 'nothing'}")
@@ -125,8 +129,14 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} holds values that are no finite numbers: make it again")
+    slack = 1e-3 * np.abs(sigma).max()  # far above the rounding of float16
+    if np.abs(sigma - sigma.T).max() > slack or sigma.diagonal().min() < -slack:
+        raise UserError(f"{path}: sigma is no covariance: it is not symmetric or has negative variances")
     about = {"file": path.name, "sha256": file_hash(path)}
-    about |= {name: found[name].item() for name in ("count", "crop", "image_size", "inception") if name in found}
+    about |= {
+        name: found[name].item() for name in ("count", "crop", "image_size", "inception")
+        if name in found and found[name].size == 1
+    }  # fmt: skip
     if about.get("image_size", image_size) != image_size:
         raise UserError(
             f"{path} was made from images of {about['image_size']}×{about['image_size']} pixels, the model makes "
