@@ -21,6 +21,7 @@ from unite_fast.importing import open_trained
 from unite_fast.records import RunFolder, open_run
 from unite_fast.report import write_report
 from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
+from unite_fast.report.metrics import headline
 from unite_fast.report.neighbours import find_neighbours
 from unite_fast.report.probe import Options, _noise, _statistics, probe, silent
 from unite_fast.report.tiles import BUDGET, Tiles
@@ -214,6 +215,22 @@ def test_an_unwritable_page_and_damaged_weights(folder, capsys):
     shutil.rmtree(folder / "checkpoints")
     assert "model.safetensors" in mistake(capsys, "report", folder)
     assert (folder / "report.html").read_bytes() == before
+
+
+def test_the_first_numbers_are_of_the_latest_step_and_its_most_images():
+    def made(step, gfid, date="2026", **counts):
+        sections = {name: {"count": count} for name, count in counts.items()}
+        protocol = {"model": {"step": step}, "environment": {"date": date}, **sections}
+        return {"metrics": {"gfid": gfid}, "protocol": protocol}
+
+    def first(*evaluations):
+        return headline(RunFolder(None, {}, evaluations=dict(zip("abcd", evaluations))))[0][1]
+
+    whole, trial = made(20, 2.5, generation=50_000), made(20, 90.0, date="2027", generation=20)
+    assert first(whole, trial) == first(trial, whole) == "2.5"
+    assert first(made(10, 3.5, generation=50_000), trial) == "90"
+    again = made(20, 2.25, date="2026-02", generation=50_000)
+    assert first(whole, again, trial) == first(again, whole, {"metrics": {}, "protocol": {"generation": 3}}) == "2.25"
 
 
 def test_length_and_state_of_a_run():

@@ -132,6 +132,15 @@ def _step(content: dict[str, Any]) -> int:
     return step if isinstance(step, int) else 0
 
 
+def _images(content: dict[str, Any]) -> tuple[int, int, str]:
+    """(generated, held-out images, date) of an evaluation; 0 and "" where it does not say."""
+    sections = [content["protocol"].get(name) for name in ("generation", "held_out", "environment")]
+    generation, held_out, environment = (section if isinstance(section, dict) else {} for section in sections)
+    counts = (section.get("count") for section in (generation, held_out))
+    generated, compared = (count if isinstance(count, int) else 0 for count in counts)
+    return generated, compared, str(environment.get("date", ""))
+
+
 def _holds(metrics: dict[str, Any], summary: dict[str, Any]) -> bool:
     """Whether an evaluation has every metric of summary.json with the same value."""
     measured = {key: value for key, value in summary.items() if key not in SUMMARY_PROTOCOL}
@@ -159,9 +168,12 @@ def trends(run: RunFolder) -> list[tuple[str, Curve]]:
 
 
 def headline(run: RunFolder) -> list[tuple[str, str, str]]:
-    """(title, value with unit, which way is better) of the few numbers that come first."""
+    """(title, value with unit, which way is better) of the few numbers that come first.
+
+    Each is of the latest step where it was measured, there of the most images: a trial of a few is no result.
+    """
     metrics: dict[str, Any] = dict(run.summary or {})
-    for content in sorted(run.evaluations.values(), key=_step):
+    for content in sorted(run.evaluations.values(), key=lambda content: (_step(content), *_images(content))):
         metrics |= content["metrics"]
     found = []
     for key in HEADLINE:
