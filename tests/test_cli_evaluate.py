@@ -218,30 +218,6 @@ def test_images_are_kept_if_asked_for(files, tmp_path):
     assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
 
 
-def pixels(folder):
-    return {path.name: read(path).tobytes() for path in folder.glob("*.png")}
-
-
-def test_kept_images_are_those_of_the_record_alone(trained, tmp_path):
-    def measure(name, *options):
-        assert run("evaluate", trained, "--metrics", "small", "--name", name, "--save-images", tmp_path / name,
-                   *options) == 0  # fmt: skip
-        return records(trained)[name]["protocol"]["generation"]
-
-    # A search draws images of its own, of the same numbers.
-    found = measure("swept", "--search", "guidance", "--search-count", 4, "--search-values", "3,1,2,0", "--count", 6)
-    measure("plain", "--guidance", found["guidance"], "--count", 6)
-    measure("last", "--guidance", 0, "--count", 6)
-    assert pixels(tmp_path / "last") != pixels(tmp_path / "plain"), "the search must not end at its best point"
-    assert len(pixels(tmp_path / "plain")) == 6 and pixels(tmp_path / "swept") == pixels(tmp_path / "plain")
-    # Fewer images into the same folder leave none of the former ones, and what is not theirs stays.
-    (tmp_path / "plain" / "own.png").write_bytes((tmp_path / "plain" / "000000_class0000.png").read_bytes())
-    measure("plain", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
-    measure("fresh", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
-    left = pixels(tmp_path / "plain")
-    assert left.pop("own.png") and left == pixels(tmp_path / "fresh") and len(left) == 4
-
-
 def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
     pictures = Pictures(tmp_path / "png", 3)
     pictures.begin("one")
@@ -363,6 +339,30 @@ def test_search_chooses_average_and_guidance_and_measures_with_them(trained, cap
     assert not (trained / "evaluations" / ".work").exists()
 
 
+def pixels(folder):
+    return {path.name: read(path).tobytes() for path in folder.glob("*.png")}
+
+
+def test_kept_images_are_those_of_the_record_alone(trained, tmp_path):
+    def measure(name, *options):
+        assert run("evaluate", trained, "--metrics", "small", "--name", name, "--save-images", tmp_path / name,
+                   *options) == 0  # fmt: skip
+        return records(trained)[name]["protocol"]["generation"]
+
+    # A search draws images of its own, of the same numbers.
+    found = measure("swept", "--search", "guidance", "--search-count", 4, "--search-values", "3,1,2,0", "--count", 6)
+    measure("plain", "--guidance", found["guidance"], "--count", 6)
+    measure("last", "--guidance", 0, "--count", 6)
+    assert pixels(tmp_path / "last") != pixels(tmp_path / "plain"), "the search must not end at its best point"
+    assert len(pixels(tmp_path / "plain")) == 6 and pixels(tmp_path / "swept") == pixels(tmp_path / "plain")
+    # Fewer images into the same folder leave none of the former ones, and what is not theirs stays.
+    (tmp_path / "plain" / "own.png").write_bytes((tmp_path / "plain" / "000000_class0000.png").read_bytes())
+    measure("plain", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
+    measure("fresh", "--guidance", found["guidance"], "--seed", 1, "--count", 4)
+    left = pixels(tmp_path / "plain")
+    assert left.pop("own.png") and left == pixels(tmp_path / "fresh") and len(left) == 4
+
+
 def test_averages_can_be_exported_by_choice(trained, tmp_path, capsys):
     assert run("export", trained, "--out", tmp_path / "out", "--ema-decay", "0.5") == 0
     kept = load_file(checkpoint.latest(trained) / "ema_0.5.safetensors")
@@ -436,6 +436,7 @@ def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys)
     weights["decoder.token"][:] = float("nan")
     save_file(weights, tmp_path / "diverged" / "model.safetensors")
     assert ask(model=tmp_path / "diverged", metrics="is").startswith("12 of 12 generated images contain NaN")
+    assert ask("--guidance", 1e38, metrics="is").endswith("; or guidance 1e+38 is too strong, lower it")
     assert "reconstructions contain NaN" in ask(model=tmp_path / "diverged", metrics="psnr")
     assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
     (tmp_path / "bad").mkdir()

@@ -241,11 +241,14 @@ class Evaluator:
         if not (with_features or keep_images or pictures):
             return None
 
+        w = sampling["guidance"]
+        too_strong = f"; or guidance {w:g} is too strong, lower it" if w > 1 else ""
+
         def make(first: int, stop: int) -> dict[str, Tensor]:
             labels = balanced_labels(first, stop, self.sizes.num_classes)
             with self._autocast(device):
                 images = draw(model, labels, sampling, seed=plan.seed, first=first)
-            require_finite(images, "generated images")
+            require_finite(images, "generated images", too_strong)
             pixels = to_bytes(images)
             if pictures:
                 pictures.save(pixels, first)

@@ -35,13 +35,13 @@ def unit_images(images: Tensor, what: str = "images") -> Tensor:
     return images.clamp(0, 1)
 
 
-def require_finite(images: Tensor, what: str) -> None:
-    """Raise a UserError that says how many images [N, …] hold NaN or infinite values."""
+def require_finite(images: Tensor, what: str, otherwise: str = "") -> None:
+    """Raise a UserError that says how many images [N, …] hold NaN or infinite values; `otherwise` ends it."""
     bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
     if bad:
         raise UserError(
             f"{bad} of {len(images)} {what} contain NaN or infinite values: the network that made them has diverged, "
-            "go back to an earlier checkpoint or lower the learning rate"
+            f"go back to an earlier checkpoint or lower the learning rate{otherwise}"
         )
 
 
