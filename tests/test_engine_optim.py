@@ -11,7 +11,7 @@ from engine_toy import float32_newton_schulz, toy_model
 import unite_kernels as uk
 from unite_fast.config import ModelConfig, OptimizerConfig
 from unite_fast.engine import optim, sharding
-from unite_fast.engine.backend import clip_coefficient, gradient_norm
+from unite_fast.engine.backend import clip_coefficient, gradient_norm, total_norm
 from unite_fast.engine.ema import Ema
 from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr
 from unite_fast.engine.sharding import Layout, MatrixExchange, flat_fragments
@@ -200,6 +200,14 @@ def test_clipping_scales_both_groups_and_reads_nothing_back():
     torch.testing.assert_close(norm, torch.tensor(2.0 * 17**0.5))
     for tensor, name, share in zip(tensors, ("momentum_buffer", "exp_avg"), (0.05, 1 - config.betas[0])):
         torch.testing.assert_close(optimizer.state[tensor][name], torch.full(tensor.shape, share * clipped))
+
+
+def test_the_norm_of_a_rank_s_slice_counts_every_element():
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 2**22), torch.randn(3), torch.randn(0)]
+    expected = sum(tensor.double().square().sum() for tensor in tensors).sqrt()
+    torch.testing.assert_close(total_norm(tensors).double(), expected, rtol=1e-5, atol=0)
+    assert total_norm([]) == 0
 
 
 def test_groups_follow_the_model():

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.engine.backend import AutocastForward, clip_coefficient, gradient_norm
+from unite_fast.engine.backend import AutocastForward, clip_coefficient, gradient_norm, total_norm
 from unite_fast.engine.gathering import FlatGroup, WeightGather
 from unite_fast.engine.optim import MAX_STAGES, Groups, MuonAdamW, matrix_shape
 from unite_fast.engine.reduction import GradientMean
@@ -241,7 +241,7 @@ class DeepSpeedBackend:
 
         DeepSpeed would take it too, but read it on the host, which drains the device once a step.
         """
-        squares = nn.utils.get_total_norm(self._means, foreach=True).square()
+        squares = total_norm(self._means).square()
         dist.all_reduce(squares)
         return squares.sqrt()
 
