@@ -223,6 +223,10 @@ CUTS = {
         lambda lines: [lines[0], lines[1].rsplit("\t", 2)[0], *lines[2:]],
         "line 2: a QM9 property line has 17",
     ),
+    "underscore": (
+        lambda lines: [*lines[:2], "O\t1_5\t0\t1\t0", *lines[3:]],
+        "line 3: '1_5' is not a number",
+    ),
     "smiles": (lambda lines: [*lines[:6], "O", lines[7]], "line 7: QM9 gives two SMILES"),
     "second frame": (lambda lines: [*lines, "3", "water"], "line 10: cut off: line 9 announces 3 atoms, so"),
     "nan": (

@@ -188,7 +188,7 @@ class TwoPassConfig(Section):
     time_law: Literal["logit_normal", "uniform"] = Field("logit_normal", description="law of flow times; uniform is the paper's form")
     time_shift: Annotated[float, Field(gt=0)] = Field(0.5, description="alpha of t = alpha u / (1 + (alpha-1) u); applies to logit_normal and to sampling")
     weighting: Literal["velocity", "none"] = Field("velocity", description="flow error divided by max(1-t, t_floor), or the paper's unweighted form")
-    t_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="floor of 1-t where it divides")
+    t_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="floor of 1-t where it divides the flow error; sampling has 0.05, always")
     decoder_noise: Literal["mix", "additive", "none"] = Field("mix", description="noise on z0 before decoding: published mix, the paper's additive form, or none")
     mix_probability: Fraction = Field(0.5, description="share of samples that the mix touches")
     mix_t_min: Fraction = Field(0.7, description="mix draws t from U(this, 1)")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unite_fast.model.unite import Unite, kind_of
 
-T_FLOOR = 0.05  # floor of 1 − t in the velocity, the same as in the loss
+T_FLOOR = 0.05  # floor of 1 − t in the velocity, whatever the loss was weighted with
 SOLVERS = ("euler", "heun", "dopri5")
 DOPRI5_TOLERANCE = dict(rtol=1e-3, atol=1e-6)  # the published sampler's
 

@@ -122,8 +122,8 @@ def _atoms(
 
 def _number(text: str, file: str, number: int) -> float:
     try:
-        # QM9 was written by Mathematica, where 1.2*^-6 is 1.2e-6.
-        return float(text.replace("*^", "e"))
+        # QM9 was written by Mathematica, where 1.2*^-6 is 1.2e-6. float() would take 1_5 for 15.
+        return float(text.replace("*^", "e").replace("_", "?"))
     except ValueError:
         raise UserError(f"{file}, line {number}: {_shown(text)} is not a number") from None
 
