@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unite_fast.config import LpipsConfig
+from unite_fast.config import LpipsConfig, ObjectiveConfig
 from unite_fast.errors import UserError
+from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import CHANNELS, STAGES, Lpips
+from unite_fast.objective.two_pass import Objective
 from unite_fast.weights import write_tensors
 
 
@@ -87,6 +89,25 @@ def test_dropout_keeps_the_expectation(files):
     a, b = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     values = torch.stack([dropped(a, b) for _ in range(20)])
     assert values.std() > 0 and abs(float(values.mean() / plain(a, b)) - 1) < 0.05
+
+
+def test_dropout_has_the_address_of_its_micro_batch(files):
+    lpips = LpipsConfig(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"), dropout=True)
+    objective = Objective(ObjectiveConfig(lpips=lpips), null_label=3)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(phase: str, noise: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return noise, torch.zeros(()), 1 - images
+
+    def distance(**address: int) -> float:
+        torch.rand(7)  # whatever else has drawn from PyTorch's generator
+        draws = SeededDraws(objective.config, **address, device=torch.device("cpu"))
+        return float(objective.reconstruction(run, images, draws, torch.Size((1, 4, 4)))[1]["lpips"])
+
+    addresses = [dict(seed=seed, step=step, stream=stream) for seed in (0, 1) for step in (0, 1) for stream in (0, 1)]
+    found = [distance(**address) for address in addresses]
+    assert found == [distance(**address) for address in addresses]
+    assert len(set(found)) == len(addresses)
 
 
 def test_missing_weights_name_the_path_and_the_key_that_turns_the_term_off(files, tmp_path):

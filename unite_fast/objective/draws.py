@@ -14,6 +14,7 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import ObjectiveConfig
+from unite_fast.data.sampler import counter_hash
 
 
 class TokenizeDraws(NamedTuple):
@@ -42,6 +43,9 @@ class Draws(Protocol):
     def flow(self, z1: Tensor, first: int, count: int) -> FlowDraws:
         """Draws `first` … `first + count − 1` on clean latents z1 [B, K, D]; differentiable in z1."""
 
+    def seed_generators(self) -> None:
+        """Begin PyTorch's own generators anew, for dropout, which takes its numbers from nowhere else."""
+
 
 class RecordedDraws:
     """Draws given as tensors, for parity checks and debugging.
@@ -63,9 +67,13 @@ class RecordedDraws:
         weight = t[:, :, None, None]
         return FlowDraws(weight * z1 + (1 - weight) * self._noise[chosen], t, self._drop[chosen])
 
+    def seed_generators(self) -> None:
+        """Nothing: dropout is not recorded."""
+
 
 # Streams of one (rank, micro-batch); each law draws from its own.
 _NOISE, _TOKENIZE_T, _MIX_MASK, _MIX_T, _DECODER_NOISE, _FLOW, _DROP, _STREAMS = range(8)
+_GENERATORS = 31  # first word of the hash that seeds PyTorch's generators
 
 
 class SeededDraws:
@@ -80,7 +88,7 @@ class SeededDraws:
     """
 
     def __init__(self, config: ObjectiveConfig, *, seed: int, step: int | Tensor, stream: int, device: torch.device):
-        self._config, self._seed, self._device = config, seed, device
+        self._config, self._seed, self._device, self._address = config, seed, device, (seed, step, stream)
         # Filled on the device: copying a Python number there would make the host wait, once for every draw.
         self._step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
         self._first_stream = stream * _STREAMS
@@ -116,3 +124,7 @@ class SeededDraws:
         )
         drop = self._uniform(_DROP, (z1.shape[0],), draws=count, first_draw=first) < config.label_drop
         return FlowDraws(z_t, t, drop)
+
+    def seed_generators(self) -> None:
+        """From (seed, step, stream), so that ranks differ and a resumed run repeats; waits for a step on a device."""
+        torch.manual_seed(int(counter_hash(_GENERATORS, *map(int, self._address))[0]))

@@ -132,6 +132,8 @@ class Objective(TwoPassObjective):
         z0, l1, reconstruction = run("reconstruct", images=data, noise=noise, t=t, mix=mix, added_noise=added_noise)
         loss, terms = self.config.l1_weight * l1, {"l1": l1}
         if self.lpips:
+            if self.config.lpips.dropout:
+                draws.seed_generators()
             with torch.autocast(data.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 terms["lpips"] = self.lpips(data, reconstruction)
             loss = loss + self.config.lpips.weight * terms["lpips"]
