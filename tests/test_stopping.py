@@ -1,11 +1,14 @@
 """Signals that stop a run: which count, what they break off, and that a resumed run makes up for it."""
 
+import contextlib
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs import config, image_tree
 
 from unite_fast.engine import checkpoint, stopping
@@ -46,6 +49,33 @@ def test_what_is_saved_is_left_at_once(number):
             pytest.fail("the signal came before")
         send(signal.SIGTERM)
     assert signal.getsignal(number) is before
+
+
+def test_votes_among_gpus_are_cast_beside_the_stream_of_the_step(monkeypatch):
+    """On it they would make the next forward wait for every collective that was asked for before."""
+    streams = ["of the step"]
+    votes = []
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def vote(tensor, op):
+        votes.append((streams[-1], op))
+        tensor.fill_(len(votes) > 1)  # another rank is told to stop before the second step
+
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    for owner, name, value in (
+        (torch.cuda, "stream", on), (torch.cuda, "Stream", lambda device: "beside"), (torch.cuda, "Event", lambda: event),
+        (torch.Tensor, "pin_memory", torch.Tensor.clone), (torch.Tensor, "to", lambda x, *_, **__: x.clone()),
+        (dist, "all_reduce", vote),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+    stop = StopSignals(World(0, 2, 0, torch.device("cuda", 0)))
+    assert [stop.told() for _ in range(3)] == [False, False, True], "each hears what was asked a step ago"
+    assert votes == 3 * [("beside", dist.ReduceOp.MAX)]
 
 
 @pytest.mark.parametrize("what", ["pictures", "measure"])

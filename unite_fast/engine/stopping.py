@@ -35,6 +35,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._world, self._at, self._at_once = world, 0.0, False
         self._asked: _Vote | None = None
+        self._beside: torch.cuda.Stream | None = None  # where votes are cast
 
     def __enter__(self) -> StopSignals:
         numbers = (signal.SIGTERM, signal.SIGINT)
@@ -55,7 +56,8 @@ class StopSignals:
             return self.received is not None
         if self._world.device.type == "cpu":
             return self.told_now()
-        before, self._asked = self._asked, _Vote(self._world, self.received is not None)
+        self._beside = self._beside or torch.cuda.Stream(self._world.device)
+        before, self._asked = self._asked, _Vote(self._world, self.received is not None, self._beside)
         return before is not None and before.read()
 
     def told_now(self) -> bool:
@@ -88,16 +90,18 @@ class StopSignals:
 class _Vote:
     """Among GPUs, whether a flag is set on any rank.
 
-    Asking does not wait for the device, reading waits for the asking alone.
+    Asking does not wait for the device, reading waits for the asking alone. Collectives end in their order: on the
+    step's own stream the next forward would wait, with the vote, for all updated weights that are still on their way.
     """
 
-    def __init__(self, world: World, flag: bool):
+    def __init__(self, world: World, flag: bool, beside: torch.cuda.Stream):
         self._answer = torch.tensor(int(flag), dtype=torch.int32).pin_memory()
-        vote = self._answer.to(world.device, non_blocking=True)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        self._answer.copy_(vote, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        with torch.cuda.stream(beside):
+            vote = self._answer.to(world.device, non_blocking=True)
+            dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+            self._answer.copy_(vote, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def read(self) -> bool:
         self._arrived.synchronize()
