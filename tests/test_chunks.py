@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.memory import predict
 from unite_fast.analysis.planning import plan
 from unite_fast.config import Config
-from unite_fast.engine.fitting import fit
+from unite_fast.engine.fitting import Trial, fit
 from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
@@ -150,6 +151,20 @@ def test_what_the_micro_batch_leaves_goes_to_the_chunk():
 def test_a_cpu_takes_the_neutral_chunk_without_trying():
     micro, chunk, tried = fitted(large(micro_batch=16), memory=70 * GIB, device="cpu")
     assert (micro, chunk, tried) == (16, 3, [])
+
+
+def test_what_was_tried_leaves_nothing_behind(monkeypatch):
+    """Its memory goes back to the driver after the model is gone, and the peak that a run records begins anew."""
+    done = []
+    trial = Trial(large(), SimpleNamespace(device=torch.device("cuda")), None, None)
+    trial.__dict__["_probe"] = model = torch.nn.Linear(2, 2)
+    kept = weakref.ref(model)
+    del model
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append(kept()))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
+    trial.close()
+    assert done == [None, torch.device("cuda")]
+    trial.close()  # also where nothing had to be tried
 
 
 def test_two_ranks_agree_on_what_fits_on_both(tmp_path):

@@ -92,6 +92,16 @@ class Trial:
         draws = SeededDraws(config.objective, seed=0, step=0, stream=0, device=self._device)
         two_pass_step(self._probe, self._objective, inputs.data, inputs.labels, draws, shape=inputs.shape)
 
+    def close(self) -> None:
+        """Let the model and the memory that steps were tried with go.
+
+        On a GPU back to the driver, as NCCL and decoders allocate beside PyTorch, and no part of the run's peak.
+        """
+        self.__dict__.pop("_probe", None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
 
 class Probe:
     """A throw-away model that runs passes and gradients as the engine will, to measure memory.

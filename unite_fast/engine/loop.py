@@ -88,7 +88,7 @@ class Run:
         self.objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
         trial = Trial(config, world, self.modality, self.objective)
         self.batch, resolved = fit(config, world, partial(self.modality.largest, config), trial)
-        del trial  # and with it the model and the memory that it tried steps with
+        trial.close()
         self.objective.config = resolved.objective
         state = None if latest is None else checkpoint.read_state(latest)
         seen = 0 if state is None else checkpoint.samples_seen(state, self.batch.global_batch)
