@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cli_toy import mistake, run
 from runs import config, config_file, image_tree
 
+from unite_fast import doctor
 from unite_fast.analysis import profiling
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import image_operations
@@ -90,6 +91,18 @@ def test_profile_explains_mistakes(tmp_path, capsys):
     says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1")
     assert "objective.lpips.vgg is not set" in says
     assert "No such file" in mistake(capsys, "profile", "--config", tmp_path / "absent.json")
+
+
+def test_rates_are_of_random_numbers(monkeypatch):
+    """Equal ones let a GPU clock higher than any network does."""
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, *_, **__: seen.append(a.float()))
+    measure_rates(CPU, torch.float32)
+    profiling.fp8_rate(CPU)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(a))
+    doctor._matmul_rate(torch.float32, cuda=False)
+    assert len({id(a) for a in seen}) >= 3 and all(0.5 < a[:64, :64].std() < 1.5 for a in seen)
 
 
 def test_what_is_measured():

@@ -118,7 +118,7 @@ def _matmul_rate(dtype: object, cuda: bool) -> float:
     """Operations a second of a square matrix product, best of a few."""
     torch = _import("torch")
     side = MATMUL_CUDA if cuda else MATMUL_CPU
-    a = torch.ones(side, side, dtype=dtype, device="cuda" if cuda else "cpu")
+    a = torch.randn(side, side, device="cuda" if cuda else "cpu").to(dtype)  # equal numbers would flatter a GPU
     best = float("inf")
     for _ in range(1 + MATMUL_REPEATS):
         started = time.perf_counter()
