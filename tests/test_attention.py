@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from kernel_testing import DEVICE, normal, outputs_and_gradients
 
+from unite_fast.model import attention
 from unite_fast.model.attention import SHORT, attend
 
 
@@ -40,3 +43,12 @@ def test_compiled():
     qkv = normal(2, 7, 3, 2, 4)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(outputs_and_gradients(compiled, [qkv]), outputs_and_gradients(attend, [qkv]))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to be one")
+def test_a_compiled_attention_searches_for_no_library(monkeypatch):
+    """On a GPU the search, which imports what may be there, would break the graph of every block."""
+    monkeypatch.setattr(attention, "_suits_flash", lambda qkv: True)
+    monkeypatch.setattr(attention, "flash_backend", lambda: importlib.import_module("no_such_library"))
+    qkv = normal(2, SHORT + 1, 3, 2, 8)
+    torch.compile(attend, fullgraph=True, backend="eager")(qkv)

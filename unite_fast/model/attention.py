@@ -50,8 +50,12 @@ def flash_backend() -> tuple[str, Callable[[Tensor], Tensor]] | None:
     return None
 
 
+def _suits_flash(qkv: Tensor) -> bool:
+    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
+
+
 def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v over all tokens of a sample.
+    """softmax(q kᵀ / √d) v over all tokens of a sample. Under torch.compile on CUDA by PyTorch's own attention alone.
 
     Args:
         qkv: [B, N, 3, H, d], packed queries, keys and values.
@@ -64,7 +68,8 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
         return cpu.attention(qkv, *(spans or ()))
     if spans is not None:
         return _attend_spans(qkv[0], spans)[None].flatten(2)
-    flash = flash_backend() if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) else None
+    # The compiler cannot follow the search for a library: it would break its graph at every attention.
+    flash = flash_backend() if _suits_flash(qkv) and not torch.compiler.is_compiling() else None
     if flash is not None:
         return flash[1](qkv).flatten(2)
     return _attend_padded(qkv, None)
@@ -80,7 +85,7 @@ def _attend_padded(qkv: Tensor, mask: Tensor | None) -> Tensor:
 def _attend_spans(qkv: Tensor, spans: Spans) -> Tensor:
     """`attend` within spans of qkv [T, 3, H, d]: [T, H, d]. Padding, where it is needed, takes no part in any sum."""
     offsets, longest = spans
-    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+    if _suits_flash(qkv):
         # Torch's own FlashAttention; torch.nn.attention.varlen is there from torch 2.10 on.
         from torch.nn.attention.varlen import varlen_attn
 
