@@ -38,6 +38,16 @@ def test_strides_of_either_order_give_the_same():
         assert torch.equal(ours, theirs)
 
 
+def test_gradients_come_packed():
+    """What reads them wants them so, and another order would cost a copy of all three."""
+    for dtype, tokens in ((torch.float32, SHORT + 1), (torch.bfloat16, 8)):
+        qkv = normal(2, tokens, 3, 2, 8).to(dtype).requires_grad_()
+        given = 1 * qkv  # an accumulated gradient would take the strides of its leaf
+        given.retain_grad()
+        attend(given).sum().backward()
+        assert given.grad.is_contiguous()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="float32 on a CPU")
 def test_compiled():
     qkv = normal(2, 7, 3, 2, 4)

@@ -66,7 +66,7 @@ def image_launches(config: Config) -> PassLaunches:
     """Kernels of a micro-batch of images."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config.model, block=66, decoder_block=54, reconstruct=185 + perceptual, flow=118)
+    return pass_launches(config.model, block=65, decoder_block=53, reconstruct=185 + perceptual, flow=118)
 
 
 def step_launches(config: Config, accumulation: int) -> int:
