@@ -27,6 +27,7 @@ from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mi
 from unite_kernels.philox import normals
 from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
 from unite_kernels.qk_rope import qk_norm_rope_reference
+from unite_kernels.rectify import bias_relu_max_pool_reference, bias_relu_reference
 from unite_kernels.resample import centre_crop_reference, crop_plan
 from unite_kernels.swiglu import swiglu_reference
 
@@ -208,6 +209,27 @@ def lpips_distance(features: tuple[int, int, int]) -> Case:
     )
 
 
+def rectified(function: Callable, eager: Callable, *, pool: bool) -> Callable:
+    """The case of a convolution's bias and ReLU, alone or with the pool behind them."""
+
+    def case(features: tuple[int, int, int]) -> Case:
+        batch, channels, side = features
+        x = normal(batch, side, side, channels, grad=False).permute(0, 3, 1, 2).requires_grad_()
+        bias = torch.randn(channels, device=measure.DEVICE)
+        pooled = size(x) // 4 if pool else 0
+        # Forward: x read, the map (and its pool) written. Backward: the gradients of both and the map read, that of x
+        # written.
+        return Case(
+            f"{batch}x{channels}x{side}x{side}",
+            function,
+            eager,
+            (x, bias),
+            {FORWARD: 2 * size(x) + pooled + size(bias), BACKWARD: 3 * size(x) + pooled},
+        )
+
+    return case
+
+
 def centre_crop(batch: int) -> Case:
     height, width, side = (375, 500, 256) if ON_GPU else (90, 120, 64)
     pixels = torch.randint(256, (batch * 3 * height * width,), dtype=torch.uint8, device=measure.DEVICE)
@@ -245,6 +267,8 @@ OPERATORS = {
     "latent_norm_flow_loss": (latent_norm_flow_loss, BATCHES),
     "patch_l1": (patch_l1, IMAGES),
     "lpips_distance": (lpips_distance, MAPS),
+    "bias_relu": (rectified(uk.bias_relu, bias_relu_reference, pool=False), MAPS),
+    "bias_relu_max_pool": (rectified(uk.bias_relu_max_pool, bias_relu_max_pool_reference, pool=True), MAPS),
     "centre_crop": (centre_crop, IMAGES),
     "ema_update_": (ema_update_, BLOCKS),
     "muon_momentum_": (muon_momentum_, BLOCKS),

@@ -16,5 +16,6 @@ from .optim import ema_update_, newton_schulz, newton_schulz_dtype
 from .philox import philox_normal, philox_uniform
 from .pixels import lpips_distance, patch_l1
 from .qk_rope import qk_norm_rope
+from .rectify import bias_relu, bias_relu_max_pool
 from .resample import centre_crop
 from .swiglu import swiglu

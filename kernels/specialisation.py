@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
 # Modules of this package that define aot_specialisations().
-FAMILIES = ("adaln_kernels", "flow", "latent", "muon", "philox", "pixels", "qk_rope", "resample", "swiglu")
+FAMILIES = ("adaln_kernels", "flow", "latent", "muon", "philox", "pixels", "qk_rope", "rectify", "resample", "swiglu")
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unite_kernels import adaln_kernels, flow, latent, philox, pixels, qk_rope
+from unite_kernels import adaln_kernels, flow, latent, philox, pixels, qk_rope, rectify
 
 ROOT = Path(__file__).resolve().parents[1]
 # The package calls its function by the same name.
@@ -388,6 +388,12 @@ LAUNCHES = {
     "patch L1 backward": lambda: pixels._patch_l1_backward(torch.zeros(()), images, images, images, 16),
     "lpips": lambda: pixels._distance(features, features, torch.zeros(64)),
     "lpips backward": lambda: pixels._distance_backward(times, features, features, torch.zeros(64), False, True),
+    "bias relu": lambda: rectify._bias_relu(features, torch.zeros(64)),
+    "bias relu backward": lambda: rectify._bias_relu_backward(features, features),
+    "bias relu of wide maps": lambda: rectify._bias_relu(wide, None),
+    "pool": lambda: rectify._bias_relu_max_pool(features, torch.zeros(64)),
+    "pool backward": lambda: rectify._bias_relu_max_pool_backward(features, features[..., :3, :5], features),
+    "pool of wide maps": lambda: rectify._bias_relu_max_pool(wide, None),
 }
 # 3 samples of 70 tokens, 30 latent channels, 32×48 pixels and 7×11 features, which no tile divides.
 x_BNC, row_BC, weight_C = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
@@ -395,9 +401,10 @@ packed, offsets = torch.zeros(1, 110, 768), torch.tensor([0, 70, 71, 110], dtype
 qkv, head, table = torch.zeros(3, 70, 3, 12, 64), torch.zeros(64), torch.zeros(70, 32)
 z, affine, times = torch.zeros(3, 70, 30), torch.zeros(30), torch.zeros(3)
 images = torch.zeros(3, 3, 32, 48)
-features = torch.zeros(3, 64, 7, 11).contiguous(memory_format=torch.channels_last)
+features, wide = (torch.zeros(3, c, 7, 11).contiguous(memory_format=torch.channels_last) for c in (64, 1030))
 MODULES = {
-    module.__name__.split(".")[-1]: module for module in (adaln_kernels, flow, latent, philox, pixels, qk_rope, swiglu)
+    module.__name__.split(".")[-1]: module
+    for module in (adaln_kernels, flow, latent, philox, pixels, qk_rope, rectify, swiglu)
 }
 
 

@@ -59,6 +59,8 @@ CALLS = [
     (uk.latent_norm_flow_loss, {"pred": X, "z1": X, "t": TIMES, "weight": VECTOR, "bias": VECTOR}, set(), {}),
     (uk.patch_l1, {"tokens": normal(2, 4, 12), "images": normal(2, 3, 4, 4)}, set(), {"patch_size": 2}),
     (uk.lpips_distance, {"features_a": FEATURES, "features_b": FEATURES, "weight": VECTOR}, set(), {}),
+    (uk.bias_relu, {"x": FEATURES, "bias": VECTOR}, {"bias"}, {}),
+    (uk.bias_relu_max_pool, {"x": FEATURES, "bias": VECTOR}, {"bias"}, {}),
     (
         uk.centre_crop,
         {"pixels": torch.zeros(27, dtype=torch.uint8, device=X.device)},

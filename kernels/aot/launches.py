@@ -139,6 +139,26 @@ RULES = {
         about="Gradient grad_qkv [batch, tokens, 3, {H}, {D}], and partials [ceil(batch * tokens * {H} / ({ROWS} * "
         "{STEPS})), 2, {D}] float32, whose sums over the first dimension are the gradients of q_weight and k_weight.",
     ),
+    "rectify._forward_kernel": Rule(
+        grid=("cdiv(rows, ROWS) * cdiv(C, BLOCK_C)", "1"),
+        about="out = max(x + bias, 0), x and out [rows, {C}], a row for each pixel of each image, and bias [{C}].",
+    ),
+    "rectify._backward_kernel": Rule(
+        grid=("cdiv(rows, ROWS) * cdiv(C, BLOCK_C)", "1"),
+        about="grad_x [rows, {C}], which is grad where the out of the forward pass is above 0.",
+    ),
+    "rectify._pool_forward_kernel": Rule(
+        grid=("batch * cdiv(height, 2) * cdiv(width, 2 * ROWS) * cdiv(C, BLOCK_C)", "1"),
+        sizes=("batch",),
+        about="out = max(x + bias, 0), x and out [batch, height, width, {C}] and bias [{C}], and pooled [batch, "
+        "height / 2, width / 2, {C}], rounded down, its maximum in windows of 2x2 pixels.",
+    ),
+    "rectify._pool_backward_kernel": Rule(
+        grid=("batch * cdiv(height, 2) * cdiv(width, 2 * ROWS) * cdiv(C, BLOCK_C)", "1"),
+        sizes=("batch",),
+        about="grad_x [batch, height, width, {C}] from grad, the gradient of out, and from grad_pooled [batch, "
+        "height / 2, width / 2, {C}], which goes to the first maximum of each window.",
+    ),
     "swiglu._forward_kernel": Rule(
         grid=("cdiv(rows, ROWS)", "cdiv(F, BLOCK_F)"),
         about="out [rows, {F}] = silu(first half) * second half of x [rows, 2 * {F}].",
