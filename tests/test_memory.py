@@ -13,6 +13,7 @@ from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.memory import perceptual_working, predict
 from unite_fast.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from unite_fast.modality import modality_of
+from unite_fast.objective import perceptual
 from unite_fast.objective.perceptual import Lpips
 
 SINGLE = {"flow_draws": 1, "draws_per_chunk": 1}
@@ -46,14 +47,16 @@ def test_predicted_memory_is_what_a_traced_step_holds(gpu_memory, modality, size
     assert resting + traced_peak(config, size, micro_batches) == pytest.approx(memory.peak, rel=0.05)
 
 
-@pytest.mark.parametrize(("side", "batch"), [(16, 4), (32, 4)])
-def test_lpips_uses_what_is_counted(gpu_memory, side, batch):
+@pytest.mark.parametrize("side", [16, 32])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_lpips_uses_what_is_counted(gpu_memory, monkeypatch, device, side):
     """Within 5 % of what the allocator saw, of which less than half is kept for the backward."""
-    network = Lpips().to(memory_format=torch.channels_last)
+    monkeypatch.setattr(perceptual, "use_triton", lambda x: device == "cuda")
+    network, batch = Lpips().to(memory_format=torch.channels_last), 4
     target, image = torch.rand(2, batch, 3, side, side)
     image.requires_grad_()
     model = ModelConfig(**SMALL | {"image_size": side})
-    part = step_parts(model, ObjectiveConfig(), dtype="fp32", device="cpu")["lpips"]
+    part = step_parts(model, ObjectiveConfig(), dtype="fp32", device=device)["lpips"]
     found = peak_allocated(lambda: network(target, image).backward(), CPU)
     assert found == pytest.approx(batch * part.saved + perceptual_working(part, batch), rel=0.05)
     assert batch * part.saved < 0.5 * found

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_testing import DEVICE, on_backend
 
 from unite_fast.config import LpipsConfig, ObjectiveConfig
 from unite_fast.errors import UserError
@@ -72,6 +73,36 @@ def test_distance_and_gradient(files, rescale):
     assert float((b.grad - c.grad).norm() / c.grad.norm()) < 1e-3
     assert all(parameter.grad is None for parameter in model.parameters())
     assert float(model(a, a)) == 0
+
+
+def test_fused_operators_compute_the_same_maps(files):
+    """Bias, ReLU and pool behind a convolution that leaves them out, as on CUDA; in float32 but for rounding."""
+    model = configured(files).to(DEVICE)
+    images, found = torch.rand(1, 3, 34, 50, device=DEVICE), {}  # whose maps have odd sides from the second pool on
+    for backend in ("torch", "triton"):
+        x = images.clone().requires_grad_()
+        with on_backend(backend):
+            maps = model.features(x)
+            sum((m * m).sum() / m.numel() for m in maps).backward()
+        found[backend] = [*(m.detach() for m in maps), x.grad]
+        assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_convolutions_are_told_their_bias_where_it_costs_nothing(files, monkeypatch, backend):
+    model, biases = configured(files).to(DEVICE), []
+    convolve = F.conv2d
+
+    def watched(x, weight, bias=None, *options, **named):
+        biases.append(bias)
+        return convolve(x, weight, bias, *options, **named)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    with on_backend(backend):
+        model.features(torch.rand(1, 3, 16, 16, device=DEVICE))
+    assert len(biases) == 13 and all((bias is None) == (backend == "triton") for bias in biases)
 
 
 def test_bf16_autocast_changes_the_distance_by_rounding_only(files):

@@ -32,13 +32,15 @@ def step_parts(
     Args:
         model, objective: sizes and losses.
         dtype: what matrix products compute in.
-        device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
+        device: whose autocast rules and operators apply: on CUDA the decoder's LayerNorms read and write float32, and
+            LPIPS's ReLU, bias and pool are one operator, which keeps no positions of the maxima.
         fp8: `train.fp8`.
         whole_last_block: the encoder's last block carries all its tokens to the end, as the published code does and as
             the project's floors are counted, in place of the registers that are read.
     """
     width = DTYPE_BYTES[dtype]
-    sizes = _Sizes(model, width, 4 if device == "cuda" else width, whole_last_block)
+    cuda = device == "cuda"
+    sizes = _Sizes(model, width, 4 if cuda else width, cuda, whole_last_block)
     parts = {
         "tokenize": [*_encoder(sizes, objective, tokenize=True), *_latent(sizes)],
         "decode": _decoder(sizes),
@@ -83,6 +85,7 @@ class _Sizes(NamedTuple):
     model: ModelConfig
     width: int  # bytes of a number in the compute dtype
     norm_width: int  # bytes of a number in the decoder's LayerNorms
+    fused_pool: bool  # of LPIPS's network: the pool goes along with the ReLU before it
     whole_last_block: bool
 
 
@@ -225,11 +228,13 @@ def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
         if stage:
             pooled = (side // 2) ** 2 * inputs
             side //= 2
-            # Reads four numbers and writes one, twice; the reconstruction's keeps its output and int64 positions.
+            # Fused, it writes a number twice and reads its gradient. Alone it reads four numbers and writes one with
+            # its int64 position, twice and back once; then the reconstruction's keeps the positions, too.
+            moved = width if sizes.fused_pool else 5 * width + 8
             ops.append(
                 Op(
-                    "pool", forward_bytes=2 * (5 * width + 8) * pooled, backward_bytes=(5 * width + 8) * pooled,
-                    saved=(width + 8) * pooled,
+                    "pool", forward_bytes=2 * moved * pooled, backward_bytes=moved * pooled,
+                    saved=(width if sizes.fused_pool else width + 8) * pooled,
                 )
             )  # fmt: skip
         pixels = side * side

@@ -31,7 +31,7 @@ BLOCK_CASTS, OTHER_CASTS = 10, 6
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
-LPIPS, LPIPS_DROPOUT = 187, 190  # of images; what dropout inside the 1×1 layers launches besides
+LPIPS, LPIPS_DROPOUT = 145, 190  # of images; what dropout inside the 1×1 layers launches besides
 
 
 class PassLaunches(NamedTuple):
