@@ -10,6 +10,7 @@ The bytes beside an operator are its floor: every input that the mathematics nee
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import contest
@@ -108,6 +109,43 @@ def qk_norm_rope(stream: Stream) -> Case:
     )
 
 
+def qk_norm_rope_apart(stream: Stream) -> Case:
+    """As `qk_norm_rope`, with outputs and gradients apart; the reference's gradients are packed on the way."""
+    case = qk_norm_rope(stream)
+    return replace(
+        case, ours=lambda *inputs: uk.qk_norm_rope_apart(*inputs, CONTEXT),
+        eager=lambda *inputs: case.eager(*inputs).unbind(2),
+    )  # fmt: skip
+
+
+def layer_norm(*, added: bool) -> Callable:
+    """The case of a LayerNorm, alone or of x + branch."""
+
+    def case(stream: Stream) -> Case:
+        batch, tokens, width, _ = stream
+        streams = [normal(batch, tokens, width) for _ in range(1 + added)]
+        vectors = [normal(width, dtype=torch.float32) for _ in range(2)]
+
+        def eager(*inputs):
+            x, branch = inputs[0], inputs[1] if added else None
+            return adaln_reference(x, branch, None, None, *inputs[-2:], None, None, None, None, 1e-6, True)
+
+        # Forward: x (and branch) read, normed (and x + branch) written. Backward: their gradients and what was normed
+        # read, one gradient written, which is that of x and of branch.
+        return Case(
+            f"{batch}x{tokens}x{width}",
+            uk.residual_layer_norm if added else uk.layer_norm,
+            eager,
+            (*streams, *vectors),
+            {
+                FORWARD: (4 if added else 2) * size(streams[0]) + size(*vectors),
+                BACKWARD: (4 if added else 3) * size(streams[0]) + 2 * size(*vectors),
+            },
+        )
+
+    return case
+
+
 def swiglu(stream: Stream) -> Case:
     batch, tokens, width, _ = stream
     hidden = 8 * width // 3
@@ -115,6 +153,11 @@ def swiglu(stream: Stream) -> Case:
     # Forward: 2F read, F written. Backward: F and 2F read, 2F written.
     floor = {FORWARD: 3 * size(x) // 2, BACKWARD: 5 * size(x) // 2}
     return Case(f"{batch}x{tokens}x{2 * hidden}", uk.swiglu, swiglu_reference, (x,), floor)
+
+
+def bias_swiglu(stream: Stream) -> Case:
+    case = swiglu(stream)
+    return replace(case, inputs=(*case.inputs, normal(case.inputs[0].shape[-1], dtype=torch.float32)))
 
 
 def flow_noise(batch: int) -> Case:
@@ -260,6 +303,11 @@ OPERATORS = {
         STREAMS,
     ),
     "qk_norm_rope": (qk_norm_rope, STREAMS),
+    # Forms that training takes on a GPU alone; elsewhere they are their own references.
+    "qk_norm_rope_apart": (qk_norm_rope_apart, STREAMS if ON_GPU else []),
+    "layer_norm": (layer_norm(added=False), STREAMS if ON_GPU else []),
+    "residual_layer_norm": (layer_norm(added=True), STREAMS if ON_GPU else []),
+    "bias_swiglu": (bias_swiglu, STREAMS if ON_GPU else []),
     "swiglu": (swiglu, STREAMS),
     "flow_noise": (flow_noise, BATCHES),
     "philox_normal": (philox_normal, BATCHES),

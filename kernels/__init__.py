@@ -5,7 +5,9 @@ from .adaln import (
     block_boundary,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
+    layer_norm,
     layer_norm_modulate,
+    residual_layer_norm,
     rms_norm_modulate,
 )
 from .dispatch import get_backend, set_backend
@@ -15,7 +17,7 @@ from .muon import muon_momentum_, muon_update_
 from .optim import ema_update_, newton_schulz, newton_schulz_dtype
 from .philox import philox_normal, philox_uniform
 from .pixels import lpips_distance, patch_l1
-from .qk_rope import qk_norm_rope
+from .qk_rope import qk_norm_rope, qk_norm_rope_apart
 from .rectify import bias_relu, bias_relu_max_pool
 from .resample import centre_crop
 from .swiglu import swiglu

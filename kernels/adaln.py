@@ -1,5 +1,6 @@
 """Adaptive norms (adaLN, Peebles and Xie 2022, "Scalable diffusion models with transformers") and what stands before
-them: the gated residual, and at a block boundary the norm that closes the block.
+them: the gated residual, and at a block boundary the norm that closes the block. Plain LayerNorm is the form without
+modulation.
 
 Shapes: B batch, N tokens, C width. Modulation is [B, C], one row a sample, broadcast over its tokens. Samples of
 different lengths lie behind one another as [1, T, C], T tokens in all, with `offsets` [B + 1] to say where each begins.
@@ -49,7 +50,7 @@ def _float(x: Tensor | None) -> Tensor | None:
 def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer):
     """All functions of this file in plain PyTorch: (residual or None, normed), float32 inside.
 
-    Absent terms are None; layer chooses LayerNorm over RMSNorm.
+    Absent terms are None; layer chooses LayerNorm over RMSNorm, which has always a scale.
     """
     dtype = x.dtype
     residual = None
@@ -60,11 +61,13 @@ def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale,
         return term.float().repeat_interleave(offsets.diff(), dim=0, output_size=x.shape[1])[None]
 
     if branch is not None:
-        residual = torch.addcmul(x.float(), spread(gate), branch.float())
+        residual = x + branch if gate is None else torch.addcmul(x.float(), spread(gate), branch.float())
         if closing_weight is not None:
             residual = unit_rms(residual, eps) * closing_weight.float()
         # The norm reads the rounded stream, as the next operator will.
         residual = x = residual.to(dtype)
+    if scale is None:
+        return residual, F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps).to(dtype)
     factor = 1 + spread(scale)
     if layer:
         normed = F.layer_norm(x.float(), x.shape[-1:], _float(weight), _float(bias), eps)
@@ -85,7 +88,7 @@ def _operator(
     weight: Tensor | None,
     bias: Tensor | None,
     shift: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     offsets: Tensor | None,
     longest: int,
     eps: float,
@@ -114,13 +117,13 @@ def _backward_operator(
     weight: Tensor | None,
     bias: Tensor | None,
     shift: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     offsets: Tensor | None,
     longest: int,
     eps: float,
     layer: bool,
 ) -> list[Tensor]:
-    """Gradients of x to scale; empty for those that are None."""
+    """Gradients of x to scale; empty for those that are None, and for a branch without a gate: its gradient is x's."""
     grads = adaln_kernels.backward(
         None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
         x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer,
@@ -144,6 +147,8 @@ def _present(tensor: Tensor | None, x: Tensor) -> Tensor:
 def _save(ctx, inputs, output):
     x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, ctx.longest, ctx.eps, ctx.layer = inputs
     stream = output[0] if branch is not None and closing_weight is None else x
+    ctx.has_branch, ctx.gated = branch is not None, gate is not None
+    branch = branch if ctx.gated else None
     ctx.save_for_backward(stream, branch, gate, closing_weight, weight, bias, shift, scale, offsets)
     # Where the residual goes nowhere, as behind the last block, no zeros are made and read for its gradient.
     ctx.set_materialize_grads(False)
@@ -155,10 +160,12 @@ def _backward(ctx, grad_residual, grad_normed):
         if grad_residual is None:
             return (None,) * 12
         grad_normed = torch.zeros_like(tensors[0])
-    if tensors[1] is None:
+    if not ctx.has_branch:
         grad_residual = None
     grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.longest, ctx.eps, ctx.layer)
-    found = (None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True))
+    found = [None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True)]
+    if ctx.has_branch and not ctx.gated:
+        found[1] = found[0]
     return *found, None, None, None, None
 
 
@@ -171,7 +178,6 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
         raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
     check_contiguous(operator, "x", x)
     batch, _, width = x.shape
-    check_tensors(operator, scale=scale)
     offsets, longest = None, 0
     if spans is not None:
         batch = _check_spans(operator, x, spans)
@@ -234,6 +240,7 @@ def rms_norm_modulate(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or strides other than these.
     """
+    check_tensors("rms_norm_modulate", scale=scale)
     return _adaln("rms_norm_modulate", x, None, None, None, weight, None, shift, scale, spans, eps, False)[1]
 
 
@@ -261,7 +268,7 @@ def gated_residual_rms_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    check_tensors("gated_residual_rms_norm_modulate", branch=branch, gate=gate)
+    check_tensors("gated_residual_rms_norm_modulate", branch=branch, gate=gate, scale=scale)
     return _adaln(
         "gated_residual_rms_norm_modulate", x, branch, gate, None, weight, None, shift, scale, spans, eps, False
     )
@@ -296,7 +303,7 @@ def block_boundary(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    check_tensors("block_boundary", branch=branch, gate=gate, closing_weight=closing_weight)
+    check_tensors("block_boundary", branch=branch, gate=gate, closing_weight=closing_weight, scale=scale)
     return _adaln("block_boundary", x, branch, gate, closing_weight, weight, None, shift, scale, spans, eps, False)
 
 
@@ -316,6 +323,7 @@ def layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
+    check_tensors("layer_norm_modulate", scale=scale)
     return _adaln("layer_norm_modulate", x, None, None, None, weight, bias, shift, scale, None, eps, True)[1]
 
 
@@ -343,7 +351,45 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: as in `rms_norm_modulate`.
     """
-    check_tensors("gated_residual_layer_norm_modulate", branch=branch, gate=gate)
+    check_tensors("gated_residual_layer_norm_modulate", branch=branch, gate=gate, scale=scale)
     return _adaln(
         "gated_residual_layer_norm_modulate", x, branch, gate, None, weight, bias, shift, scale, None, eps, True
     )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """LayerNorm(x) · weight + bias (Ba et al. 2016), without the casts to and from float32 that autocast makes around
+    PyTorch's.
+
+    Args:
+        x: [B, N, C] contiguous, C ≤ 2048, float32, float16 or bfloat16.
+        weight, bias: [C], each float32 or x's dtype.
+        eps: added to the variance.
+
+    Returns:
+        [B, N, C] of x's dtype. Statistics are float32.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or strides other than these.
+    """
+    check_tensors("layer_norm", weight=weight, bias=bias)
+    return _adaln("layer_norm", x, None, None, None, weight, bias, None, None, None, eps, True)[1]
+
+
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """residual = x + branch; normed = LayerNorm(residual) · weight + bias: inside of a pre-norm block.
+
+    Args:
+        x, branch: [B, N, C] contiguous, of one dtype.
+        weight, bias, eps: as in `layer_norm`.
+
+    Returns:
+        (residual, normed), each [B, N, C] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `layer_norm`.
+    """
+    check_tensors("residual_layer_norm", branch=branch, weight=weight, bias=bias)
+    return _adaln("residual_layer_norm", x, branch, None, None, weight, bias, None, None, None, eps, True)

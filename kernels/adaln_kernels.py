@@ -99,6 +99,18 @@ def _vector(pointer, column, width):
     return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _factor(weight, scale, offset, column, width):
+    """weight · (1 + scale), of which one at least is there."""
+    if scale is None:
+        factor = _vector(weight, column, width)
+    else:
+        factor = 1.0 + _vector(scale + offset, column, width)
+        if weight is not None:
+            factor *= _vector(weight, column, width)
+    return factor
+
+
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def _forward_kernel(
     x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed, offsets,
@@ -109,17 +121,16 @@ def _forward_kernel(
     first = (tl.program_id(0) % chunks) * CHUNK
     column = tl.arange(0, BLOCK_C)
     # normed = unit · factor + offset
-    modulation = 1.0 + _vector(scale + sample * scale_stride, column, C)
-    factor = modulation
-    if weight is not None:
-        factor *= _vector(weight, column, C)
+    factor = _factor(weight, scale, sample * scale_stride, column, C)
     if bias is not None:
-        offset = _vector(bias, column, C) * modulation
+        offset = _vector(bias, column, C)
+        if scale is not None:
+            offset *= 1.0 + _vector(scale + sample * scale_stride, column, C)
         if shift is not None:
             offset += _vector(shift + sample * shift_stride, column, C)
     elif shift is not None:
         offset = _vector(shift + sample * shift_stride, column, C)
-    if branch is not None:
+    if gate is not None:
         gating = _vector(gate + sample * gate_stride, column, C)[None, :]
     if closing_weight is not None:
         closing = _vector(closing_weight, column, C)[None, :]
@@ -131,7 +142,10 @@ def _forward_kernel(
         place = base + row[:, None] * C + column[None, :]
         v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if branch is not None:
-            v += gating * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+            if gate is not None:
+                b *= gating
+            v += b
             if closing_weight is not None:
                 v, _ = _statistics(v, inside, eps, C, False)
                 v *= closing
@@ -153,19 +167,18 @@ def _backward_kernel(
     C: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """x is the normed stream (the residual, where there is a gate), or with a closing norm the stream before the gate:
-    that stream lives anyway, as the input of an earlier operator, and the gated sum is cheaper to repeat than to keep.
+    """x is the normed stream (the residual, where there is a branch), or with a closing norm that before the gate: it
+    lives anyway, as the input of an earlier operator, and the gated sum is cheaper to repeat than to keep.
+    A branch without a gate is not read: its gradient is that of x.
     """
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
     column = tl.arange(0, BLOCK_C)
-    factor = 1.0 + _vector(scale + sample * scale_stride, column, C)
-    if weight is not None:
-        factor *= _vector(weight, column, C)
+    factor = _factor(weight, scale, sample * scale_stride, column, C)
     unit_sum = tl.zeros([BLOCK_C], tl.float32)  # Σ grad · unit: scale and weight
     if OFFSET:
         grad_sum = tl.zeros([BLOCK_C], tl.float32)  # Σ grad: shift and bias
-    if branch is not None:
+    if gate is not None:
         gating = _vector(gate + sample * gate_stride, column, C)[None, :]
         gate_sum = tl.zeros([BLOCK_C], tl.float32)
     if closing_weight is not None:
@@ -179,10 +192,10 @@ def _backward_kernel(
         place = base + row[:, None] * C + column[None, :]
         v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
+        if grad_residual is not None:
+            stream = tl.load(grad_residual + place, mask=inside, other=0.0).to(tl.float32)
         if branch is not None:
             b = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
-            if grad_residual is not None:
-                stream = tl.load(grad_residual + place, mask=inside, other=0.0).to(tl.float32)
         if closing_weight is not None:
             closed_unit, closed_inverse = _statistics(v + gating * b, inside, eps, C, False)
             v = (closed_unit * closing).to(x.dtype.element_ty).to(tl.float32)
@@ -191,9 +204,9 @@ def _backward_kernel(
         if OFFSET:
             grad_sum += tl.sum(grad, axis=0)
         grad = _statistics_backward(grad * factor[None, :], unit, inverse, C, LAYER)
+        if grad_residual is not None:
+            grad += stream
         if branch is not None:
-            if grad_residual is not None:
-                grad += stream
             if closing_weight is not None:
                 # Lanes beyond C hold no mean here: a closing norm is an RMSNorm, and so is the norm behind it.
                 closing_sum += tl.sum(grad * closed_unit, axis=0)
@@ -203,7 +216,7 @@ def _backward_kernel(
         tl.store(grad_x + place, grad, mask=inside)
     partials += tl.program_id(0).to(tl.int64) * (PARTS * C) + column
     tl.store(partials, unit_sum, mask=column < C)
-    if branch is not None:
+    if gate is not None:
         tl.store(partials + C, gate_sum, mask=column < C)
     if closing_weight is not None:
         tl.store(partials + 2 * C, closing_sum, mask=column < C)
@@ -295,7 +308,8 @@ def backward(
 ):
     """Gradients of (x, branch, gate, closing_weight, weight, bias, shift, scale), None for those that are None.
 
-    x is the normed stream, or the stream before the gate where there is a closing norm.
+    x is the normed stream, or the stream before the gate where there is a closing norm. The gradient of a branch
+    without a gate is None, too: it is that of x.
     """
     batch, tokens, width = _sizes(x, offsets, longest)
     launch = launch_of(width)
@@ -304,30 +318,33 @@ def backward(
     offset = bias is not None or shift is not None
     parts = 1 + (gate is not None) + (closing_weight is not None) + offset
     grad_x = torch.empty_like(x)
-    grad_branch = None if branch is None else torch.empty_like(x)
+    grad_branch = None if gate is None else torch.empty_like(x)
     terms = [None if term is None else torch.empty_like(term, memory_format=torch.contiguous_format)
              for term in (gate, shift, scale)]  # fmt: skip
     partials = x.new_empty(batch, chunks, parts, width, dtype=torch.float32)
     vectors = (weight, closing_weight, bias)
     per_sample = None
-    if any(vector is not None for vector in vectors):
+    if scale is not None and any(vector is not None for vector in vectors):
         per_sample = x.new_empty(batch, 3, width, dtype=torch.float32)
     with device_of(x):
         if batch * chunks:  # also without tokens: what is summed below is written here
             _backward_kernel[(batch * chunks,)](
-                grad_residual, grad_normed, x, branch, gate, closing_weight, weight, scale, grad_x, grad_branch,
-                partials, offsets, tokens, chunks, _stride(gate), _stride(scale), eps,
+                grad_residual, grad_normed, x, None if gate is None else branch, gate, closing_weight, weight, scale,
+                grad_x, grad_branch, partials, offsets, tokens, chunks, _stride(gate), _stride(scale), eps,
                 C=width, LAYER=layer, OFFSET=offset, PARTS=parts, BLOCK_C=launch.block, ROWS=launch.backward_rows,
                 CHUNK=chunk, num_warps=launch.warps,
             )  # fmt: skip
-        if batch:
+        if batch and scale is not None:
             _sum_kernel[(batch * triton.cdiv(width, SUM_COLUMNS),)](
                 partials, weight, bias, scale, *terms, per_sample, chunks, width, _stride(scale),
                 CLOSING=closing_weight is not None, OFFSET=offset, PARTS=parts,
                 COLUMNS=SUM_COLUMNS, CHUNKS=SUM_CHUNKS, num_warps=4,
             )  # fmt: skip
-    # The sum over samples is PyTorch's, which is deterministic too.
+    # The sum over samples is PyTorch's, which is deterministic too. Without modulation nothing is summed by sample.
     sums = None if per_sample is None else per_sample.sum(0)
+    if scale is None:
+        unit_sum, *grad_sum = partials.sum((0, 1))
+        sums = (unit_sum, None, *grad_sum)
     grad_weight, grad_closing, grad_bias = (
         None if vector is None else sums[index].to(vector.dtype, copy=True) for index, vector in enumerate(vectors)
     )
@@ -337,8 +354,8 @@ def backward(
 
 def aot_specialisations() -> list[Specialisation]:
     """bfloat16 with float32 weights: the RMS forms at C = 768, 1024 and 1152, and with samples of different lengths
-    (packed) at 384; the LayerNorm forms (without weight and bias, as in DiT) at 1152. A form's sum kernel takes any
-    width, and samples of any lengths."""
+    (packed) at 384; the LayerNorm forms (without weight and bias, as in DiT) at 1152, and without modulation (but with
+    both) at the decoders' 384, 768 and 1024. A form's sum kernel takes any width, and samples of any lengths."""
     forms = {
         "rms_norm": {"widths": (768, 1024, 1152)},
         "gated_rms_norm": {"widths": (768, 1024, 1152), "gated": True},
@@ -348,12 +365,15 @@ def aot_specialisations() -> list[Specialisation]:
         "packed_block_boundary": {"widths": (384,), "packed": True, "gated": True, "closing": True},
         "layer_norm": {"widths": (1152,), "layer": True},
         "gated_layer_norm": {"widths": (1152,), "layer": True, "gated": True},
+        "affine_layer_norm": {"widths": (384, 768, 1024), "layer": True, "affine": True},
+        "residual_layer_norm": {"widths": (384, 768, 1024), "layer": True, "affine": True, "residual": True},
     }
     return [entry for name, form in forms.items() for entry in _specialise(name, **form)]
 
 
 def _specialise(
-    form: str, widths: tuple[int, ...], *, layer=False, gated=False, closing=False, packed=False
+    form: str, widths: tuple[int, ...], *, layer=False, gated=False, closing=False, packed=False, affine=False,
+    residual=False,
 ) -> list[Specialisation]:
     streams = ("x", "branch", "residual", "normed", "grad_residual", "grad_normed", "grad_x", "grad_branch")
     terms = ("gate", "shift", "scale", "grad_gate", "grad_shift", "grad_scale")
@@ -361,16 +381,20 @@ def _specialise(
     types |= dict.fromkeys(("closing_weight", "weight", "bias", "partials", "per_sample"), "*fp32")
     types |= dict.fromkeys(("tokens", "chunks", "width"), "i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32") | {"offsets": "*i32"}
-    absent = {"bias"} if packed else {"bias", "offsets"}
-    if layer:
-        absent |= {"weight", "per_sample"}
+    absent = set() if packed else {"offsets"}
+    if affine:
+        absent |= {"shift", "scale"}
+    else:
+        absent |= {"bias"} | ({"weight", "per_sample"} if layer else set())
     if not gated:
-        absent |= {"branch", "gate", "residual", "grad_residual", "grad_branch", "grad_gate"}
+        absent |= {"gate", "grad_branch", "grad_gate"}
+        absent |= set() if residual else {"branch", "residual", "grad_residual"}
     if not closing:
         absent |= {"closing_weight"}
 
     def entry(name, kernel, constants, **options):
-        constants = constants | {argument: None for argument in kernel.arg_names if argument in absent}
+        unread = {"branch"} if kernel is _backward_kernel and not gated else set()
+        constants = constants | {argument: None for argument in kernel.arg_names if argument in absent | unread}
         arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
         aligned = tuple(a for a, t in arguments.items() if t.startswith("*") or a.endswith("_stride") or a == "width")
         return Specialisation(f"{form}_{name}", kernel, arguments, constants, aligned=aligned, **options)
@@ -378,7 +402,7 @@ def _specialise(
     sums = {"OFFSET": True, "PARTS": 2 + gated + closing}
     columns = {"CLOSING": closing, "COLUMNS": SUM_COLUMNS, "CHUNKS": SUM_CHUNKS}
     found = []
-    if not packed:  # the sums lie behind one another either way, so the packed forms have no kernel of their own
+    if not packed and not affine:  # sums lie behind one another either way; without modulation PyTorch adds them up
         found.append(entry("sum_bf16", _sum_kernel, columns | sums, num_warps=4, max_registers=64, store_bytes=2))
     for width in widths:
         launch = launch_of(width)

@@ -1,5 +1,8 @@
 """Per-head RMSNorm of queries and keys and their rotary embedding, on the packed output of one Linear.
 
+The results are packed again, or three tensors apart: attention that takes q, k and v apart (PyTorch's,
+FlashAttention 3) gives their gradients apart, and to pack these costs as many bytes as the operator's forward pass.
+
 Shapes: B batch, N tokens, H heads, d head width, R rows of the rotary table.
 """
 
@@ -79,7 +82,7 @@ def _unit_backward(grad, unit, inverse, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "tokens", "unrotated"])
 def _forward_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, rows, tokens, unrotated, eps,
+    qkv, q_weight, k_weight, cos, sin, out, k_out, v_out, rows, tokens, unrotated, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (sample, token, head)
@@ -96,14 +99,18 @@ def _forward_kernel(
     wk = tl.load(k_weight + column, mask=column < D, other=0.0).to(tl.float32)
     unit_q, _ = _unit(q, eps, D)
     unit_k, _ = _unit(k, eps, D)
-    tl.store(out + offset, _rotate(unit_q * wq[None, :], c, s), mask=inside)
-    tl.store(out + H * D + offset, _rotate(unit_k * wk[None, :], c, s), mask=inside)
-    tl.store(out + 2 * H * D + offset, v, mask=inside)
+    if k_out is None:
+        k_to, v_to, target = out + H * D, out + 2 * H * D, offset
+    else:
+        k_to, v_to, target = k_out, v_out, row.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(out + target, _rotate(unit_q * wq[None, :], c, s), mask=inside)
+    tl.store(k_to + target, _rotate(unit_k * wk[None, :], c, s), mask=inside)
+    tl.store(v_to + target, v, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "unrotated"])
 def _backward_kernel(
-    grad, qkv, q_weight, k_weight, cos, sin, grad_qkv, partials, rows, tokens, unrotated, eps,
+    grad, grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, grad_qkv, partials, rows, tokens, unrotated, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -117,22 +124,26 @@ def _backward_kernel(
         place = row // H
         inside = (row < rows)[:, None] & (column < D)[None, :]
         offset = (place.to(tl.int64) * (3 * H * D) + (row % H) * D)[:, None] + column[None, :]
+        if grad_k is None:
+            k_from, v_from, source = grad + H * D, grad + 2 * H * D, offset
+        else:
+            k_from, v_from, source = grad_k, grad_v, row.to(tl.int64)[:, None] * D + column[None, :]
         q = tl.load(qkv + offset, mask=inside, other=0.0).to(tl.float32)
         k = tl.load(qkv + H * D + offset, mask=inside, other=0.0).to(tl.float32)
-        grad_q = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-        grad_k = tl.load(grad + H * D + offset, mask=inside, other=0.0).to(tl.float32)
-        grad_v = tl.load(grad + 2 * H * D + offset, mask=inside, other=0.0)
+        incoming_q = tl.load(grad + source, mask=inside, other=0.0).to(tl.float32)
+        incoming_k = tl.load(k_from + source, mask=inside, other=0.0).to(tl.float32)
+        incoming_v = tl.load(v_from + source, mask=inside, other=0.0)
         c, s = _tables(cos, sin, place % tokens, unrotated, row < rows, D, BLOCK_D)
         unit_q, inverse_q = _unit(q, eps, D)
         unit_k, inverse_k = _unit(k, eps, D)
         # The inverse of a rotation is the rotation by the negative angle.
-        grad_q = _rotate(grad_q, c, -s)
-        grad_k = _rotate(grad_k, c, -s)
-        sum_q += grad_q * unit_q
-        sum_k += grad_k * unit_k
-        tl.store(grad_qkv + offset, _unit_backward(grad_q * wq, unit_q, inverse_q, D), mask=inside)
-        tl.store(grad_qkv + H * D + offset, _unit_backward(grad_k * wk, unit_k, inverse_k, D), mask=inside)
-        tl.store(grad_qkv + 2 * H * D + offset, grad_v, mask=inside)
+        incoming_q = _rotate(incoming_q, c, -s)
+        incoming_k = _rotate(incoming_k, c, -s)
+        sum_q += incoming_q * unit_q
+        sum_k += incoming_k * unit_k
+        tl.store(grad_qkv + offset, _unit_backward(incoming_q * wq, unit_q, inverse_q, D), mask=inside)
+        tl.store(grad_qkv + H * D + offset, _unit_backward(incoming_k * wk, unit_k, inverse_k, D), mask=inside)
+        tl.store(grad_qkv + 2 * H * D + offset, incoming_v, mask=inside)
     partials += program.to(tl.int64) * (2 * D)
     tl.store(partials + column, tl.sum(sum_q, axis=0), mask=column < D)
     tl.store(partials + D + column, tl.sum(sum_k, axis=0), mask=column < D)
@@ -143,19 +154,30 @@ def _blocks(heads: int, width: int, tile: int) -> dict[str, int]:
     return {"H": heads, "D": width, "BLOCK_D": padded, "ROWS": tile // padded}
 
 
+def _forward(qkv, q_weight, k_weight, cos, sin, unrotated, eps, out, k_out=None, v_out=None) -> None:
+    """Fill out [B, N, 3, H, d], or out, k_out and v_out [B, N, H, d]."""
+    batch, tokens, _, heads, width = qkv.shape
+    blocks = _blocks(heads, width, FORWARD_TILE)
+    rows = batch * tokens * heads
+    if rows:
+        with device_of(qkv):
+            _forward_kernel[(triton.cdiv(rows, blocks["ROWS"]),)](
+                qkv, q_weight, k_weight, cos, sin, out, k_out, v_out, rows, tokens, unrotated, eps,
+                **blocks, num_warps=WARPS,
+            )  # fmt: skip
+
+
+def _apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*qkv.shape[:2], *qkv.shape[3:])
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
 ) -> Tensor:
-    batch, tokens, _, heads, width = qkv.shape
-    blocks = _blocks(heads, width, FORWARD_TILE)
-    rows = batch * tokens * heads
     out = torch.empty_like(qkv)
-    if rows:
-        with device_of(qkv):
-            _forward_kernel[(triton.cdiv(rows, blocks["ROWS"]),)](
-                qkv, q_weight, k_weight, cos, sin, out, rows, tokens, unrotated, eps, **blocks, num_warps=WARPS
-            )
+    _forward(qkv, q_weight, k_weight, cos, sin, unrotated, eps, out)
     return out
 
 
@@ -164,10 +186,32 @@ def _(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     return torch.empty_like(qkv)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_apart", mutates_args=())
+def _qk_norm_rope_apart(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _apart(qkv)
+    _forward(qkv, q_weight, k_weight, cos, sin, unrotated, eps, *out)
+    return out
+
+
+@_qk_norm_rope_apart.register_fake
+def _(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
+    return _apart(qkv)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_backward", mutates_args=())
 def _qk_norm_rope_backward(
-    grad: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
+    grads: list[Tensor],
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unrotated: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and the weights from that of the packed result, or those of the three apart."""
     batch, tokens, _, heads, width = qkv.shape
     blocks = _blocks(heads, width, BACKWARD_TILE)
     rows = batch * tokens * heads
@@ -175,17 +219,18 @@ def _qk_norm_rope_backward(
     grad_qkv = torch.empty_like(qkv)
     partials = qkv.new_empty(programs, 2, width, dtype=torch.float32)
     if rows:
+        grad, grad_k, grad_v = [grad.contiguous() for grad in grads] if len(grads) == 3 else (*grads, None, None)
         with device_of(qkv):
             _backward_kernel[(programs,)](
-                grad.contiguous(), qkv, q_weight, k_weight, cos, sin, grad_qkv, partials, rows, tokens, unrotated, eps,
-                **blocks, STEPS=STEPS, num_warps=WARPS,
+                grad.contiguous(), grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, grad_qkv, partials,
+                rows, tokens, unrotated, eps, **blocks, STEPS=STEPS, num_warps=WARPS,
             )  # fmt: skip
     sums = partials.sum(0)
     return grad_qkv, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
 
 
 @_qk_norm_rope_backward.register_fake
-def _(grad, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
+def _(grads, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     return torch.empty_like(qkv), torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
@@ -194,37 +239,42 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad):
-    grads = _qk_norm_rope_backward(grad, *ctx.saved_tensors, ctx.unrotated, ctx.eps)
-    return *grads, None, None, None, None
+def _backward(ctx, *grads):
+    found = _qk_norm_rope_backward(list(grads), *ctx.saved_tensors, ctx.unrotated, ctx.eps)
+    return *found, None, None, None, None
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)
+_qk_norm_rope_apart.register_autograd(_backward, setup_context=_save)
 
 
 def aot_specialisations() -> list[Specialisation]:
     """bfloat16 with float32 weights and tables, at the heads and head widths of C = 768, 1024 and 1152."""
     parameters = dict.fromkeys(("q_weight", "k_weight", "cos", "sin"), "*fp32")
     numbers = {"rows": "i32", "tokens": "i32", "unrotated": "i32", "eps": "fp32"}
-    forward = {"qkv": "*bf16", **parameters, "out": "*bf16"}
-    backward = {"grad": "*bf16", "qkv": "*bf16", **parameters, "grad_qkv": "*bf16", "partials": "*fp32"}
+    forward = {"qkv": "*bf16", **parameters, "out": "*bf16", "k_out": "*bf16", "v_out": "*bf16"}
+    backward = {"grad": "*bf16", "grad_k": "*bf16", "grad_v": "*bf16", "qkv": "*bf16", **parameters}
+    backward |= {"grad_qkv": "*bf16", "partials": "*fp32"}
     found = []
     for heads, width in ((12, 64), (16, 64), (16, 72)):
-        for name, kernel, pointers, tile, steps, registers in (
-            ("forward", _forward_kernel, forward, FORWARD_TILE, {}, 80),
-            ("backward", _backward_kernel, backward, BACKWARD_TILE, {"STEPS": STEPS}, 112),
-        ):
-            found.append(
-                Specialisation(
-                    f"qk_norm_rope_{name}_bf16_{heads}x{width}",
-                    kernel,
-                    {**pointers, **numbers},
-                    {**_blocks(heads, width, tile), **steps},
-                    WARPS,
-                    aligned=tuple(pointers),
-                    max_registers=registers,
+        for form, absent in (("", ("k_out", "v_out", "grad_k", "grad_v")), ("_apart", ())):
+            for name, kernel, types, tile, steps, registers in (
+                ("forward", _forward_kernel, forward, FORWARD_TILE, {}, 80),
+                ("backward", _backward_kernel, backward, BACKWARD_TILE, {"STEPS": STEPS}, 112),
+            ):
+                pointers = {argument: kind for argument, kind in types.items() if argument not in absent}
+                none = {argument: None for argument in types if argument in absent}
+                found.append(
+                    Specialisation(
+                        f"qk_norm_rope{form}_{name}_bf16_{heads}x{width}",
+                        kernel,
+                        {**pointers, **numbers},
+                        {**none, **_blocks(heads, width, tile), **steps},
+                        WARPS,
+                        aligned=tuple(pointers),
+                        max_registers=registers,
+                    )
                 )
-            )
     return found
 
 
@@ -248,27 +298,33 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or strides other than these.
     """
-    check_floats("qk_norm_rope", "qkv", qkv)
-    check_tensors("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qk_norm_rope: qkv has shape {tuple(qkv.shape)}; it must be [B, N, 3, H, d]")
-    tokens, width = qkv.shape[1], qkv.shape[4]
-    if width % 2 or not 2 <= width <= 256:
-        raise ValueError(f"qk_norm_rope: the head width is {width}; pairs need an even width from 2 to 256")
-    if not 0 <= unrotated <= tokens:
-        raise ValueError(f"qk_norm_rope: unrotated is {unrotated}; it must lie in [0, {tokens}], the token count")
-    rows = cos.shape[0] if cos.ndim == 2 else 0
-    if rows < tokens - unrotated:
-        raise ValueError(
-            f"qk_norm_rope: cos has shape {tuple(cos.shape)}; {tokens - unrotated} rotated tokens need at least as "
-            f"many rows of {width // 2}"
-        )
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check_parameter("qk_norm_rope", name, weight, (width,), "qkv", qkv)
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_parameter("qk_norm_rope", name, table, (rows, width // 2), "qkv", qkv)
-        check_contiguous("qk_norm_rope", name, table)
-    check_contiguous("qk_norm_rope", "qkv", qkv)
+    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated)
+    _check("qk_norm_rope", *arguments)
+    return _packed(*arguments, eps)
+
+
+def qk_norm_rope_apart(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope` for attention that takes q, k and v apart: their gradients are read apart, too, never packed.
+
+    Args:
+        qkv, q_weight, k_weight, cos, sin, unrotated, eps: as in `qk_norm_rope`.
+
+    Returns:
+        (q, k, v), each [B, N, H, d]: of the Triton kernels three contiguous tensors, elsewhere parts of a packed one.
+
+    Raises:
+        TypeError, ValueError: as in `qk_norm_rope`.
+    """
+    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated)
+    _check("qk_norm_rope_apart", *arguments)
+    if use_triton(qkv):
+        return _qk_norm_rope_apart(*arguments, eps)
+    return _packed(*arguments, eps).unbind(2)
+
+
+def _packed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float):
     if use_triton(qkv):
         compute = _qk_norm_rope
     elif cpu.serves(qkv, q_weight, k_weight, cos, sin):
@@ -276,3 +332,29 @@ def qk_norm_rope(
     else:
         compute = qk_norm_rope_reference
     return compute(qkv, q_weight, k_weight, cos, sin, unrotated, eps)
+
+
+def _check(
+    operator: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int
+) -> None:
+    check_floats(operator, "qkv", qkv)
+    check_tensors(operator, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{operator}: qkv has shape {tuple(qkv.shape)}; it must be [B, N, 3, H, d]")
+    tokens, width = qkv.shape[1], qkv.shape[4]
+    if width % 2 or not 2 <= width <= 256:
+        raise ValueError(f"{operator}: the head width is {width}; pairs need an even width from 2 to 256")
+    if not 0 <= unrotated <= tokens:
+        raise ValueError(f"{operator}: unrotated is {unrotated}; it must lie in [0, {tokens}], the token count")
+    rows = cos.shape[0] if cos.ndim == 2 else 0
+    if rows < tokens - unrotated:
+        raise ValueError(
+            f"{operator}: cos has shape {tuple(cos.shape)}; {tokens - unrotated} rotated tokens need at least as "
+            f"many rows of {width // 2}"
+        )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check_parameter(operator, name, weight, (width,), "qkv", qkv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_parameter(operator, name, table, (rows, width // 2), "qkv", qkv)
+        check_contiguous(operator, name, table)
+    check_contiguous(operator, "qkv", qkv)

@@ -53,6 +53,8 @@ EQUATIONS = {
         r := x + gate[:, None] * branch,
         modulate(layer_norm(r, w, b), shift, scale),
     ),
+    uk.layer_norm: layer_norm,
+    uk.residual_layer_norm: lambda x, branch, w, b: (r := x + branch, layer_norm(r, w, b)),
 }
 STREAMS, TERMS, VECTORS = ("x", "branch"), ("gate", "shift", "scale"), ("closing", "weight", "bias")
 FORMS = {
@@ -64,6 +66,8 @@ FORMS = {
     "layer bare": (uk.layer_norm_modulate, "x - - - scale"),
     "layer bias": (uk.layer_norm_modulate, "x - bias - scale"),
     "gated layer": (uk.gated_residual_layer_norm_modulate, "x branch gate weight bias shift scale"),
+    "plain layer": (uk.layer_norm, "x weight bias"),
+    "residual layer": (uk.residual_layer_norm, "x branch weight bias"),
 }
 PARTIAL = ("rms bare", "layer bare", "layer bias")
 

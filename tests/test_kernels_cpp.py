@@ -372,10 +372,24 @@ LAUNCHES = {
     "adaln packed backward": lambda: adaln_kernels.backward(
         packed, packed, packed, packed, row_BC, weight_C, weight_C, None, row_BC, row_BC, offsets, 70, 1e-6, False
     ),
+    "layer norm": lambda: adaln_kernels.forward(
+        x_BNC, x_BNC, None, None, weight_C, weight_C, None, None, None, 0, 1e-6, True
+    ),
+    "layer norm backward": lambda: adaln_kernels.backward(
+        x_BNC, x_BNC, x_BNC, None, None, None, weight_C, weight_C, None, None, None, 0, 1e-6, True
+    ),
     "rope": lambda: qk_rope._qk_norm_rope(qkv, head, head, table, table, 0, 1e-6),
-    "rope backward": lambda: qk_rope._qk_norm_rope_backward(qkv, qkv, head, head, table, table, 0, 1e-6),
-    "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730)),
-    "swiglu backward": lambda: swiglu._swiglu_backward(torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730)),
+    "rope backward": lambda: qk_rope._qk_norm_rope_backward([qkv], qkv, head, head, table, table, 0, 1e-6),
+    "rope apart": lambda: qk_rope._qk_norm_rope_apart(qkv, head, head, table, table, 0, 1e-6),
+    "rope apart backward": lambda: qk_rope._qk_norm_rope_backward(
+        list(qkv.unbind(2)), qkv, head, head, table, table, 0, 1e-6
+    ),
+    "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730), None),
+    "swiglu backward": lambda: swiglu._swiglu_backward(torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730), None),
+    "bias swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730), torch.zeros(2 * 2730)),
+    "bias swiglu backward": lambda: swiglu._swiglu_backward(
+        torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730), torch.zeros(2 * 2730)
+    ),
     "flow": lambda: flow._flow_noise(z, torch.zeros((), dtype=torch.int64), 2, 1, 0, True, 0.5, 0),
     "flow backward": lambda: flow._flow_noise_backward(torch.zeros(2, *z.shape), torch.zeros(2, 3)),
     "mix": lambda: latent._mix(z, affine, affine, times > 0, times, z, 1e-5),

@@ -73,7 +73,23 @@ OPERATORS = {
             rms(residual(x)) * CLOSING.to(x) + modulated(rms(rms(residual(x)) * CLOSING.to(x)) * WEIGHT.to(x))
         ),
     ),
+    "layer_norm": (
+        X, lambda x: uk.layer_norm(x, WEIGHT, BIAS), lambda x: F.layer_norm(x, (WIDTH,), WEIGHT.to(x), BIAS.to(x), 1e-6)
+    ),
+    "residual_layer_norm": (
+        X,
+        lambda x: sum(uk.residual_layer_norm(x, BRANCH, WEIGHT, BIAS)),
+        lambda x: (x + BRANCH.to(x)) + F.layer_norm(x + BRANCH.to(x), (WIDTH,), WEIGHT.to(x), BIAS.to(x), 1e-6),
+    ),
+    "qk_norm_rope_apart": (
+        QKV, lambda x: torch.stack(uk.qk_norm_rope_apart(x, Q_WEIGHT, K_WEIGHT, COS, SIN, 0), dim=2), rotated
+    ),
     "qk_norm_rope": (QKV, lambda x: uk.qk_norm_rope(x, Q_WEIGHT, K_WEIGHT, COS, SIN, 0), rotated),
+    "bias_swiglu": (
+        X,
+        lambda x: uk.swiglu(x, BIAS),
+        lambda x: F.silu((x + BIAS.to(x))[..., : WIDTH // 2]) * (x + BIAS.to(x))[..., WIDTH // 2 :],
+    ),
     "swiglu": (X, uk.swiglu, lambda x: F.silu(x[..., : WIDTH // 2]) * x[..., WIDTH // 2 :]),
     "latent_norm_flow_loss": (X, lambda x: uk.latent_norm_flow_loss(x, BRANCH, TIMES, WEIGHT, BIAS), flow_loss),
 }

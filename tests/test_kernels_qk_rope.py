@@ -10,7 +10,7 @@ from kernel_testing import DEVICE, DTYPES, assert_twice_as_good, normal, on_back
 from torch.library import opcheck
 
 import unite_kernels as uk
-from unite_kernels.qk_rope import _qk_norm_rope, _qk_norm_rope_backward
+from unite_kernels.qk_rope import _qk_norm_rope, _qk_norm_rope_apart, _qk_norm_rope_backward
 
 EPS = 1e-6
 # [B, N, H, d] and the unrotated tokens: one number a pair and head; a padded width; a program and a half of rows, so
@@ -44,6 +44,11 @@ def run(backend, inputs, *rest):
         return outputs_and_gradients(lambda *given: uk.qk_norm_rope(*given, *rest), inputs)
 
 
+def apart(*given):
+    """`qk_norm_rope_apart`, packed again."""
+    return torch.stack(uk.qk_norm_rope_apart(*given), dim=2)
+
+
 def inputs_of(shape, dtype, weight_dtype=torch.float32):
     batch, tokens, heads, width = shape
     weights = (normal(width, dtype=weight_dtype, seed=seed) for seed in (1, 2))
@@ -59,6 +64,29 @@ def test_against_the_equation(dtype, shape, unrotated):
     naive = outputs_and_gradients(equation(*rotary), inputs)
     assert_twice_as_good(run("torch", inputs, *rotary), naive, truth)
     assert_twice_as_good(run("triton", inputs, *rotary), naive, truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape, unrotated", [*SHAPES[1:], ((2, 0, 3, 16), 0)])
+def test_apart_is_the_same_to_the_bit(backend, shape, unrotated):
+    inputs = inputs_of(shape, torch.bfloat16)
+    rotary = (*tables(shape[1], shape[3]), unrotated)
+    with on_backend(backend):
+        found = outputs_and_gradients(lambda *given: apart(*given, *rotary), inputs)
+    for ours, theirs in zip(found, run(backend, inputs, *rotary), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_apart_takes_gradients_of_any_strides():
+    leaves = [x.requires_grad_() for x in inputs_of((2, 5, 3, 16), torch.float32)]
+    grad = normal(2, 3, 3, 5, 16).permute(0, 3, 1, 2, 4)  # heads before tokens
+    with on_backend("triton"):
+        parts = uk.qk_norm_rope_apart(*leaves, *tables(5, 16), 2)
+        whole = uk.qk_norm_rope(*leaves, *tables(5, 16), 2)
+    assert all(part.is_contiguous() for part in parts)
+    expected = torch.autograd.grad(whole, leaves, grad)
+    for ours, theirs in zip(torch.autograd.grad(parts, leaves, grad.unbind(2)), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_weights_and_tables_of_the_low_dtype():
@@ -103,16 +131,20 @@ def test_same_bits_every_time():
 def test_opcheck():
     inputs = inputs_of((2, 3, 2, 8), torch.float32)
     rest = (*tables(3, 8), 1, EPS)
-    opcheck(_qk_norm_rope_backward, (normal(2, 3, 3, 2, 8, seed=9), *inputs, *rest))
-    opcheck(_qk_norm_rope, (*(x.requires_grad_() for x in inputs), *rest))
+    grad = normal(2, 3, 3, 2, 8, seed=9)
+    opcheck(_qk_norm_rope_backward, ([grad], *inputs, *rest))
+    opcheck(_qk_norm_rope_backward, (list(grad.unbind(2)), *inputs, *rest))
+    for operator in (_qk_norm_rope, _qk_norm_rope_apart):
+        opcheck(operator, (*(x.requires_grad_() for x in inputs), *rest))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiled(backend):
+@pytest.mark.parametrize("form", [uk.qk_norm_rope, apart])
+def test_compiled(backend, form):
     cos, sin = tables(5, 8)
 
     def function(qkv, q_weight, k_weight):
-        return torch.tanh(uk.qk_norm_rope(qkv * 2, q_weight, k_weight, cos, sin, 2))
+        return torch.tanh(form(qkv * 2, q_weight, k_weight, cos, sin, 2))
 
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     inputs = inputs_of((2, 5, 2, 8), torch.float32)

@@ -14,6 +14,9 @@ X, VECTOR, TERM = normal(2, 3, 8), normal(8), normal(2, 8)
 TIMES = torch.zeros(2, device=X.device)
 FEATURES = normal(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
 NORM = {"weight": VECTOR, "shift": TERM, "scale": TERM}
+ROTARY = {
+    "qkv": normal(2, 3, 3, 2, 8), "q_weight": VECTOR, "k_weight": VECTOR, "cos": normal(3, 4), "sin": normal(3, 4)
+}  # fmt: skip
 # Arguments that are tensors, those that may be None, and the others.
 CALLS = [
     (uk.rms_norm_modulate, {"x": X, **NORM}, {"weight", "shift"}, {}),
@@ -36,19 +39,11 @@ CALLS = [
         {"weight", "shift"},
         {},
     ),
-    (
-        uk.qk_norm_rope,
-        {
-            "qkv": normal(2, 3, 3, 2, 8),
-            "q_weight": VECTOR,
-            "k_weight": VECTOR,
-            "cos": normal(3, 4),
-            "sin": normal(3, 4),
-        },
-        set(),
-        {"unrotated": 0},
-    ),
-    (uk.swiglu, {"x": X}, set(), {}),
+    (uk.layer_norm, {"x": X, "weight": VECTOR, "bias": VECTOR}, set(), {}),
+    (uk.residual_layer_norm, {"x": X, "branch": X, "weight": VECTOR, "bias": VECTOR}, set(), {}),
+    (uk.qk_norm_rope, ROTARY, set(), {"unrotated": 0}),
+    (uk.qk_norm_rope_apart, ROTARY, set(), {"unrotated": 0}),
+    (uk.swiglu, {"x": X, "bias": VECTOR}, {"bias"}, {}),
     (uk.flow_noise, {"z": X}, set(), {"draws": 2, "seed": 0, "step": 0}),
     (
         uk.latent_norm_mix,

@@ -21,9 +21,9 @@ def equation(x):
     return gate * torch.sigmoid(gate) * up
 
 
-def run(backend, x):
+def run(backend, *inputs):
     with on_backend(backend):
-        return outputs_and_gradients(uk.swiglu, [x])
+        return outputs_and_gradients(uk.swiglu, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,6 +36,23 @@ def test_against_the_equation(dtype, shape):
     assert_twice_as_good(run("triton", x), naive, truth)
 
 
+# Beside the shapes above: programs of several tiles, the last of them cut, and more than one of them.
+@pytest.mark.parametrize("dtype, bias_dtype", [*((dtype, torch.float32) for dtype in DTYPES), (DTYPES[2], DTYPES[2])])
+@pytest.mark.parametrize("shape", [*SHAPES[1:], (19, 2048), (3, 100, 14)])
+def test_with_a_bias_against_the_equation(dtype, bias_dtype, shape):
+    inputs = normal(*shape, dtype=dtype) * 3, normal(shape[-1], dtype=bias_dtype, seed=1)
+    truth = outputs_and_gradients(lambda x, bias: equation(x + bias), inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(lambda x, bias: equation(x + bias.to(dtype)), inputs)
+    assert_twice_as_good(run("torch", *inputs), naive, truth)
+    assert_twice_as_good(run("triton", *inputs), naive, truth)
+
+
+def test_with_a_bias_the_same_bits_every_time():
+    inputs = normal(300, 2048, dtype=torch.bfloat16), normal(2048)
+    first, second = (run("triton", *inputs) for _ in range(2))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+
+
 def test_extremes_come_out_as_in_pytorch():
     gate = [math.nan, math.inf, -math.inf, 100.0, -100.0, 0.0, -0.0, 1e38]
     x = torch.tensor(gate + [2.0] * len(gate), device=DEVICE)[None]
@@ -46,15 +63,18 @@ def test_extremes_come_out_as_in_pytorch():
     torch.testing.assert_close(fused[1].view(2, -1)[:, finite], plain[1].view(2, -1)[:, finite])
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 6)])
-def test_empty(shape):
-    for ours, theirs in zip(run("triton", normal(*shape)), run("torch", normal(*shape)), strict=True):
+def test_empty(shape, bias):
+    inputs = [normal(*shape), *([normal(shape[-1])] if bias else [])]
+    for ours, theirs in zip(run("triton", *inputs), run("torch", *inputs), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_opcheck():
-    opcheck(_swiglu, (normal(2, 3, 10).requires_grad_(),))
-    opcheck(_swiglu_backward, (normal(2, 3, 5), normal(2, 3, 10)))
+    for bias in (None, normal(10)):
+        opcheck(_swiglu_backward, (normal(2, 3, 5), normal(2, 3, 10), bias))
+        opcheck(_swiglu, (normal(2, 3, 10).requires_grad_(), None if bias is None else bias.requires_grad_()))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -78,14 +98,16 @@ def test_autocast_changes_nothing(backend):
 
 
 @pytest.mark.parametrize(
-    "error, sentence, x",
+    "error, sentence, x, bias",
     [
-        (ValueError, "last dimension holds two halves", normal(2, 5)),
-        (ValueError, "last dimension holds two halves", torch.ones(())),
-        (ValueError, "x has strides .* call .contiguous", normal(4, 2).T),
-        (TypeError, "x is torch.int64", torch.ones(2, 2, dtype=torch.int64)),
+        (ValueError, "last dimension holds two halves", normal(2, 5), None),
+        (ValueError, "last dimension holds two halves", torch.ones(()), None),
+        (ValueError, "x has strides .* call .contiguous", normal(4, 2).T, None),
+        (TypeError, "x is torch.int64", torch.ones(2, 2, dtype=torch.int64), None),
+        (ValueError, r"bias has shape \(2,\); it must be \(4,\)", normal(3, 4), normal(2)),
+        (TypeError, "bias is torch.float16", normal(3, 4), normal(4).half()),
     ],
 )
-def test_refuses(error, sentence, x):
+def test_refuses(error, sentence, x, bias):
     with pytest.raises(error, match=f"swiglu: .*{sentence}"):
-        uk.swiglu(x)
+        uk.swiglu(x, bias)

@@ -39,8 +39,8 @@ RULES = {
         grid=("batch * chunks", "1"),
         sizes=("batch",),
         derived={"chunks": "cdiv(tokens, CHUNK)"},
-        about=_ADALN + "With a branch, residual = x + gate * branch; with a closing_weight, residual = "
-        "RMSNorm(x + gate * branch) * closing_weight; without either, residual is x and not written. "
+        about=_ADALN + "With a branch, residual = x + gate * branch (x + branch without a gate); with a "
+        "closing_weight, residual = RMSNorm(x + gate * branch) * closing_weight; without either, residual is x and not written. "
         "normed = norm(residual) * weight * (1 + scale) + shift.",
     ),
     "adaln_kernels._backward_kernel": Rule(
@@ -160,12 +160,14 @@ RULES = {
         "height / 2, width / 2, {C}], which goes to the first maximum of each window.",
     ),
     "swiglu._forward_kernel": Rule(
-        grid=("cdiv(rows, ROWS)", "cdiv(F, BLOCK_F)"),
-        about="out [rows, {F}] = silu(first half) * second half of x [rows, 2 * {F}].",
+        grid=("cdiv(rows, ROWS * STEPS)", "cdiv(F, BLOCK_F)"),
+        about="out [rows, {F}] = silu(first half) * second half of x [rows, 2 * {F}], plus the bias [2 * {F}] where "
+        "the function has one.",
     ),
     "swiglu._backward_kernel": Rule(
-        grid=("cdiv(rows, ROWS)", "cdiv(F, BLOCK_F)"),
-        about="grad_x [rows, 2 * {F}], from grad [rows, {F}] and the x of the forward pass.",
+        grid=("cdiv(rows, ROWS * STEPS)", "cdiv(F, BLOCK_F)"),
+        about="grad_x [rows, 2 * {F}], from grad [rows, {F}] and the x of the forward pass. With a bias, partials "
+        "[ceil(rows / ({ROWS} * {STEPS})), 2 * {F}] float32, whose sum over the first dimension is its gradient.",
     ),
 }
 
