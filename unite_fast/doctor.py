@@ -183,7 +183,7 @@ def _flash() -> str:
     backend = flash_backend()
     if backend is None:
         raise Missing("not installed for this device; attention uses torch's scaled_dot_product_attention")
-    return backend[0]
+    return backend.name
 
 
 def _dali() -> str:

@@ -32,15 +32,14 @@ def step_parts(
     Args:
         model, objective: sizes and losses.
         dtype: what matrix products compute in.
-        device: whose autocast rules and operators apply: on CUDA the decoder's LayerNorms read and write float32, and
-            LPIPS's ReLU, bias and pool are one operator, which keeps no positions of the maxima.
+        device: on CUDA unite_kernels computes the decoder's LayerNorms, with the sum before them, and LPIPS's bias, ReLU
+            and pool, which keep no positions of the maxima.
         fp8: `train.fp8`.
         whole_last_block: the encoder's last block carries all its tokens to the end, as the published code does and as
             the project's floors are counted, in place of the registers that are read.
     """
     width = DTYPE_BYTES[dtype]
-    cuda = device == "cuda"
-    sizes = _Sizes(model, width, 4 if cuda else width, cuda, whole_last_block)
+    sizes = _Sizes(model, width, device == "cuda", whole_last_block)
     parts = {
         "tokenize": [*_encoder(sizes, objective, tokenize=True), *_latent(sizes)],
         "decode": _decoder(sizes),
@@ -84,8 +83,7 @@ def repeats(part: str, objective: ObjectiveConfig) -> int:
 class _Sizes(NamedTuple):
     model: ModelConfig
     width: int  # bytes of a number in the compute dtype
-    norm_width: int  # bytes of a number in the decoder's LayerNorms
-    fused_pool: bool  # of LPIPS's network: the pool goes along with the ReLU before it
+    fused: bool  # unite_kernels computes the decoder's LayerNorms and what stands between LPIPS's convolutions
     whole_last_block: bool
 
 
@@ -178,11 +176,6 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     tokens = 1 + model.registers + queries
     size = tokens * channels
 
-    def norm(rows: int, held_rows: int) -> Op:
-        # Keeps its input as wide as it reads it, and two float32 a row.
-        kept = held_rows * channels * sizes.norm_width + 8 * rows
-        return moves_op("norm", rows * channels, width, forward=2, backward=3)._replace(saved=kept)
-
     ops = [
         linear_op("lift", model.registers, model.latent_dim, decoder.inner, width),
         linear_op("embed", model.registers, decoder.inner, channels, width),
@@ -194,13 +187,12 @@ def _decoder(sizes: _Sizes) -> list[Op]:
         kept = queries if queries and last else tokens
         kept_size = kept * channels
         ops += [
-            norm(tokens, tokens),
+            layer_norm_op(tokens, channels, width, sizes.fused),
             linear_op("qkv", tokens, channels, 3 * channels, width),
             attention_op(tokens, channels, decoder.heads, width),
             # A part of what attention has kept is a tensor of its own.
             linear_op("attention out", kept, channels, channels, width, saves=kept != tokens),
-            moves_op("add", kept_size, width, forward=3, backward=2),
-            norm(kept, kept),
+            *added_layer_norm_ops(kept, channels, width, sizes.fused),
             linear_op("mlp in", kept, channels, 4 * channels, width),
             moves_op("GELU", 4 * kept_size, width, forward=2, backward=3, saved=1),
             linear_op("mlp out", kept, 4 * channels, channels, width),
@@ -209,14 +201,27 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     pixels = model.patch_size**2 * 3
     image = model.image_size**2 * 3
     return ops + [
-        # A float32 norm reads a copy of the patches' rows; others keep the whole sequence that the rows are a view of.
-        norm(model.patches, model.patches if sizes.norm_width != width or queries else tokens),
+        layer_norm_op(model.patches, channels, width, sizes.fused),
         linear_op("pixels", model.patches, channels, pixels, width),
         Op(
             "unpatchify, L1", forward_bytes=(2 * width + 4) * image, backward_bytes=(3 * width + 4) * image,
             saved=(width + 4) * image,  # the reconstruction and the float32 target
         ),
     ]
+
+
+def layer_norm_op(rows: int, channels: int, width: int, fused: bool) -> Op:
+    """Keeps its input, and PyTorch's two float32 a row, which the fused one makes again."""
+    norm = moves_op("norm", rows * channels, width, forward=2, backward=3, saved=1)
+    return norm if fused else norm._replace(saved=norm.saved + 8 * rows)
+
+
+def added_layer_norm_ops(rows: int, channels: int, width: int, fused: bool) -> list[Op]:
+    """x + branch and its LayerNorm."""
+    size = rows * channels
+    if fused:
+        return [moves_op("add, norm", size, width, forward=4, backward=4, saved=1)]
+    return [moves_op("add", size, width, forward=3, backward=2), layer_norm_op(rows, channels, width, fused)]
 
 
 def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
@@ -230,11 +235,11 @@ def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
             side //= 2
             # Fused, it writes a number twice and reads its gradient. Alone it reads four numbers and writes one with
             # its int64 position, twice and back once; then the reconstruction's keeps the positions, too.
-            moved = width if sizes.fused_pool else 5 * width + 8
+            moved = width if sizes.fused else 5 * width + 8
             ops.append(
                 Op(
                     "pool", forward_bytes=2 * moved * pooled, backward_bytes=moved * pooled,
-                    saved=(width if sizes.fused_pool else width + 8) * pooled,
+                    saved=(width if sizes.fused else width + 8) * pooled,
                 )
             )  # fmt: skip
         pixels = side * side

@@ -25,9 +25,10 @@ from unite_fast.modality import modality_of
 HOST_SECONDS = (5e-6, 10e-6)
 # Where one number is needed: a step has both kinds, a quarter to a third of its launches are autocast's casts.
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2
-RECOMPUTED = 17  # by the forward that activation checkpointing repeats of a block
-# Casts of weight and bias: of a block's five Linears, its modulation among them, and of three outside the blocks.
-BLOCK_CASTS, OTHER_CASTS = 10, 6
+RECOMPUTED = 16  # by the forward that activation checkpointing repeats of a block
+# Casts of weight and bias: of a block's five Linears, its modulation among them (but of the bias that SwiGLU adds), and
+# of three outside the blocks.
+BLOCK_CASTS, OTHER_CASTS = 9, 6
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
@@ -66,7 +67,7 @@ def image_launches(config: Config) -> PassLaunches:
     """Kernels of a micro-batch of images."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config.model, block=65, decoder_block=53, reconstruct=185 + perceptual, flow=118)
+    return pass_launches(config.model, block=62, decoder_block=49, reconstruct=185 + perceptual, flow=118)
 
 
 def step_launches(config: Config, accumulation: int) -> int:

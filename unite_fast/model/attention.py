@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +17,58 @@ from unite_kernels import Spans, cpu
 SHORT = cpu.MAX_TOKENS
 
 
-def _flash3() -> Callable[[Tensor], Tensor]:
-    # Not its qkvpacked form, which would spare a copy of the gradients: until September 2025 it returned one gradient
-    # too few (flash-attention, pull request 1908), and no version number tells.
+# cuDNN from which PyTorch prefers its attention to FlashAttention 2 on Hopper and Blackwell (aten's sdp_utils.cpp,
+# torch 2.10 on; its wheels bring such a cuDNN from 2.11 on).
+CUDNN_PREFERRED = 91501
+
+
+class Flash(NamedTuple):
+    """An installed FlashAttention.
+
+    Attributes:
+        name: with its generation.
+        apart: of queries, keys and values [B, N, H, d] each, to [B, N, H, d].
+        packed: of qkv [B, N, 3, H, d], to the same.
+    """
+
+    name: str
+    apart: Callable[[Tensor, Tensor, Tensor], Tensor]
+    packed: Callable[[Tensor], Tensor]
+
+
+def _flash3() -> Flash:
     function = importlib.import_module("flash_attn_interface").flash_attn_func
 
-    def attend(qkv: Tensor) -> Tensor:
-        out = function(*qkv.unbind(2))
+    def apart(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = function(query, key, value)
         return out[0] if isinstance(out, tuple) else out  # releases before 2.8 also return the log-sum-exp
 
-    return attend
+    # Not its qkvpacked form, which would spare a copy of the gradients: until September 2025 it returned one gradient
+    # too few (flash-attention, pull request 1908), and no version number tells.
+    return Flash("FlashAttention 3", apart, lambda qkv: apart(*qkv.unbind(2)))
 
 
-def _flash2() -> Callable[[Tensor], Tensor]:
-    return importlib.import_module("flash_attn").flash_attn_qkvpacked_func
+def _flash2() -> Flash:
+    module = importlib.import_module("flash_attn")
+    return Flash("FlashAttention 2", module.flash_attn_func, module.flash_attn_qkvpacked_func)
 
 
 @functools.cache
-def flash_backend() -> tuple[str, Callable[[Tensor], Tensor]] | None:
-    """The FlashAttention that imports and suits the current CUDA device, as (name, function); None without one.
+def flash_backend() -> Flash | None:
+    """The FlashAttention that imports and serves the current CUDA device best; None where PyTorch's attention does.
 
-    FlashAttention 3 needs compute capability 9.0, FlashAttention 2 needs 8.0.
+    FlashAttention 3 needs compute capability 9.0, FlashAttention 2 needs 8.0. On Hopper the third is 1.5 to 2 times as
+    fast as the second, and cuDNN, which PyTorch takes there, near it (arXiv 2407.08608, figures 5 and 6): the second is
+    left aside then.
     """
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()
-    for name, needed, load in (("FlashAttention 3", (9, 0), _flash3), ("FlashAttention 2", (8, 0), _flash2)):
-        if capability >= needed and not (needed == (9, 0) and capability[0] != 9):
+    cudnn = capability[0] in (9, 10) and (torch.backends.cudnn.version() or 0) >= CUDNN_PREFERRED
+    for serves, load in ((capability[0] == 9, _flash3), (capability >= (8, 0) and not cudnn, _flash2)):
+        if serves:
             try:
-                return name, load()
+                return load()
             except (ImportError, AttributeError):
                 continue
     return None
@@ -67,35 +91,58 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
     if (qkv.shape[1] if spans is None else spans.longest) <= SHORT and cpu.serves_attention(qkv):
         return cpu.attention(qkv, *(spans or ()))
     if spans is not None:
-        return _attend_spans(qkv[0], spans)[None].flatten(2)
-    # The compiler cannot follow the search for a library: it would break its graph at every attention.
-    flash = flash_backend() if _suits_flash(qkv) and not torch.compiler.is_compiling() else None
+        return _attend_spans(*qkv[0].unbind(1), spans)[None].flatten(2)
+    flash = _flash_for(qkv)
     if flash is not None:
-        return flash[1](qkv).flatten(2)
-    return _attend_padded(qkv, None)
+        return flash.packed(qkv).flatten(2)
+    # Unbound before they are turned: their gradients then join in the order of memory, without a further copy.
+    return _attend_padded(*qkv.unbind(2), None)
 
 
-def _attend_padded(qkv: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` of qkv [B, N, 3, H, d] to the tokens that a mask [B, N] bool calls real, all if None: [B, N, H·d]."""
-    # Taken apart before they are turned, so that a backward puts the gradients together packed, in one copy.
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, H, N, d]
+def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: Spans | None = None) -> Tensor:
+    """`attend` of queries, keys and values that are [B, N, H, d] each, whose gradients then stay apart, too."""
+    if spans is not None:
+        return _attend_spans(query[0], key[0], value[0], spans)[None].flatten(2)
+    flash = _flash_for(query)
+    if flash is not None:
+        return flash.apart(query, key, value).flatten(2)
+    return _attend_padded(query, key, value, None)
+
+
+def _suits_flash(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _flash_for(x: Tensor) -> Flash | None:
+    # The compiler cannot follow the search for a library: it would break its graph at every attention.
+    return flash_backend() if _suits_flash(x) and not torch.compiler.is_compiling() else None
+
+
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, N, H, d] each, to the same tokens that a mask [B, N] bool calls real, all if None: [B, N, H·d]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # each [B, H, N, d]
     keys = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keys).transpose(1, 2).flatten(2)
 
 
-def _attend_spans(qkv: Tensor, spans: Spans) -> Tensor:
-    """`attend` within spans of qkv [T, 3, H, d]: [T, H, d]. Padding, where it is needed, takes no part in any sum."""
+def _attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """`attend` within spans of q, k and v [T, H, d] each: [T, H, d]. Padding, where it is needed, takes no part in any
+    sum."""
     offsets, longest = spans
-    if _suits_flash(qkv):
+    if _suits_flash(query):
         # Torch's own FlashAttention; torch.nn.attention.varlen is there from torch 2.10 on.
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
+        return varlen_attn(query, key, value, offsets, offsets, longest, longest)
     counts = offsets.diff()
-    batch, places = len(counts), torch.arange(longest, device=qkv.device)
+    batch, places = len(counts), torch.arange(longest, device=query.device)
     mask = places < counts[:, None]
-    sample = torch.arange(batch, device=qkv.device).repeat_interleave(counts, output_size=len(qkv))
-    rows = sample * longest + torch.arange(len(qkv), device=qkv.device) - offsets[sample]
-    padded = qkv.new_zeros(batch * longest, *qkv.shape[1:]).index_copy(0, rows, qkv)
-    attended = _attend_padded(padded.unflatten(0, (batch, longest)), mask)
-    return attended.flatten(0, 1).index_select(0, rows).unflatten(1, qkv.shape[2:])
+    sample = torch.arange(batch, device=query.device).repeat_interleave(counts, output_size=len(query))
+    rows = sample * longest + torch.arange(len(query), device=query.device) - offsets[sample]
+
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, rows, x)
+        return padded.unflatten(0, (batch, longest))
+
+    attended = _attend_padded(pad(query), pad(key), pad(value), mask)
+    return attended.flatten(0, 1).index_select(0, rows).unflatten(1, query.shape[1:])

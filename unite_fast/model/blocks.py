@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import unite_kernels as uk
-from unite_fast.model.attention import attend
+from unite_fast.model.attention import attend, attend_apart
 
 
 class Modulation(NamedTuple):
@@ -40,6 +41,16 @@ class Rotary(NamedTuple):
 def swiglu_hidden(width: int) -> int:
     """int(2/3 · 4C): 2048 at C = 768."""
     return int(2 / 3 * 4 * width)
+
+
+def product_and_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(x Wᵀ, the bias that the operator behind it adds) on CUDA; elsewhere products add it free: (x Wᵀ + b, None).
+
+    So, too, where the Linear's own forward must run: in FP8, or under ZeRO 3, which gathers its parameters there.
+    """
+    if x.is_cuda and type(linear) is nn.Linear and not hasattr(linear.weight, "ds_id"):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None
 
 
 class Block(nn.Module):
@@ -91,7 +102,12 @@ class Block(nn.Module):
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(h).view(batch, tokens, 3, self.heads, width // self.heads)
-        attended = attend(uk.qk_norm_rope(qkv, self.q_norm, self.k_norm, *rotary), spans)
+        normed = (qkv, self.q_norm, self.k_norm, *rotary)
+        # cpu.c's attention takes them packed, all others apart.
+        if qkv.is_cuda:
+            attended = attend_apart(*uk.qk_norm_rope_apart(*normed), spans)
+        else:
+            attended = attend(uk.qk_norm_rope(*normed), spans)
         if isinstance(keep, slice):
             x, attended = x[:, keep].contiguous(), attended[:, keep].contiguous()
         elif keep is not None:
@@ -105,7 +121,7 @@ class Block(nn.Module):
             modulation.scale2,
             spans=spans,
         )
-        branch = self.mlp_out(uk.swiglu(self.mlp_in(h)))
+        branch = self.mlp_out(uk.swiglu(*product_and_bias(self.mlp_in, h)))
         x, h = uk.block_boundary(
             x, branch, modulation.gate2, self.norm3, self.next_norm, next_shift, next_scale, spans=spans
         )

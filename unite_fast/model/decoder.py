@@ -12,12 +12,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.attention import attend
 from unite_fast.model.conditioning import sincos_1d, sincos_2d
-from unite_kernels import Spans
 
 LAYER_NORM_EPS = 1e-12
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm through the fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return uk.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class ResidualLayerNorm(nn.LayerNorm):
+    """(x + branch, its LayerNorm) in one operator."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        return uk.residual_layer_norm(x, branch, self.weight, self.bias, eps=self.eps)
 
 
 class DecoderBlock(nn.Module):
@@ -26,14 +40,14 @@ class DecoderBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = ResidualLayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, spans: Spans | None = None, keep: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, spans: uk.Spans | None = None, keep: slice | None = None) -> Tensor:
         """x [B, N, Cd], or [1, T, Cd] under `spans` -> the same shape.
 
         `keep` drops the tokens that nothing reads behind this block once attention has used them: [B, N', Cd].
@@ -42,9 +56,9 @@ class DecoderBlock(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         attended = attend(qkv, spans)
         if keep is not None:
-            x, attended = x[:, keep], attended[:, keep]
-        x = x + self.attention_out(attended)
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
+            x, attended = x[:, keep].contiguous(), attended[:, keep]
+        x, h = self.norm2(x, self.attention_out(attended))
+        return x + self.mlp_out(F.gelu(self.mlp_in(h)))
 
 
 class Decoder(nn.Module):
@@ -70,7 +84,7 @@ class Decoder(nn.Module):
             position = torch.cat([extra, sincos_1d(torch.arange(config.registers), sizes.width), grid])
         self.register_buffer("position", position[None], persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
-        self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
         self.pixels = nn.Linear(sizes.width, config.patch_size**2 * 3)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -83,4 +97,4 @@ class Decoder(nn.Module):
             x = block(x)
         # With K = P all but one token are read, and dropping that would cost the copy that it saves.
         x = self.blocks[-1](x, keep=slice(-self.patches, None) if hasattr(self, "query") else None)
-        return self.pixels(self.norm(x[:, -self.patches :]))
+        return self.pixels(self.norm(x[:, -self.patches :].contiguous()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from unite_fast.analysis.counts import TIME_FEATURES, block_ops
+from unite_fast.analysis.counts import TIME_FEATURES, added_layer_norm_ops, block_ops, layer_norm_op
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part, attention_op, linear_op, moves_op
 from unite_fast.model.blocks import swiglu_hidden
@@ -26,8 +26,7 @@ class _Batch(NamedTuple):
     atoms: int  # T
     pairs: int  # Σ n² of the molecules' atoms
     width: int  # bytes of a number in the compute dtype
-    norm_width: int  # bytes of a number in the decoder's LayerNorms
-    pads: bool  # attention by way of padding, as on a CPU
+    fused: bool  # as on CUDA: the decoder's LayerNorms by unite_kernels, attention without padding
 
 
 def packed_parts(
@@ -45,12 +44,11 @@ def packed_parts(
         model, objective: sizes and losses.
         extent: of the micro-batch.
         dtype: what matrix products compute in; the atoms' embedding and the heads stay float32.
-        device: whose autocast rules apply: on CUDA the decoder's LayerNorms read and write float32.
+        device: on CUDA unite_kernels computes the decoder's LayerNorms, and attention needs no padding.
         fp8: `train.fp8`.
     """
     width = DTYPE_BYTES[dtype]
-    cuda = device == "cuda"
-    batch = _Batch(extent.samples, extent.tokens, extent.pairs, width, 4 if cuda else width, not cuda)
+    batch = _Batch(extent.samples, extent.tokens, extent.pairs, width, device == "cuda")
     latent = batch.atoms * model.latent_dim
     # A mask and a time an atom beside the latents, and the latents once more on their way to the padding.
     noised = 8 * latent + 5 * batch.atoms
@@ -118,7 +116,7 @@ def _encoder(
     for index in range(model.depth):
         kept = atoms if index + 1 == model.depth else tokens
         ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width, pairs)
-        if batch.pads:
+        if not batch.fused:
             ops.append(_padding(tokens, channels, width, index, unpacks=kept == tokens))
     return [*ops, linear_op("final", atoms, channels, model.latent_dim, width)]
 
@@ -138,22 +136,18 @@ def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
     decoder, width, atoms = model.decoder, batch.width, batch.atoms
     channels = decoder.width
     size = atoms * channels
-    # Keeps its input as wide as it reads it, and two float32 a row.
-    norm = moves_op("norm", size, batch.norm_width, forward=2, backward=3, saved=1)
-    norm = norm._replace(saved=norm.saved + 8 * atoms)
     ops = [
         linear_op("lift", atoms, model.latent_dim, channels, width),
         moves_op("positions", size, width, forward=3, backward=1),
     ]
     for _ in range(decoder.depth):
         ops += [
-            norm,
+            layer_norm_op(atoms, channels, width, batch.fused),
             linear_op("qkv", atoms, channels, 3 * channels, width),
             attention_op(atoms, channels, decoder.heads, width, pairs=batch.pairs),
-            *([_padding(atoms, channels, width)] if batch.pads else []),
+            *([] if batch.fused else [_padding(atoms, channels, width)]),
             linear_op("attention out", atoms, channels, channels, width, saves=False),
-            moves_op("add", size, width, forward=3, backward=2),
-            norm,
+            *added_layer_norm_ops(atoms, channels, width, batch.fused),
             linear_op("mlp in", atoms, channels, 4 * channels, width),
             moves_op("GELU", 4 * size, width, forward=2, backward=3, saved=1),
             linear_op("mlp out", atoms, 4 * channels, channels, width),
