@@ -129,8 +129,9 @@ class Watch(TorchDispatchMode):
         launches: how often each operator launches a kernel. Every operator of ATen that writes memory counts as one,
             though some launch two; those on lists of tensors count as PyTorch cuts them into launches, those of
             unite_kernels count the launches and the operators inside them.
-        moved: bytes that each operator reads and writes, every tensor once; of unite_kernels those that change tensors
-            in place, others count the operators inside them.
+        moved: bytes that each operator reads and writes, every tensor once; of unite_kernels those that launch a kernel,
+            beside the operators inside them. What an operator of ATen passes over more than once, as cuDNN a
+            convolution's bias, is not seen.
         waits: copies between host and device, by the line of this repository that asks for them.
         kernels: what Triton's launcher was given, once for each kernel that it would compile.
     """
@@ -193,7 +194,7 @@ class Watch(TorchDispatchMode):
 
         with mock.patch.object(InterpretedFunction, "run", launch), self:
             found = own._init_fn(*args, **kwargs)
-        if operator._schema.is_mutable and self.launches[operator.name()]:
+        if self.launches[operator.name()]:
             self.moved[operator.name()] += _bytes(operator, args, kwargs, found)
         for ours, theirs in zip(tree_leaves(found), tree_leaves(promised), strict=True):
             if theirs is None:  # it returns nothing

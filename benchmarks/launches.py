@@ -1,4 +1,4 @@
-"""How many kernels a training step launches, and what that says about CUDA graphs; what the update moves.
+"""How many kernels a training step launches, and what that says about CUDA graphs; what step and update move.
 
     TRITON_INTERPRET=1 python benchmarks/launches.py   # rewrites its section of benchmarks/README.md
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 from imagined import Watch, imagined
 from molecule_subjects import QM9_BATCH, typical_counts
-from profile_table import COUNTED, H200, README, on_h200
+from profile_table import COUNTED, H200, README, on_h200, step_bytes
 from subjects import CONFIGS
 
 from unite_fast.analysis.chunks import resolve_chunk
@@ -136,6 +137,8 @@ class Counted:
         floor: images -> seconds that the device takes at least.
         images: of the table's step; molecules of a model of them.
         unit: which of the two.
+        bytes: that the step moves, by kind.
+        needed: bytes that its operators must move; None for molecules.
         moved, least: bytes that clipping, optimizers and EMA move beside their products, and must.
     """
 
@@ -143,6 +146,8 @@ class Counted:
     floor: Callable[[int], float]
     images: int
     unit: str
+    bytes: dict[str, int]
+    needed: int | None
     moved: int
     least: int
 
@@ -167,21 +172,28 @@ def step_floor(config: Config, samples: int) -> float:
 
 
 def count(config: Config, images: int, device: torch.device) -> Counted:
-    """Of a run with a number of draws a chunk. Launches do not depend on the number of samples, so few are imagined."""
-    few = 8
-    made = images_ahead(config, few, device) if config.modality == "images" else molecules(config, few)
-    run = ImaginedRun(config, device, Batch(few, 1, few), made)
-    step, update = run.watched().launches, run.watched_update()
-    kinds = {kind: sum(n for name, n in step.items() if name.startswith(names)) for kind, names in KINDS.items()}
+    """Of a run with a number of draws a chunk, on one micro-batch of so many images."""
+    pictures = config.modality == "images"
+    made = images_ahead(config, images, device) if pictures else molecules(config, images)
+    run = ImaginedRun(config, device, Batch(images, 1, images), made)
+    step, update = run.watched(), run.watched_update()
     weights = trained_weights(config.model, config.optimizer.kind)
     return Counted(
-        kinds | {"other": step.total() - sum(kinds.values())},
+        by_kind(step.launches),
         lambda images: step_floor(config, images),
         images,
         config.modality,
+        by_kind(step.moved),
+        step_bytes(config, images) if pictures else None,
         sum(moved for name, moved in update.moved.items() if name not in PRODUCTS),
         weights.muon * LEAST_MUON + weights.adamw * LEAST_ADAMW,
     )
+
+
+def by_kind(operators: Counter[str]) -> dict[str, int]:
+    """Sums over the operators of each kind, "other" among them."""
+    kinds = {kind: sum(n for name, n in operators.items() if name.startswith(names)) for kind, names in KINDS.items()}
+    return kinds | {"other": operators.total() - sum(kinds.values())}
 
 
 def table(counted: dict[str, Counted]) -> list[str]:
@@ -201,6 +213,20 @@ def table(counted: dict[str, Counted]) -> list[str]:
             f"{host[0] * 1e3:.0f} and {host[1] * 1e3:.0f} | {floor * 1e3:.0f} ({one.images} {one.unit}) | "
             f"{below} {one.unit} |"
         )
+    lines += [
+        "",
+        f"| GB that a step moves | all | {' | '.join(kinds)} | its operators must | more, ms | of the step's floor |",
+        "| --- | --- |" + " --- |" * len(kinds) + " --- | --- | --- |",
+    ]
+    for name, one in counted.items():
+        total = sum(one.bytes.values())
+        cells = [f"{name}, {one.images} {one.unit}", *(f"{n / 1e9:.1f}" for n in (total, *one.bytes.values()))]
+        if one.needed is None:
+            cells += ["", "", ""]
+        else:
+            more = (total - one.needed) / H200.copy
+            cells += [f"{one.needed / 1e9:.1f}", f"{more * 1e3:.1f}", f"{more / one.floor(one.images):.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "| update and EMA of | GB beside the products | at least | more, ms | of the step's floor |",

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import gate
 from subjects import CONFIGS
@@ -18,7 +19,7 @@ from subjects import CONFIGS
 from unite_fast.analysis.chunks import chunk_in_room
 from unite_fast.analysis.counts import repeats, step_parts
 from unite_fast.analysis.devices import find_gpu
-from unite_fast.analysis.parts import Part, Rates
+from unite_fast.analysis.parts import Dtype, Part, Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
@@ -70,6 +71,16 @@ def on_h200(config: Config, samples: int) -> Config:
     """The run with the draws a chunk that `auto` takes beside so many samples on one H200, predicted."""
     room = find_gpu("h200").memory * USABLE_MEMORY
     return chunk_in_room(config, modality_of(config).largest(config, samples), room)
+
+
+def step_bytes(config: Config, images: int, *, dtype: Dtype = "bf16", device: Literal["cuda", "cpu"] = "cuda") -> int:
+    """Bytes that a step on so many images must move: each operator's inputs read once, its outputs written once."""
+    moved = update_part(config.model, config.optimizer, dtype=dtype).forward_bytes(1)
+    for name, part in step_parts(config.model, config.objective, dtype=dtype, device=device).items():
+        passes = flow_passes(config) if name == "denoise" else 1
+        samples = images * repeats(name, config.objective) / passes  # in the mean: the last chunk may be smaller
+        moved += passes * (part.forward_bytes(samples) + part.backward_bytes(samples))
+    return round(moved)
 
 
 def counted_table(preset: str, file: str, draws: int, images: int) -> list[str]:

@@ -16,6 +16,7 @@ import measure
 import pytest
 import torch
 from molecule_subjects import ATOM_HISTOGRAM, MOLECULE_SUBJECTS, MoleculeTrainers
+from profile_table import step_bytes
 from subjects import CONFIGS, SUBJECTS, Trainers, load, resolved
 
 from unite_fast.analysis.allocation import peak_allocated
@@ -160,16 +161,14 @@ def test_molecule_step(name, benchmark, results, request):
 def floor(config, batch: int, dtype: str, rates: Rates, seconds: float) -> dict:
     """Bytes a step must move, the rate of them, and the share of the least time that it reaches."""
     parts = step_parts(config.model, config.objective, dtype=dtype, device=measure.DEVICE)
-    update = update_part(config.model, config.optimizer, dtype=dtype)
-    least = sum(update.floor(1, rates))
-    moved = update.forward_bytes(1)
+    least = sum(update_part(config.model, config.optimizer, dtype=dtype).floor(1, rates))
     for name, part in parts.items():
         passes = flow_passes(config) if name == "denoise" else 1
         images = batch * repeats(name, config.objective) / passes  # in the mean: the last chunk may be smaller
         least += passes * sum(part.floor(images, rates))
-        moved += passes * (part.forward_bytes(images) + part.backward_bytes(images))
+    moved = step_bytes(config, batch, dtype=dtype, device=measure.DEVICE)
     return {
-        "bytes": round(moved),
+        "bytes": moved,
         "gb_per_second": moved / seconds / 1e9,
         "floor_seconds": least,
         "share_of_floor": least / seconds,
