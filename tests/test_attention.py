@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_testing import DEVICE, normal, outputs_and_gradients
 
+import unite_kernels as uk
 from unite_fast.model import attention
-from unite_fast.model.attention import SHORT, attend
+from unite_fast.model.attention import SHORT, attend, attend_apart
 
 
 def equation(qkv):
@@ -62,3 +65,53 @@ def test_a_compiled_attention_searches_for_no_library(monkeypatch):
     monkeypatch.setattr(attention, "flash_backend", lambda: importlib.import_module("no_such_library"))
     qkv = normal(2, SHORT + 1, 3, 2, 8)
     torch.compile(attend, fullgraph=True, backend="eager")(qkv)
+
+
+@pytest.mark.parametrize(
+    "capability, cudnn, installed, served",
+    [
+        ((8, 0), 91900, (2, 3), "FlashAttention 2"),
+        ((8, 9), 91900, (3,), None),
+        ((9, 0), 91900, (2, 3), "FlashAttention 3"),
+        ((9, 0), 91900, (2,), None),  # PyTorch's own, through cuDNN
+        ((9, 0), 91002, (2,), "FlashAttention 2"),
+        ((9, 0), None, (2,), "FlashAttention 2"),
+        ((10, 0), 91900, (2, 3), None),
+        ((12, 0), 91900, (2, 3), "FlashAttention 2"),
+        ((7, 5), 91900, (2, 3), None),
+        ((9, 0), 91002, (), None),
+    ],
+)
+def test_the_fastest_library_that_is_there(monkeypatch, capability, cudnn, installed, served):
+    libraries = {2: "flash_attn", 3: "flash_attn_interface"}
+    for version, name in libraries.items():
+        functions = SimpleNamespace(flash_attn_func=None, flash_attn_qkvpacked_func=None)
+        monkeypatch.setitem(sys.modules, name, functions if version in installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    found = attention.flash_backend.__wrapped__()
+    assert (found and found.name) == served
+
+
+def test_flash_attention_apart_and_packed_are_one(monkeypatch):
+    """Of the third's function, which older releases let return a tuple."""
+    given = []
+    for wrap in (lambda out: out, lambda out: (out, None)):
+        module = SimpleNamespace(flash_attn_func=lambda q, k, v: given.append((q, k, v)) or wrap(q + k + v))
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+        flash, qkv = attention._flash3(), normal(2, 5, 3, 2, 4)
+        assert torch.equal(flash.packed(qkv), flash.apart(*qkv.unbind(2))) and flash.packed(qkv).shape == (2, 5, 2, 4)
+    assert all(x.shape == (2, 5, 2, 4) for call in given for x in call)
+
+
+@pytest.mark.parametrize("spans", [None, "spans"])
+def test_apart_is_the_same(spans):
+    batch, tokens = (2, SHORT + 1) if spans is None else (1, 80)
+    qkv = normal(batch, tokens, 3, 2, 8)
+    if spans:
+        offsets = torch.tensor([0, SHORT + 2, 80], dtype=torch.int32, device=DEVICE)
+        spans = uk.Spans(offsets, SHORT + 2)
+    packed = outputs_and_gradients(lambda x: attend(x, spans), [qkv])
+    apart = outputs_and_gradients(lambda x: attend_apart(*x.unbind(2), spans), [qkv])
+    torch.testing.assert_close(apart, packed)
