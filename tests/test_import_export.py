@@ -3,7 +3,9 @@
 import argparse
 import json
 import shutil
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from cli_toy import CLASSES, CONFIG, MADE_BY, mistake, picture, run, save_toy, small_disk, toy_model
@@ -14,6 +16,7 @@ from unite_fast import ModelConfig, UserError, load
 from unite_fast.importing import open_trained, read_published
 from unite_fast.model.io import read_model
 from unite_fast.model.published import to_published
+from unite_fast.weights import read_file
 
 EMA, MODEL = toy_model(seed=1), toy_model(seed=2)
 
@@ -79,6 +82,33 @@ def test_either_set_of_a_training_checkpoint(option, model, tmp_path):
     assert made_by["weights"] == (option or ["", "ema"])[1]
     assert made_by["sampling"]["guidance"] == 2.4 and made_by["sampling"]["solver"] == "dopri5"
     assert run("sample", "--run", tmp_path / "model", "--count", 1, "--solver", "euler", "--steps", 2) == 0
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_numbers_of_numpy_in_a_checkpoint(module, tmp_path):
+    path = _checkpoint_file(tmp_path / "numbers.pt")
+    content = torch.load(path, weights_only=True)
+    content |= {"current_best_cfg_scale": np.float64(2.4), "step": np.int64(120)}
+    content["scheduler"]["rates"] = [np.float32(0.5)]
+    torch.save(content, path)
+    # As NumPy 2 and 1 name what makes a number.
+    rewrite_pickle(path, b"numpy._core.multiarray", module.encode())
+    read = read_published(path)
+    assert read.made_by["step"] == 120 and type(read.made_by["step"]) is int
+    assert type(read.made_by["sampling"]["guidance"]) is float and read.made_by["sampling"]["guidance"] == 2.4
+    assert read_file(path)["scheduler"]["rates"] == [0.5]
+
+
+def rewrite_pickle(path, old, new):
+    """Put other words into the pickle of a PyTorch archive, as text opcodes, whose length is free."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    assert b"c" + old + b"\n" in members[name]
+    members[name] = members[name].replace(b"c" + old + b"\n", b"c" + new + b"\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
 
 
 def _wrapped(name):

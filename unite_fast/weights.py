@@ -26,6 +26,15 @@ from unite_fast.errors import UserError
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")
 
 
+# NumPy's numbers, which a training loop easily leaves in a checkpoint. Their pickles name what makes them, in NumPy 1
+# under another name; none of it runs code.
+_SCALAR = np._core.multiarray.scalar
+_NUMBERS = [
+    _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype,
+    np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
+]  # fmt: skip
+
+
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal.
 
@@ -57,8 +66,10 @@ def check_named_hash(path: str | Path) -> str:
 def read_file(path: str | Path) -> Any:
     """Content of a `.safetensors` file (a dict of tensors) or of a PyTorch file loaded with weights only.
 
+    NumPy's numbers become Python's.
+
     Raises:
-        UserError: missing, truncated, or holding anything but tensors and plain containers.
+        UserError: missing, truncated, or holding anything but tensors, numbers and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +77,8 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        with torch.serialization.safe_globals(_NUMBERS):
+            return _with_plain_numbers(torch.load(path, map_location="cpu", weights_only=True, mmap=False))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     except (pickle.UnpicklingError, LookupError, TypeError, AttributeError):
@@ -79,6 +91,17 @@ def read_file(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (RuntimeError, EOFError, ValueError, struct.error) as error:
         raise UserError(f"{path} is truncated or not a PyTorch file: {(str(error) or 'it is empty').splitlines()[0]}") from None
+
+
+def _with_plain_numbers(content: Any) -> Any:
+    """The same, with NumPy's numbers replaced in it."""
+    if isinstance(content, np.generic):
+        return content.item()
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            if isinstance(value, np.generic | dict | list):
+                content[key] = _with_plain_numbers(value)
+    return content
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
