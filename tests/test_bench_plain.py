@@ -3,13 +3,16 @@
 And what the update is counted to cost is what its products take.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bench_rivals import CLOSE, PlainDraws, PlainTrainer, assert_same_gradients, assert_same_update, error, recorded
-from plain_unite import PlainLpips  # found by bench_rivals, as are subjects
+from plain_unite import PlainLpips  # found by bench_rivals, as are subjects and test_step
 from runs import config
 from subjects import Subject, Trainers, load
 from test_model import tiny
+from test_step import warmed
 from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast.analysis.update import newton_schulz_operations
@@ -104,3 +107,16 @@ def test_the_contenders_of_a_benchmark_take_the_same_steps():
     plain = {group["lr"] for optimizer in trainers.plain.optimizers for group in optimizer.param_groups}
     trainers.our_step(*trainers.batch(2))
     assert plain == {trainers.engine.last_lr} == {trainers.config.optimizer.lr}
+
+
+def test_a_compiled_contender_takes_the_next_batch_that_fits():
+    def runs_out(size):
+        if size > 16:
+            raise torch.OutOfMemoryError("out of memory")
+
+    trainers = SimpleNamespace(batch=lambda size: (size,))
+    sizes = {"ours": 64, "compile": 64}
+    batches = warmed(trainers, {"ours": lambda size: None, "compile": runs_out}, sizes)
+    assert sizes == {"ours": 64, "compile": 16} and batches == {"ours": (64,), "compile": (16,)}
+    with pytest.raises(RuntimeError, match="plain runs out of memory on a batch of 64"):
+        warmed(trainers, {"plain": runs_out}, {"plain": 64})

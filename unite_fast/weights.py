@@ -28,9 +28,9 @@ _NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")
 
 # NumPy's numbers, which a training loop easily leaves in a checkpoint. Their pickles name what makes them, in NumPy 1
 # under another name; none of it runs code.
-_SCALAR = np._core.multiarray.scalar
+_SCALAR = np.float64().__reduce__()[0]
 _NUMBERS = [
-    _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype,
+    (_SCALAR, "numpy._core.multiarray.scalar"), (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype,
     np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType,
 ]  # fmt: skip
 
