@@ -15,6 +15,7 @@ from unite_fast.config import Config, ModelConfig
 from unite_fast.engine import checkpoint
 from unite_fast.engine.loop import train
 from unite_fast.engine.optim import matrix_shape
+from unite_fast.errors import UserError
 from unite_fast.importing import read_published
 from unite_fast.model.published import from_published, our_names, to_published
 from unite_fast.model.unite import Unite
@@ -108,6 +109,14 @@ def test_training_goes_on_as_if_it_had_never_left(folder, trained, file, capsys)
     expected, found = _tensors(checkpoint.latest(straight)), _tensors(checkpoint.latest(imported))
     assert checkpoint.latest_step(imported) == STEPS + 4
     assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_nothing_left_to_train_is_said_before_anything_is_written(folder, file):
+    assert _import(folder, file, "ended", f"train.steps={STEPS}") == 0
+    before = sorted(path.name for path in (folder / "runs" / "ended").iterdir())
+    with pytest.raises(UserError, match=f"is of step {STEPS} and the run ends at step {STEPS}: nothing is left to train"):
+        train(config(folder, name="ended", train={"steps": STEPS}), resume=True)
+    assert sorted(path.name for path in (folder / "runs" / "ended").iterdir() if path.name != ".lock") == before
 
 
 def test_a_round_trip_changes_no_bit(folder, file):

@@ -31,6 +31,7 @@ from unite_fast.errors import UserError
 from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
+from unite_fast.records import METRICS
 from unite_fast.weights import write_text
 
 
@@ -118,12 +119,17 @@ class Run:
                 self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
         elif resume:
             self._notices.append(f"no checkpoint in {self.folder}: the run begins")
-        if world.is_main:
-            write_text(config.to_json(), self.folder / "config.json")
         self.first_step = self.engine.step_count
         # Steps of another batch count by the share of an epoch that they were of.
         other = self.first_step - self.engine.progress
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch + other))
+        if self.first_step >= self.total and not (self.folder / METRICS).is_file():
+            raise UserError(
+                f"{latest} is of step {self.first_step} and the run ends at step {self.total}: nothing is left to train, "
+                "and nothing was trained here; set train.steps or train.epochs higher"
+            )
+        if world.is_main:
+            write_text(config.to_json(), self.folder / "config.json")
         self.report = self.modality.report(config, self.folder, world, self.engine, self.stream)
         self._stop = StopSignals(world)
 
