@@ -30,7 +30,7 @@ from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation import held_out as held_out_module
 from unite_fast.evaluation.frechet import gaussian_statistics
-from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, Pictures, to_bytes
+from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
 from unite_fast.evaluation.inception import Inception
 from unite_fast.flow.sampling import generate
 from unite_fast.objective.perceptual import Lpips
@@ -216,19 +216,6 @@ def test_images_are_kept_if_asked_for(files, tmp_path):
     kept = np.stack([read(path) for path in pictures])
     expected = to_bytes(drawn(6, guidance=3.0)).permute(0, 2, 3, 1).numpy()
     assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
-
-
-def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
-    pictures = Pictures(tmp_path / "png", 3)
-    pictures.begin("one")
-    pictures.save(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), first=3)
-    pictures.begin("one")
-    assert pictures.hold(3, 5) and not pictures.hold(3, 6)
-    pictures.begin("another")
-    assert not pictures.hold(3, 4)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        Pictures(tmp_path / "file", 3).begin("one")
 
 
 def test_dopri5_names_its_batch(files):

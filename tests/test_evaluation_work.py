@@ -9,6 +9,7 @@ import torch
 
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.evaluation.generation import Pictures
 from unite_fast.evaluation.work import Patience, Work, digest, progress
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -126,3 +127,16 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatc
     with progress("generating", 100, 20, shown=False) as advance:
         advance(20)
     assert capsys.readouterr().err == ""
+
+
+def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
+    pictures = Pictures(tmp_path / "png", 3)
+    pictures.begin("one")
+    pictures.save(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), first=3)
+    pictures.begin("one")
+    assert pictures.hold(3, 5) and not pictures.hold(3, 6)
+    pictures.begin("another")
+    assert not pictures.hold(3, 4)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        Pictures(tmp_path / "file", 3).begin("one")
