@@ -35,7 +35,8 @@ def philox(counters: int, draws: Tensor, seed: int, step: Step, stream: int) -> 
         step: int or 0-dim int64, the third counter word; its low 32 bits count.
         stream: the fourth, in [0, 2³²).
     """
-    c0, c1 = torch.arange(counters, device=draws.device)[None], draws[:, None]
+    # The mask changes nothing, but Inductor takes a bare arange for an index, and its products for 32-bit numbers.
+    c0, c1 = torch.arange(counters, device=draws.device)[None].bitwise_and(WORD), draws[:, None]
     c2, c3 = step_tensor(step, draws.device).bitwise_and(WORD), stream
     key_a, key_b = seed & WORD, seed >> 32
     for _ in range(ROUNDS):
