@@ -252,6 +252,7 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
     assert one.launches["aten::_foreach_mul_.Scalar"] == 2 and one.launches["unite_kernels::swiglu"] == 1
     assert not {name for name in one.launches if "view" in name or "slice" in name or "expand" in name}
     assert one.moved["aten::mm"] == 3 * 64 * 4 and one.moved["aten::_to_copy"] == 3 * (4 + 2)
+    assert one.moved["unite_kernels::swiglu"] == 2 * (2 * 6 + 2 * 3)
     totals = {draws: each.total for draws, each in found.items()}
     assert totals[4] - totals[2] == 2 * (totals[2] - totals[1]) > 0, "every draw launches the same"
     assert together.total == totals[1], "and a chunk as much as one draw"
@@ -259,7 +260,10 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
     assert first.moved > first.least > 0 and first.host()[1] == 2 * first.host()[0]
     limit = first.limited_below(first.floor(7))
     assert limit == 7 and first.floor(7) == step_floor(small(tmp_path, objective=losses[1]), 7)
-    assert len(table({"a": first, "b": found[2]})) == 9
+    # All that the operators must move, and their biases' gradients, casts and sums beside it.
+    assert 0 < first.needed < sum(first.bytes.values()) and found[2].needed > first.needed
+    lines = table({"a": first, "b": found[2]})
+    assert len(lines) == 14 and len({line.count("|") for line in lines[5:9]}) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.analysis.profiled_step import ProfiledStep, StepMemory, seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
+from unite_fast.cli.profile import _share
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import ProgressLine
@@ -210,3 +211,10 @@ def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
     assert "mfu" not in unknown
     line.advance(1, unknown)
     assert "MFU" not in capsys.readouterr().err
+
+
+def test_a_share_keeps_to_six_characters():
+    shares = [-1.018, -0.414, -0.002, 0.0, 0.922, 0.9994, 0.9996, 1.0, 12.34]
+    assert [_share(share) for share in shares] == [
+        "-102%", "-41.4%", "-0.2%", "0.0%", "92.2%", "99.9%", "100%", "100%", "1234%"
+    ]  # fmt: skip

@@ -89,6 +89,11 @@ def _numbers(measured: Measured) -> dict:
     }
 
 
+def _share(of_step: float) -> str:
+    """Six characters at most, on a busy machine too, where parts alone may take twice a step's time, "other" the less."""
+    return f"{of_step:.1%}" if abs(of_step) < 0.9995 else f"{of_step:.0%}"
+
+
 def _print(measured: Measured, name: str, device: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -107,7 +112,7 @@ def _print(measured: Measured, name: str, device: str) -> None:
             str(row.calls),
             _ms(row.forward),
             _ms(row.backward) if row.backward else "",
-            f"{row.seconds / measured.step:.1%}",
+            _share(row.seconds / measured.step),
             _ms(row.floor) if row.floor is not None else "",
             f"{row.floor / row.seconds:.0%}" if row.floor and row.seconds else "",
             _figures(row.operations / 1e9) if row.operations else "",
@@ -119,7 +124,7 @@ def _print(measured: Measured, name: str, device: str) -> None:
         ("other", measured.other),
     ):
         if seconds is not None:
-            table.add_row(label, "", _ms(seconds), "", f"{seconds / measured.step:.1%}")
+            table.add_row(label, "", _ms(seconds), "", _share(seconds / measured.step))
     out().print(table)
     held = ", ".join(
         f"{_figures(size / 2**20)} MiB of {name}"
