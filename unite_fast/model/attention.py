@@ -74,10 +74,6 @@ def flash_backend() -> Flash | None:
     return None
 
 
-def _suits_flash(qkv: Tensor) -> bool:
-    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
-
-
 def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
     """softmax(q kᵀ / √d) v over all tokens of a sample. Under torch.compile on CUDA by PyTorch's own attention alone.
 
