@@ -237,8 +237,9 @@ def _damage_made_by(folder, **changes):
         (_damage_weights, "no file"),
         (lambda folder: _damage_made_by(folder, sampling=[1]), "made_by.sampling of"),
         (lambda folder: _damage_made_by(folder, sampling={"time_shift": -1}), "must be a positive number, found -1"),
+        (lambda folder: _damage_made_by(folder, tokenize_t_max=2), "must be a number from 0 to 1, found 2"),
     ],
-    ids=["truncated", "pickle", "json", "sizes", "no weights", "sampling", "time_shift"],
+    ids=["truncated", "pickle", "json", "sizes", "no weights", "sampling", "time_shift", "tokenize_t_max"],
 )
 def test_damaged_models(damage, says, tmp_path, capsys):
     save_toy(tmp_path / "model")

@@ -12,7 +12,8 @@ from cli_toy import CLASSES, CONFIG, MADE_BY, mistake, picture, run, save_toy, s
 from golden import FILE, golden, needs_golden, published_weights, relative_error
 from safetensors.torch import load_file, save_file
 
-from unite_fast import ModelConfig, UserError, load
+from unite_fast import ModelConfig, Unite, UserError, load
+from unite_fast.evaluation.generation import TOKENIZE_STREAM, encode, register_noise
 from unite_fast.importing import open_trained, read_published
 from unite_fast.model.io import read_model
 from unite_fast.model.published import to_published
@@ -284,7 +285,7 @@ def trained_run(tmp_path_factory):
             picture(folder / "images" / name / f"{index}.png", 10 * label + index)
     configuration = {
         "name": "toy", "runs": str(folder / "runs"), "model": CONFIG.model_dump(mode="json"),
-        "objective": {"lpips": {"weight": 0}, "time_shift": 0.6},
+        "objective": {"lpips": {"weight": 0}, "time_shift": 0.6, "tokenize_t_max": 0.5},
         "train": {"steps": 4, "global_batch": 4, "micro_batch": 4, "checkpoint_every": 2, "device": "cpu"},
         "data": {"path": str(folder / "images"), "workers": 0},
         "sampling": {"solver": "euler", "steps": 3},
@@ -306,6 +307,22 @@ def test_a_finished_run_gives_its_export(trained_run, tmp_path):
     assert all(torch.equal(source.state[name], tensor) for name, tensor in ema.items())
     assert run("export", trained_run, "--out", tmp_path / "model") == 0
     assert _same(load(tmp_path / "model"), load(trained_run))
+
+
+def test_the_tokenization_time_is_half_the_configured_maximum_everywhere(trained_run, tmp_path):
+    assert run("export", trained_run / "checkpoints" / "step_00000002", "--out", tmp_path / "model") == 0
+    models = [load(trained_run), load(tmp_path / "model"), open_trained(trained_run / "checkpoints" / "step_00000004").build()]
+    assert [model.tokenize_time for model in models] == [0.25] * 3
+    record = json.loads(next((trained_run / "evaluations").glob("*.json")).read_text())
+    assert record["protocol"]["model"]["tokenize_t_max"] == 0.5
+    model = toy_model()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    noise = register_noise(model, 2, seed=0, stream=TOKENIZE_STREAM, first=0)
+    for maximum in (model.tokenize_t_max, 0.5):
+        model.tokenize_t_max = maximum
+        expected = model.tokenize(pixels.float() / 255, noise=noise, t=torch.full((2,), maximum / 2))
+        assert torch.equal(encode(model, pixels, seed=0, first=0), expected)
+    assert Unite(CONFIG).tokenize_time == 0.005
 
 
 def test_a_run_still_in_training_gives_its_newest_checkpoint(trained_run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from unite_fast.model.packing import Packed
 from unite_fast.molecules.config import DECODER_PRESETS, MoleculeModelConfig, MoleculeObjectiveConfig
 from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, rotation_matrices
-from unite_fast.molecules.sampling import draw_counts, encode, generate, noise, reconstruct
+from unite_fast.molecules.sampling import ENCODE_STREAM, draw_counts, encode, generate, noise, reconstruct
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
 
@@ -140,6 +140,18 @@ def test_gradients_equal_those_of_one_graph(stop_gradient, sizes):
         assert error < 1e-3, name
     assert torch.allclose(losses.total, one.detach(), rtol=1e-5)
     assert set(losses.terms) == {"element", "position"} and losses.mask.sum() == COUNTS.sum()
+
+
+def test_tokenization_times_are_half_their_maximum():
+    network = model()
+    elements, positions = molecules()
+    positions = positions.nan_to_num()
+    for maximum in (0.01, 0.6):
+        network.tokenize_t_max = maximum
+        z0, packed = encode(network, elements, positions, COUNTS)
+        known = noise(network, packed, seed=0, first=0, stream=ENCODE_STREAM)
+        t = torch.full((len(COUNTS),), maximum / 2)
+        assert torch.equal(z0, network.tokenize(elements.long(), positions, packed, noise=known, t=t))
 
 
 def test_losses_are_means_over_real_atoms():

@@ -16,6 +16,7 @@ from report_run import HOSTILE, LONG, trained_run
 from runs import config, image_tree
 
 from unite_fast.engine import checkpoint
+from unite_fast.evaluation.generation import SAMPLE_STREAM, register_noise
 from unite_fast.flow.sampling import generate
 from unite_fast.importing import open_trained
 from unite_fast.records import RunFolder, open_run
@@ -23,7 +24,7 @@ from unite_fast.report import write_report
 from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
 from unite_fast.report.metrics import headline
 from unite_fast.report.neighbours import find_neighbours
-from unite_fast.report.probe import Options, _noise, _statistics, probe, silent
+from unite_fast.report.probe import Options, _statistics, probe, silent
 from unite_fast.report.tiles import BUDGET, Tiles
 
 VOID = {"meta", "img", "br", "link", "line", "circle", "rect", "polyline"}
@@ -343,10 +344,10 @@ def test_a_trajectory_ends_in_the_sample(finished):
         name: settings[name] for name in ("data", "evaluation", "sampling")
     }), Options(columns=2, held_out=8))  # fmt: skip
     assert result.times[0] == 0 and result.times[-1] == 1 and result.times == sorted(result.times)
-    options = result.sampling
+    options, first = result.sampling, dict(seed=0, stream=SAMPLE_STREAM, first=0)
     with torch.no_grad():
-        expected = generate(model, torch.tensor([0, 1]), noise=_noise(model, 0, 0, 0, 2), **options)
-        samples = generate(model, torch.tensor([0, 0, 1, 1]), noise=_noise(model, 0, 0, 0, 4), **options)
+        expected = generate(model, torch.tensor([0, 1]), noise=register_noise(model, 2, **first), **options)
+        samples = generate(model, torch.tensor([0, 0, 1, 1]), noise=register_noise(model, 4, **first), **options)
     assert len({row.images.tobytes() for row in result.trajectory}) == 2
     for row, image in zip(result.trajectory, expected):
         last = torch.from_numpy(row.images[-1]).permute(2, 0, 1) / 255

@@ -15,8 +15,7 @@ from torch import Tensor
 from unite_fast.config import Config, ModelConfig, SamplingConfig, Sizes
 from unite_fast.engine import checkpoint
 from unite_fast.errors import UserError
-from unite_fast.modality import modality
-from unite_fast.model.io import check_state, read_model, save_model
+from unite_fast.model.io import build_model, check_state, read_model, save_model
 from unite_fast.model.published import from_published, to_published
 from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.versions import versions
@@ -34,7 +33,8 @@ class Trained:
     Attributes:
         config: sizes.
         state: name -> tensor, as `Unite.state_dict`.
-        made_by: run, step, weights ("ema" or "model"), sampling defaults, class names, versions; any may be missing.
+        made_by: run, step, weights ("ema" or "model"), sampling defaults, tokenize_t_max, class names, versions; any may
+            be missing.
         origin: where it was read, for people.
     """
 
@@ -44,10 +44,8 @@ class Trained:
     origin: str
 
     def build(self, device: torch.device | str = "cpu") -> TwoPassModel:
-        """The network, ready for inference."""
-        model = modality(self.config.modality).network(self.config)
-        model.load_state_dict(self.state)
-        return model.to(device).eval().requires_grad_(False)
+        """The network, ready for inference; see `model.io.build_model`."""
+        return build_model(self.config, self.state, self.made_by, source=self.origin, device=device)
 
     def save(self, folder: str | Path) -> None:
         """Write what `unite_fast.load` reads."""
@@ -124,8 +122,6 @@ def open_trained(path: str | Path, *, weights: Which = "ema", ema_decay: float |
         if newest is None:
             raise
         return _from_checkpoint(newest, weights)
-    if not isinstance(exported.made_by, dict):
-        raise UserError(f"made_by of {folder}'s model.json must be an object")
     step = exported.made_by.get("step")
     gone_on = newest is not None and (not isinstance(step, int) or checkpoint.step_of(newest) > step)
     if gone_on or (newest is not None and weights != exported.made_by.get("weights", "ema")):
@@ -299,6 +295,7 @@ def _from_checkpoint(folder: Path, weights: Which, ema_decay: float | None = Non
         "weights": weights,
         **({"ema_decay": config.optimizer.ema_decay if ema_decay is None else ema_decay} if weights == "ema" else {}),
         "sampling": config.sampling.model_dump(mode="json") | {"time_shift": config.objective.time_shift},
+        "tokenize_t_max": config.objective.tokenize_t_max,
         "class_names": state["extra"].get("class_names"),
         "data": state["extra"].get("data"),
         "versions": versions("python", "torch"),

@@ -99,6 +99,7 @@ class Run:
         )
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
+        model.tokenize_t_max = config.objective.tokenize_t_max
         steps_per_epoch = self.stream.steps_per_epoch
         self.engine = Engine(
             model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch

@@ -187,6 +187,7 @@ class Report:
             "weights": "ema",
             "ema_decay": self.config.optimizer.ema_decay,
             "sampling": self._sampling(),
+            "tokenize_t_max": self.config.objective.tokenize_t_max,
             "class_names": list(self.classes),
             "data": self._data,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},

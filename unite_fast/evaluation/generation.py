@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unite_fast.errors import UserError
 from unite_fast.flow import sampling
-from unite_fast.model.unite import TOKENIZE_T_MAX, Unite
+from unite_fast.model.unite import Unite
 from unite_fast.pictures import save_png
 from unite_fast.weights import write_text
 from unite_kernels import philox_normal
@@ -36,15 +36,15 @@ def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, f
     Returns:
         [n, 3, H, H] in [0, 1] on the model's device.
     """
-    noise = _noise(model, seed, SAMPLE_STREAM, len(labels), first)
+    noise = register_noise(model, len(labels), seed=seed, stream=SAMPLE_STREAM, first=first)
     return sampling.generate(model, labels, noise=noise, **settings)
 
 
 def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
     """Latents of images number `first` … of a call.
 
-    The register noise of image i depends on (seed, i) alone, and the tokenization time is the middle of its range, so
-    that an image gives the same latents again whatever the batch size.
+    The register noise of image i depends on (seed, i) alone, and the tokenization time is `model.tokenize_time`, so that
+    an image gives the same latents again whatever the batch size.
 
     Args:
         model: on the device to use.
@@ -53,10 +53,17 @@ def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
     Returns:
         z0 [n, K, D] float32 on the model's device.
     """
-    noise = _noise(model, seed, TOKENIZE_STREAM, len(pixels), first)
-    t = torch.full((len(pixels),), TOKENIZE_T_MAX / 2, device=noise.device)
+    noise = register_noise(model, len(pixels), seed=seed, stream=TOKENIZE_STREAM, first=first)
+    t = torch.full((len(pixels),), model.tokenize_time, device=noise.device)
     with torch.no_grad():
         return model.tokenize(pixels.to(noise.device).float() / 255, noise=noise, t=t)
+
+
+def register_noise(model: Unite, count: int, *, seed: int, stream: int, first: int) -> Tensor:
+    """Normal numbers [count, K, D]: those of image number first + i depend on (seed, first + i) alone."""
+    shape = (model.config.registers, model.config.latent_dim)
+    device = model.latent_norm.weight.device
+    return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)
 
 
 def balanced_labels(first: int, stop: int, num_classes: int) -> Tensor:
@@ -116,9 +123,3 @@ class Pictures:
     def hold(self, first: int, stop: int) -> bool:
         """Whether images first … stop − 1 are there."""
         return all(self.path(index).is_file() for index in range(first, stop))
-
-
-def _noise(model: Unite, seed: int, stream: int, count: int, first: int) -> Tensor:
-    shape = (model.config.registers, model.config.latent_dim)
-    device = model.latent_norm.weight.device
-    return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)

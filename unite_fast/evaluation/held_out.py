@@ -101,6 +101,7 @@ class HeldOut:
         key = key | self.about | {
             "real": with_real, "pairs": sorted(pairs), "inception": self._inception.sha256 if with_real else None,
             "lpips": self._lpips.sha256 if "lpips" in pairs else None,
+            "tokenize_time": model.tokenize_time if pairs else None,
         }  # fmt: skip
         found = work.gather("reconstructing" if pairs else "reading", key, len(self.chosen), self._batch, make)
         if found is not None and not len(found["number"]):

@@ -12,14 +12,14 @@ from torch import Tensor
 from unite_fast.config import Sizes
 from unite_fast.errors import UserError
 from unite_fast.modality import modality
-from unite_fast.model.two_pass import TwoPassModel
+from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
 from unite_fast.weights import read_tensors, write_json, write_tensors
 
 WEIGHTS, SIZES = "model.safetensors", "model.json"
 
 
 def save_model(state: dict[str, Tensor], config: Sizes, folder: str | Path, *, made_by: dict[str, Any]) -> None:
-    """Write a state dict and its sizes; `made_by` records run, step, whether EMA, sampling defaults, versions."""
+    """Write a state dict and its sizes; `made_by` as in `unite_fast.importing.Trained`."""
     folder = Path(folder)
     write_tensors(state, folder / WEIGHTS, metadata={"format": "unite_fast"})
     sizes = {"modality": config.modality, "model": config.model_dump(mode="json"), "made_by": made_by}
@@ -32,8 +32,22 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> TwoPassMode
     Raises:
         UserError: nothing to load there, broken files, weights that do not fit the sizes.
     """
-    config, state, _ = read_model(path)
+    return build_model(*read_model(path), source=str(path), device=device)
+
+
+def build_model(
+    config: Sizes, state: dict[str, Tensor], made_by: dict[str, Any], *, source: str, device: torch.device | str
+) -> TwoPassModel:
+    """The network with these weights, ready for inference; arguments as of `save_model`.
+
+    Raises:
+        UserError: a recorded tokenize_t_max that is no number from 0 to 1; `source` says where it was read.
+    """
+    t_max = made_by.get("tokenize_t_max", TOKENIZE_T_MAX)
+    if not isinstance(t_max, int | float) or isinstance(t_max, bool) or not 0 <= t_max <= 1:
+        raise UserError(f"made_by.tokenize_t_max of {source} must be a number from 0 to 1, found {t_max!r}")
     model = modality(config.modality).network(config)
+    model.tokenize_t_max = float(t_max)
     model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
 
@@ -55,6 +69,8 @@ def read_model(path: str | Path) -> tuple[Sizes, dict[str, Tensor], dict[str, An
         sizes, made_by, name = record["model"], record.get("made_by", {}), record.get("modality", "images")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / SIZES} is not a model description") from None
+    if not isinstance(made_by, dict):
+        raise UserError(f"made_by of {folder / SIZES} must be an object, found {made_by!r}")
     config = modality(name).sizes.parse(sizes, source=str(folder / SIZES))
     state = read_tensors(folder / WEIGHTS)
     check_state(state, config, source=str(folder / WEIGHTS))

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.config import TwoPassConfig
 from unite_fast.model.generative_encoder import GenerativeEncoder
 
-TOKENIZE_T_MAX = 0.01  # tokenization times are U(0, 0.01): the registers are all but pure noise
+TOKENIZE_T_MAX = TwoPassConfig.model_fields["tokenize_t_max"].default  # of weights that come without a record of it
 LATENT_NORM_EPS = 1e-5
 
 
@@ -50,11 +51,15 @@ class TwoPassModel(nn.Module, ABC):
 
     With `config.shared` one encoder serves both modes; otherwise `denoiser` is a second encoder with a latent norm
     of its own (the paper's separate-weights ablation).
+
+    Attributes:
+        tokenize_t_max: `objective.tokenize_t_max` of the training: its tokenization times were U(0, this).
     """
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        self.tokenize_t_max: float = TOKENIZE_T_MAX
         # This order of the parts is that of the initial random numbers and of the optimizer's parameters.
         self.patches = self.make_patches(config)
         self.encoder = GenerativeEncoder(config)
@@ -90,6 +95,11 @@ class TwoPassModel(nn.Module, ABC):
     def null_label(self) -> int:
         """Label that stands for no class."""
         return self.config.num_classes
+
+    @property
+    def tokenize_time(self) -> float:
+        """The tokenization time of evaluation, reconstruction and everything else outside of training."""
+        return self.tokenize_t_max / 2
 
     def forward(self, phase: str, **inputs):
         """The training passes, `reconstruct` and `flow`; one entry point so that a wrapper's hooks see both."""

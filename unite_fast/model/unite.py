@@ -15,7 +15,7 @@ from torch import Tensor
 import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.decoder import Decoder
-from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
+from unite_fast.model.two_pass import TwoPassModel
 
 
 def kind_of(value: Any) -> str:
@@ -60,7 +60,7 @@ class Unite(TwoPassModel):
         Args:
             images: [B, 3, H, H] floating point, in [0, 1].
             noise: [B, K, D] register noise; drawn from N(0, 1) if None.
-            t: [B] tokenization times; drawn from U(0, 0.01) if None.
+            t: [B] tokenization times; drawn from U(0, tokenize_t_max) if None.
 
         Returns:
             z0 [B, K, D] float32.
@@ -73,7 +73,7 @@ class Unite(TwoPassModel):
         if noise is None:
             noise = self.latent_noise(images.shape[0])
         if t is None:
-            t = torch.rand(images.shape[0], device=images.device) * TOKENIZE_T_MAX
+            t = torch.rand(images.shape[0], device=images.device) * self.tokenize_t_max
         return self.latent_norm(self._encode(images, noise, t))
 
     def denoise(self, z_t: Tensor, t: Tensor, labels: Tensor, *, normalise: bool = True) -> Tensor:

@@ -189,7 +189,11 @@ class MoleculeEvaluator:
 
         key = {"pieces": PIECES, "model": about["sha256"], "seed": plan.seed, "batch": plan.batch}
         rebuilt = work.gather(
-            "reconstructing", {**key, "what": "held-out", "molecules": self._hash("held_out", self.held_out)},
+            "reconstructing",
+            {
+                **key, "what": "held-out", "molecules": self._hash("held_out", self.held_out),
+                "tokenize_time": model.tokenize_time,
+            },
             len(self.held_out), plan.batch, rebuild,
         )  # fmt: skip
         made = work.gather(

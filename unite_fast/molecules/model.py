@@ -16,7 +16,7 @@ from torch import Tensor
 from unite_fast.model.conditioning import sincos_1d
 from unite_fast.model.decoder import LAYER_NORM_EPS, DecoderBlock
 from unite_fast.model.packing import Packed
-from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
+from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig
 
 ANGSTROM_PER_NM = 10.0
@@ -88,13 +88,13 @@ class MoleculeUnite(TwoPassModel):
             positions: [B, N, 3] in Å, zero mean over a molecule's atoms.
             packed: of these molecules.
             noise: [B, N, D] register noise.
-            t: [B] tokenization times; the middle of U(0, 0.01) if None.
+            t: [B] tokenization times; all `tokenize_time` if None.
 
         Returns:
             z0 [B, N, D] float32, zero at padding.
         """
         if t is None:
-            t = torch.full(elements.shape[:1], TOKENIZE_T_MAX / 2, device=elements.device)
+            t = torch.full(elements.shape[:1], self.tokenize_time, device=elements.device)
         latent = self._encode(packed.pack(elements), packed.pack(positions), packed, noise, t)
         return packed.pad(self.latent_norm(latent))
 

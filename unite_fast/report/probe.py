@@ -18,17 +18,16 @@ from unite_fast.config import Config
 from unite_fast.data.loader import load_images
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.errors import UserError
+from unite_fast.evaluation.generation import SAMPLE_STREAM, draw, encode, register_noise
 from unite_fast.evaluation.reconstruction import psnr, unit_images
-from unite_fast.flow.sampling import T_FLOOR, generate, integrate, shifted, velocity
+from unite_fast.flow.sampling import T_FLOOR, integrate, shifted, velocity
 from unite_fast.importing import Trained
 from unite_fast.model.unite import Unite
 from unite_fast.report.neighbours import Neighbours, find_neighbours
-from unite_kernels import philox_normal
 
 TRAJECTORY_CLASSES, TRAJECTORY_TIMES = 6, 9
 NEIGHBOUR_CLASSES, NEIGHBOUR_SAMPLES = 6, 2
 SHOWN_RECONSTRUCTIONS = 24
-NOISE_STREAM, TOKENIZE_STREAM = 0, 1  # of the counter-based generator, as in `unite-fast sample` and `reconstruct`
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 4.0, 64  # latents are layer-normalised: beyond ±4 lies about nothing
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -133,7 +132,7 @@ def probe(trained: Trained, model: Unite, config: Config, options: Options, prog
     held_out = _held_out(config, trained, options.held_out, result.notes)
     if held_out is not None:
         with progress("reconstructions and latents", len(held_out[0])) as advance:
-            _tokenize(model, held_out[0], config, options, result, advance)
+            _tokenize(model, held_out[0], options, result, advance)
     compared = [position for position in _spread(len(classes), NEIGHBOUR_CLASSES)]
     with _explained(result.notes, "neighbours"):
         result.neighbours = find_neighbours(
@@ -149,16 +148,9 @@ def _draw(
     pieces = []
     for first in range(0, len(labels), options.batch):
         piece = labels[first : first + options.batch]
-        noise = _noise(model, options.seed, NOISE_STREAM, first, len(piece))
-        pieces.append(generate(model, piece, noise=noise, **settings).cpu())
+        pieces.append(draw(model, piece, settings, seed=options.seed, first=first).cpu())
         advance(len(piece))
     return torch.cat(pieces)
-
-
-def _noise(model: Unite, seed: int, stream: int, first: int, count: int) -> Tensor:
-    """[count, K, D] register noise of images number first … of a seed."""
-    shape, device = (model.config.registers, model.config.latent_dim), model.latent_norm.weight.device
-    return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)
 
 
 def _trajectory(
@@ -175,7 +167,7 @@ def _trajectory(
     wanted = torch.linspace(0, 1, TRAJECTORY_TIMES, device=device)
     stops = torch.unique((times[None] - wanted[:, None]).abs().argmin(1)).tolist()
     field_ = velocity(model, labels, guidance=settings["guidance"], interval=settings["interval"])
-    z = _noise(model, seed, NOISE_STREAM, 0, len(labels))
+    z = register_noise(model, len(labels), seed=seed, stream=SAMPLE_STREAM, first=0)
     shown, last = [], 0
     for stop in stops:
         if stop > last:
@@ -206,16 +198,15 @@ def _held_out(
 
 
 def _tokenize(
-    model: Unite, images: Tensor, config: Config, options: Options, result: Probe, advance: Callable[[int], None]
+    model: Unite, images: Tensor, options: Options, result: Probe, advance: Callable[[int], None]
 ) -> None:
     """Latents of the images, their statistics, and reconstructions of some."""
     device = model.latent_norm.weight.device
     shown = torch.tensor(_spread(len(images), SHOWN_RECONSTRUCTIONS))
     pieces, decoded = [], []
     for first in range(0, len(images), options.batch):
-        piece = images[first : first + options.batch].to(device).float() / 255
-        t = torch.full((len(piece),), config.objective.tokenize_t_max / 2, device=device)
-        z0 = model.tokenize(piece, noise=_noise(model, options.seed, TOKENIZE_STREAM, first, len(piece)), t=t)
+        piece = images[first : first + options.batch]
+        z0 = encode(model, piece, seed=options.seed, first=first)
         inside = shown[(shown >= first) & (shown < first + len(piece))] - first
         if len(inside):
             decoded.append(model.decode(z0[inside.to(device)]).clamp(0, 1).cpu())
