@@ -139,6 +139,7 @@ def test_generation_metrics_and_their_protocol(files, inception, held_out, capsy
     assert reference["sha256"] == file_hash(files / "ref.npz") and reference["count"] == HELD_OUT
     assert protocol["environment"]["versions"]["torch"] == str(torch.__version__)
     assert set(protocol["definitions"]) == {"gfid", "is"}
+    assert protocol["definitions"]["is"] == "Inception Score, 6 shuffled splits of at most 2 images, logits without bias"
 
 
 def similarity_by_hand(a, b):
@@ -386,6 +387,7 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     monkeypatch.setattr(evaluator_module, "draw", lambda *_, **__: pytest.fail("images were drawn"))
     assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
     assert ask(count=10) == "10 images do not balance 3 classes: take 9 or 12 (--count, evaluation.count)"
+    assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
     assert ask("--inception", None).startswith("Inception features need the Inception-v3 weights: get pt_inception")
     assert "no Inception-v3 weights at" in ask("--inception", tmp_path / "none.pth")
     assert "gfid needs reference statistics" in ask("--reference", None)
@@ -425,7 +427,6 @@ def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys)
     assert ask(model=tmp_path / "diverged", metrics="is").startswith("12 of 12 generated images contain NaN")
     assert ask("--guidance", 1e38, metrics="is").endswith("; or guidance 1e+38 is too strong, lower it")
     assert "reconstructions contain NaN" in ask(model=tmp_path / "diverged", metrics="psnr")
-    assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     assert ask("--data", tmp_path / "bad", metrics="psnr") == f"none of the 1 images of {tmp_path / 'bad'} is readable"

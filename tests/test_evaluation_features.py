@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unite_fast.errors import UserError
-from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
+from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall, score_splits
 
 
 def normal(count, features=6, seed=0, shift=0.0):
@@ -23,6 +23,24 @@ def test_inception_score_of_known_distributions():
     assert inception_score(sure, seed=1) != found == inception_score(sure, seed=0)
     with pytest.raises(UserError, match="at least 10 images.*got 9"):
         inception_score(torch.ones(9, 10), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (50_000, "10 shuffled splits"), (12, "6 shuffled splits of at most 2 images"),
+        (19, "10 shuffled splits of at most 2 images"),
+    ],
+)  # fmt: skip
+def test_splits_of_the_inception_score_are_as_said(count, says, monkeypatch):
+    pieces = []
+    chunk = torch.Tensor.chunk
+    monkeypatch.setattr(torch.Tensor, "chunk", lambda *a, **k: pieces.append(chunk(*a, **k)) or pieces[-1])
+    inception_score(torch.ones(count, 2), seed=0)
+    sizes = {len(piece) for piece in pieces[0]}
+    assert says == score_splits(count) == f"{len(pieces[0])} shuffled splits" + (
+        f" of at most {max(sizes)} images" if count % 10 else ""
+    )
 
 
 def test_the_global_generator_is_left_alone():

@@ -22,7 +22,7 @@ from unite_fast.data.source import open_images
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
+from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall, score_splits
 from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
 from unite_fast.evaluation.generation import Pictures, balanced_labels, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
@@ -150,6 +150,8 @@ class Evaluator:
             raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
         if self._of_generated or "small" in wanted or plan.save_images:
             check_balance(plan.count, sizes.num_classes)
+        if "is" in wanted:
+            score_splits(plan.count)
         self.held_out = None
         if self._of_pairs or self._of_real:
             if plan.data is None:
@@ -212,7 +214,7 @@ class Evaluator:
             sections = {
                 "model": about,
                 **self._sections(sampling, wanted, count, held_out, work),
-                "definitions": {name: DEFINITIONS[name] for name in wanted},
+                "definitions": {name: _definition(name, count) for name in wanted},
                 "warnings": warnings,
                 "environment": environment(self.world, time.monotonic() - began),
             }
@@ -393,6 +395,10 @@ def check_balance(count: int, classes: int, option: str = "--count, evaluation.c
         below, above = count // classes * classes, -(-count // classes) * classes
         near = f"{below} or {above}" if below else str(above)
         raise UserError(f"{count} images do not balance {classes} classes: take {near} ({option})")
+
+
+def _definition(name: str, count: int) -> str:
+    return DEFINITIONS[name].format(splits=score_splits(count)) if name == "is" else DEFINITIONS[name]
 
 
 def _warn(warnings: list[str], what: str, text: str | None) -> None:

@@ -22,8 +22,22 @@ SUBSETS, SUBSET_SIZE, DEGREE = 100, 1000, 3  # of KID (Bińkowski et al. 2018, a
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
+def score_splits(count: int) -> str:
+    """The splits of that many images, in words: SPLITS equal ones, or as torchmetrics cuts where that is no whole number.
+
+    Raises:
+        UserError: fewer images than splits.
+    """
+    if count < SPLITS:
+        raise UserError(
+            f"the Inception Score needs at least {SPLITS} images, one a split, got {count} (--count, evaluation.count)"
+        )
+    size = -(-count // SPLITS)
+    return f"{-(-count // size)} shuffled splits" + (f" of at most {size} images" if count % SPLITS else "")
+
+
 def inception_score(logits: Tensor, *, seed: int) -> dict[str, float]:
-    """exp of the mean KL divergence between p(class | image) and p(class), mean and deviation over SPLITS splits.
+    """exp of the mean KL divergence between p(class | image) and p(class), mean and deviation over splits.
 
     Args:
         logits: [N, classes], without the classifier's bias as the original computes it.
@@ -35,8 +49,7 @@ def inception_score(logits: Tensor, *, seed: int) -> dict[str, float]:
     Raises:
         UserError: fewer images than splits.
     """
-    if len(logits) < SPLITS:
-        raise UserError(f"the Inception Score needs at least {SPLITS} images, one a split, got {len(logits)}")
+    score_splits(len(logits))
     metric = _on_features(InceptionScore, splits=SPLITS)
     metric.update(logits.double())
     mean, deviation = _computed(metric, seed)

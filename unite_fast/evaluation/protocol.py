@@ -76,7 +76,7 @@ READINGS = METRICS | SMALL | MOLECULES
 # What a number is called in one line, with the choices that its implementations differ in.
 DEFINITIONS = {
     "gfid": "Fréchet distance of generated images to the reference, Inception-v3 pool features, float64",
-    "is": "Inception Score, 10 shuffled splits, logits without bias",
+    "is": "Inception Score, {splits}, logits without bias",
     "kid": "squared MMD to held-out images, cubic kernel, 100 subsets of at most 1,000",
     "precision": "share of generated images inside the held-out manifold, k = 3",
     "recall": "share of held-out images inside the generated manifold, k = 3",
