@@ -114,6 +114,22 @@ def test_former_pictures_are_no_input(folder, tmp_path):
         assert len(_reconstruct(folder, out, tmp_path)["images"]) == 1
 
 
+def test_a_new_call_replaces_the_former_pictures_only(folder, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    _reconstruct(folder, out, pictures)
+    (out / "00009_mine.png").write_bytes(b"mine")
+    record = _reconstruct(folder, out, pictures / "b" / "1.png", pictures / "a" / "2.png")
+    former = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(former) == {"00000_1.png", "00001_2.png", "00009_mine.png", "reconstructions.json"}
+    record["images"] += [{"picture": f"../{out.name}/00009_mine.png"}]
+    (out / "reconstructions.json").write_text(json.dumps(record))
+    with small_disk(100):
+        mistake(capsys, "reconstruct", "--run", folder, pictures / "a" / "1.png", "--out", out)
+    assert {path.name for path in out.iterdir()} == set(former)
+    _reconstruct(folder, out, pictures / "a" / "1.png")
+    assert {path.name for path in out.iterdir()} == {"00000_1.png", "00009_mine.png", "reconstructions.json"}
+
+
 def test_brackets_in_names_are_no_markup(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     model, images = tmp_path / "m[" / "red]model", tmp_path / "in["  # their paths hold a closing tag, "[/red]"
@@ -197,7 +213,7 @@ def test_output_that_cannot_be_written(folder, tmp_path, capsys):
     picture(tmp_path / "x.png", 1)
     (tmp_path / "file").touch()
     base = ["--run", folder, tmp_path / "x.png", "--out"]
-    assert mistake(capsys, "reconstruct", *base, tmp_path / "file").startswith("cannot write picture")
+    assert mistake(capsys, "reconstruct", *base, tmp_path / "file").startswith(f"cannot write into {tmp_path}/file")
     assert mistake(capsys, "tokenize", *base, tmp_path / "file" / "l.safetensors").startswith("cannot write")
     out = tmp_path / "latents.safetensors"
     with small_disk(100):

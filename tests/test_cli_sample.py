@@ -10,6 +10,7 @@ from cli_toy import CLASSES, MADE_BY, SAMPLING, SIDE, mistake, read, run, save_t
 from unite_fast import generate
 from unite_fast.evaluation.generation import SAMPLE_STREAM
 from unite_fast.flow import sampling
+from unite_fast.replacing import replacing
 from unite_kernels import philox_normal
 
 RECORDED = SAMPLING.model_dump(mode="json") | {"time_shift": 0.7}
@@ -135,6 +136,20 @@ def test_former_samples_stay_where_drawing_fails(folder, tmp_path, capsys):
         says = mistake(capsys, "sample", "--run", folder, "--out", out, "--count", 6, "--seed", 1)
     assert says.startswith("cannot write picture") and "sheet.png" in says
     assert {path.name: path.read_bytes() for path in out.iterdir()} == former
+
+
+def test_what_a_killed_call_left_goes_unless_another_still_runs(folder, tmp_path):
+    out, left = tmp_path / "out", tmp_path / "out" / ".1.tmp"
+    left.mkdir(parents=True)
+    (left / "000000_class0000.png").touch()
+    with replacing(out) as aside:
+        assert not left.exists()
+        (aside / "mine.txt").touch()
+        # A call of another process, which has a name and a lock of its own.
+        other = aside.rename(out / ".2.tmp")
+        _sample(folder, out, "--count", 1)
+        other.rename(aside)
+    assert (out / "mine.txt").exists() and not list(out.glob(".*"))
 
 
 def test_one_class_fills_several_rows_of_the_sheet(folder, tmp_path):
@@ -272,4 +287,4 @@ def test_output_that_cannot_be_written(folder, tmp_path, capsys):
     with small_disk(100):
         says = mistake(capsys, "sample", "--run", folder, "--out", tmp_path / "out", "--count", 1)
     assert says.startswith("cannot write picture") and "File too large" in says
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

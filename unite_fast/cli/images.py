@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 RECORD = "reconstructions.json"
 TABLE_ROWS = 20  # more are in the record
+PICTURE = re.compile(r"\d{5,}_[^/]*\.png")
 LONGEST_STEM = 80  # characters of a file's name that its picture keeps: file systems end at 255 bytes
 
 RunOption = Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")]
@@ -102,7 +105,7 @@ class Reader:
 def reconstruct(
     run: RunOption,
     images: ImagesArgument,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.", metavar="DIR")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures; those of a former call are replaced.", metavar="DIR")],
     seed: SeedOption = 0,
     batch: BatchOption = 64,
     device: DeviceOption = Device.auto,
@@ -123,11 +126,16 @@ def reconstruct(
     from unite_fast.evaluation.generation import encode
     from unite_fast.evaluation.reconstruction import psnr
     from unite_fast.pictures import comparison
+    from unite_fast.replacing import replacing
     from unite_fast.weights import write_json
 
     trained, model, reader = _open(trained, images, device, leave_out=out_dir)
     records: list[dict[str, Any]] = []
-    with progress("reconstructing", len(reader.paths)) as bar, explain_memory(batch):
+    with (
+        replacing(out_dir, former=lambda: _former(out_dir), last=RECORD) as aside,
+        progress("reconstructing", len(reader.paths)) as bar,
+        explain_memory(batch),
+    ):
         for squares in reader.batches(batch):
             originals = _stack(squares)
             reconstructions = model.decode(encode(model, originals, seed=seed, first=len(records))).clamp(0, 1).cpu()
@@ -135,25 +143,25 @@ def reconstruct(
                 squares, originals, reconstructions, psnr(originals, reconstructions).tolist(), strict=True
             ):
                 picture = f"{len(records):05d}_{square.path.stem[:LONGEST_STEM]}.png"
-                comparison(original, result, out_dir / picture)
+                comparison(original, result, aside / picture)
                 records.append(
                     {"file": str(square.path), "picture": picture, "psnr": value, "size": list(square.size),
                      "note": reader.crop_note(square.size)}
                 )  # fmt: skip
             bar.update(bar.task_ids[0], completed=len(records) + len(reader.skipped))
-    mean = sum(record["psnr"] for record in records) / len(records)
-    cropped = sum(bool(record["note"]) for record in records)
-    write_json(
-        {
-            "model": {"origin": trained.origin, **trained.made_by},
-            "seed": seed,
-            "psnr": mean,
-            "cropped": cropped,
-            "images": records,
-            "skipped": reader.skipped,
-        },
-        out_dir / RECORD,
-    )
+        mean = sum(record["psnr"] for record in records) / len(records)
+        cropped = sum(bool(record["note"]) for record in records)
+        write_json(
+            {
+                "model": {"origin": trained.origin, **trained.made_by},
+                "seed": seed,
+                "psnr": mean,
+                "cropped": cropped,
+                "images": records,
+                "skipped": reader.skipped,
+            },
+            aside / RECORD,
+        )
     table = Table(title=plain(f"reconstructions in {out_dir}"), title_justify="left")
     for column in ("image", "PSNR (dB)", ""):
         table.add_column(column, overflow="fold")
@@ -164,6 +172,13 @@ def reconstruct(
     table.add_section()
     table.add_row(f"mean of {len(records)}", f"{mean:.2f}", _account(reader, cropped))
     out().print(table)
+
+
+def _former(folder: Path) -> Iterator[Path]:
+    """Pictures of a former call, by its record: other pictures may well be named as they are."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        named = [str(entry["picture"]) for entry in json.loads((folder / RECORD).read_text())["images"]]
+        yield from (folder / name for name in named if PICTURE.fullmatch(name))
 
 
 def tokenize(

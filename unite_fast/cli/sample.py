@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
-import shutil
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +94,7 @@ def sample(
     from unite_fast.importing import open_trained
     from unite_fast.modality import modality
     from unite_fast.pictures import save_png
+    from unite_fast.replacing import replacing
     from unite_fast.weights import write_json
 
     trained = open_trained(run)
@@ -127,7 +125,7 @@ def sample(
     where = pick_device(device)
     model = trained.build(where)
     shown = _Sheet(chosen[: min(count, SHEET_CLASSES)])
-    with _replacing(folder) as aside, progress("sampling", count) as bar, explain_memory(batch):
+    with replacing(folder, former=lambda: _former(folder), last=RECORD) as aside, progress("sampling", count) as bar, explain_memory(batch):
         for first in range(0, count, batch):
             piece = labels[first : first + batch]
             images = draw(model, torch.tensor(piece), settings, seed=seed, first=first).cpu()
@@ -220,29 +218,11 @@ def _classes(text: str | None, names: list[str] | None, num_classes: int) -> lis
     return list(dict.fromkeys(chosen))
 
 
+def _former(folder: Path) -> Iterator[Path]:
+    """Samples of a former call."""
+    return (path for path in folder.iterdir() if OURS.fullmatch(path.name) or path.name == SHEET)
+
+
 def _default_folder(run: Path) -> Path:
     """samples/ in the run; of a checkpoint also, because old checkpoints are deleted with all they hold."""
     return (run.parents[1] if run.parent.name == "checkpoints" else run) / "samples"
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files replace the samples of a former call once all are there, RECORD last.
-
-    Where writing fails or is interrupted, the former samples stay as they were.
-    """
-    aside = folder / f".{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside.mkdir(exist_ok=True)
-        yield aside
-        (folder / RECORD).unlink(missing_ok=True)
-        for path in list(folder.iterdir()):
-            if OURS.fullmatch(path.name) or path.name == SHEET:
-                path.unlink()
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == RECORD):
-            path.replace(folder / path.name)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

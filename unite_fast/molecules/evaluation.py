@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from unite_fast.data.molecules.molecule_set import MoleculeSet, from_arrays
 from unite_fast.data.molecules.perception import SECONDS
 from unite_fast.data.molecules.writing import write_sdf, write_xyz
 from unite_fast.engine.world import World
-from unite_fast.errors import UserError
 from unite_fast.evaluation.molecules import Generation, MoleculeJudge, Reconstruction
 from unite_fast.evaluation.protocol import environment
 from unite_fast.evaluation.record import write_record
@@ -40,6 +37,7 @@ from unite_fast.pictures_molecules import (
     reconstruction_section,
     reconstruction_sheet,
 )
+from unite_fast.replacing import replacing
 
 # Raised when pieces of former versions must not be continued, because molecules come out differently.
 PIECES = 1
@@ -137,18 +135,9 @@ class Evaluation:
         Raises:
             UserError: a folder that cannot be written.
         """
-        folder = path.with_suffix("")
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path.with_suffix("")) as aside:
             self.draw(aside, title, sheet=sheet)
-            folder.mkdir(exist_ok=True)
-            for file in sorted(aside.iterdir()):
-                file.replace(folder / file.name)
-            write_record(path, self.metrics, self.protocol)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        write_record(path, self.metrics, self.protocol)
 
 
 class MoleculeEvaluator:

@@ -1,0 +1,75 @@
+"""Files of one call that replace those of a former one, all at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from unite_fast.errors import UserError
+
+_ASIDE = re.compile(r"\.\d+\.tmp")
+
+
+@contextmanager
+def replacing(
+    folder: Path, *, former: Callable[[], Iterable[Path]] = tuple, last: str | None = None
+) -> Iterator[Path]:
+    """A folder to write into, whose files go into `folder` once all are there.
+
+    Where writing fails or is interrupted, what was in `folder` stays as it was, and a folder made for this is removed.
+    What a killed call left there in hiding is removed when the next one begins.
+
+    Args:
+        folder: made if missing.
+        former: finds the files of a former call in it, which are then deleted.
+        last: name of the file that is deleted first and moved last: while it is there, all it speaks of is.
+
+    Raises:
+        UserError: a folder that cannot be written.
+    """
+    aside = folder / f".{os.getpid()}.tmp"
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _occupied(folder):
+            aside.mkdir(exist_ok=True)
+            yield aside
+            gone = list(former())
+            if last is not None:
+                (folder / last).unlink(missing_ok=True)
+            for path in gone:
+                path.unlink(missing_ok=True)
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextmanager
+def _occupied(folder: Path) -> Iterator[None]:
+    """Share a lock on the folder with other calls that write there; whoever has it alone removes what is left over.
+
+    The kernel frees it when the process ends, however that happens. Where there are no locks, all is left.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in list(folder.iterdir()):
+                if _ASIDE.fullmatch(left.name):
+                    shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
