@@ -98,6 +98,27 @@ def test_images_that_are_no_floating_point_tensor_are_refused(images):
         tiny().tokenize(images)
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.tokenize(torch.rand(2, 3, 16, 16), noise=torch.zeros(1, 16, 4)),
+         r"noise must be a floating-point tensor \[2, 16, 4\], got torch.float32 of shape \[1, 16, 4\]"),
+        (lambda m: m.tokenize(torch.rand(2, 3, 16, 16), t=0.005), r"t must be a floating-point tensor \[2\], got float"),
+        (lambda m: m.decode(torch.zeros(2, 4, 16)), r"z0 must be .* \[B, 16, 4\], got torch.float32 of shape \[2, 4, 16\]"),
+        (lambda m: m.decode(torch.zeros(16, 4)), r"z0 must be .* \[B, 16, 4\], got torch.float32 of shape \[16, 4\]"),
+        (lambda m: m.decode(torch.zeros(2, 16, 4, dtype=torch.int64)), "z0 must be a floating-point .* got torch.int64"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 3), torch.zeros(2), torch.zeros(2, dtype=torch.int64)), "z_t must be"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(()), torch.zeros(2, dtype=torch.int64)), r"t must be .* \[2\]"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.zeros(2)), "labels must be an int32 or int64"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.tensor([0, 4])), r"labels must lie in 0\.\.3, got 0\.\.4"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), [0, 1]), r"labels must be .* \[2\], got list"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(tiny())
+
+
 def test_images_of_another_precision_are_taken():
     model, images, noise, t = tiny(), torch.rand(2, 3, 16, 16), torch.randn(2, 16, 4), torch.zeros(2)
     assert torch.equal(model.tokenize(images.double(), noise=noise, t=t), model.tokenize(images, noise=noise, t=t))

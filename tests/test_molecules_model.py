@@ -266,6 +266,44 @@ def test_sampling_depends_on_seed_and_number_alone():
     assert noise(network, Packed.of(counts), seed=0, first=0, stream=0).shape == (3, 9, 4)
 
 
+ZEROS = dict(elements=torch.ones(4, 9, dtype=torch.int64), positions=torch.zeros(4, 9, 3), noise=torch.zeros(4, 9, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, p: m.tokenize(packed=p, **ZEROS | {"elements": torch.ones(4, 9)}), r"elements must be an int32 or int64"),
+        (lambda m, p: m.tokenize(packed=p, **ZEROS | {"positions": torch.zeros(4, 8, 3)}), r"positions must be .* \[4, 9, 3\], got"),
+        (lambda m, p: m.tokenize(packed=p, **ZEROS | {"noise": torch.zeros(4, 9, 5)}), r"noise must be .* \[4, 9, 4\]"),
+        (lambda m, p: m.decode(torch.zeros(3, 9, 4), p), r"z0 must be .* \[4, 9, 4\], got torch.float32 of shape \[3, 9, 4\]"),
+        (lambda m, p: m.denoise(torch.zeros(4, 9, 4), torch.zeros(3), torch.zeros(4).long(), p), r"t must be .* \[4\]"),
+        (lambda m, p: m.denoise(torch.zeros(4, 9, 4), torch.zeros(4), torch.full((4,), 9), p), r"labels must lie in 0\.\."),
+        (lambda m, p: generate(m, [5, 2]), r"atom counts must be an integer tensor \[B\], got list"),
+        (lambda m, p: generate(m, torch.tensor([5.0])), r"atom counts must be an integer tensor \[B\], got torch.float32"),
+        (lambda m, p: generate(m, torch.tensor([30])), r"atom counts must lie in 1\.\.29, got 30\.\.30"),
+        (lambda m, p: generate(m, COUNTS[:0]), "atom counts must be of one molecule at least"),
+        (lambda m, p: generate(m, COUNTS, [0, 0, 0, 0]), r"labels must be an integer tensor \[4\], got list"),
+        (lambda m, p: generate(m, COUNTS, torch.zeros(3).long()), r"labels must be an integer tensor \[4\], got .* \[3\]"),
+        (lambda m, p: generate(m, COUNTS, solver="dopri5"), "unknown solver 'dopri5'; valid: euler, heun"),
+        (lambda m, p: generate(m, COUNTS, steps=1), "at least 2"),
+        (lambda m, p: generate(m, COUNTS, guidance=-1.0), "guidance must be"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(model(), Packed.of(COUNTS))
+
+
+def test_guidance_towards_no_class_costs_nothing(monkeypatch):
+    network, latents = model(), []
+    denoise = network.denoise
+    monkeypatch.setattr(network, "denoise", lambda z, *a, **k: latents.append(len(z)) or denoise(z, *a, **k))
+    generate(network, COUNTS, guidance=2.0, steps=3)
+    assert latents == [4, 4]
+    generate(network, COUNTS, torch.zeros(4, dtype=torch.uint8), guidance=2.0, steps=3)
+    assert 8 in latents
+
+
 def test_atom_counts_follow_the_histogram():
     histogram = [0, 0, 1, 0, 3]
     counts = draw_counts(histogram, 4000, seed=3)

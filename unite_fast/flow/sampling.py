@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unite_fast.model.unite import Unite, kind_of
+from unite_fast.model.arguments import check_integers, check_tensor
+from unite_fast.model.unite import Unite
 
 T_FLOOR = 0.05  # floor of 1 − t in the velocity, whatever the loss was weighted with
 SOLVERS = ("euler", "heun", "dopri5")
@@ -74,6 +75,27 @@ def integrate(field: Callable[[Tensor, Tensor], Tensor], z: Tensor, times: Tenso
     return z
 
 
+def check_options(
+    solvers: tuple[str, ...],
+    solver: str,
+    steps: int,
+    guidance: float,
+    interval: tuple[float, float],
+    time_shift: float,
+) -> None:
+    """Raise a ValueError for an option of `generate` out of its range, or a solver that is none of those."""
+    if solver not in solvers:
+        raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(solvers)}")
+    if steps < 2:
+        raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be a finite number from 0 on, got {guidance}")
+    if not interval[0] <= interval[1]:
+        raise ValueError(f"interval must not fall, or guidance never acts, got {interval}")
+    if not 0 < time_shift < math.inf:
+        raise ValueError(f"time_shift must be a finite number above 0, got {time_shift}")
+
+
 @torch.no_grad()
 def generate(
     model: Unite,
@@ -110,26 +132,13 @@ def generate(
     """
     if model.config.modality != "images":
         raise ValueError(f"this model makes {model.config.modality}: call unite_fast.molecules.sampling.generate")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
-    if steps < 2:
-        raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance must be a finite number from 0 on, got {guidance}")
-    if not interval[0] <= interval[1]:
-        raise ValueError(f"interval must not fall, or guidance never acts, got {interval}")
-    if not 0 < time_shift < math.inf:
-        raise ValueError(f"time_shift must be a finite number above 0, got {time_shift}")
+    check_options(SOLVERS, solver, steps, guidance, interval, time_shift)
     device = model.latent_norm.weight.device
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"labels must be an integer tensor [B], got {kind_of(labels)}")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
-        raise ValueError(f"labels must lie in 0..{model.null_label}, got {int(labels.min())}..{int(labels.max())}")
+    check_integers("labels", labels, 0, model.null_label)
     labels = labels.to(device, torch.int64)
-    shape = (labels.shape[0], model.config.registers, model.config.latent_dim)
+    if noise is not None:
+        check_tensor("noise", noise, labels.shape[0], model.config.registers, model.config.latent_dim)
     z = model.latent_noise(labels.shape[0]) if noise is None else noise.to(device)
-    if tuple(z.shape) != shape:
-        raise ValueError(f"noise must be {list(shape)}, got {list(z.shape)}")
     times = shifted(torch.linspace(0, 1, steps, device=device if solver == "dopri5" else "cpu"), time_shift)
     field = velocity(model, labels, guidance=guidance, interval=interval, normalise=normalise)
     z = integrate(field, z, times, solver)

@@ -5,8 +5,6 @@ Shapes: B batch, K registers, D latent channels, P patches, H×H image, S flow d
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -14,13 +12,9 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import ModelConfig
+from unite_fast.model.arguments import check_labels, check_tensor, kind_of
 from unite_fast.model.decoder import Decoder
 from unite_fast.model.two_pass import TwoPassModel
-
-
-def kind_of(value: Any) -> str:
-    """What an argument is, for the message that refuses it."""
-    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class PatchEmbedding(nn.Module):
@@ -66,27 +60,44 @@ class Unite(TwoPassModel):
             z0 [B, K, D] float32.
 
         Raises:
-            ValueError: images that are no floating-point tensor, of another size or number of channels.
+            ValueError: images that are no floating-point tensor, of another size or number of channels; noise or times
+                of another type or shape.
         """
         self._check_images(images)
+        batch = images.shape[0]
+        if noise is not None:
+            self._check_latents("noise", noise, batch)
+        if t is not None:
+            check_tensor("t", t, batch)
         images = images.to(self.patches.weight.dtype)
         if noise is None:
-            noise = self.latent_noise(images.shape[0])
+            noise = self.latent_noise(batch)
         if t is None:
-            t = torch.rand(images.shape[0], device=images.device) * self.tokenize_t_max
+            t = torch.rand(batch, device=images.device) * self.tokenize_t_max
         return self.latent_norm(self._encode(images, noise, t))
 
     def denoise(self, z_t: Tensor, t: Tensor, labels: Tensor, *, normalise: bool = True) -> Tensor:
         """Prediction of clean latents: z_t [B, K, D], t [B], labels [B] -> ẑ0 [B, K, D] float32.
 
         `normalise=False` leaves the latent LayerNorm out, the form that the published unguided sampler integrates.
+
+        Raises:
+            ValueError: an argument of another type or shape; on the CPU labels outside of 0 … num_classes.
         """
+        self._check_latents("z_t", z_t, "B")
+        check_tensor("t", t, z_t.shape[0])
+        check_labels(labels, z_t.shape[0], self.null_label)
         encoder, norm = self._denoiser()
         latent = encoder(z_t, t, labels)
         return norm(latent) if normalise else latent.float()
 
     def decode(self, z0: Tensor) -> Tensor:
-        """Latents [B, K, D] -> images [B, 3, H, H], nominally in [0, 1], not clipped."""
+        """Latents [B, K, D] -> images [B, 3, H, H], nominally in [0, 1], not clipped.
+
+        Raises:
+            ValueError: latents that are no floating-point tensor of that shape.
+        """
+        self._check_latents("z0", z0, "B")
         p = self.config.patch_size
         grid = self.config.image_size // p
         pixels = self.decoder(z0).float().view(-1, grid, grid, p, p, 3)
@@ -112,6 +123,9 @@ class Unite(TwoPassModel):
     def _encode(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         null = torch.full((images.shape[0],), self.null_label, device=images.device)
         return self.encoder(noise, t, null, self.patches(images))
+
+    def _check_latents(self, name: str, latents: Tensor, batch: int | str) -> None:
+        check_tensor(name, latents, batch, self.config.registers, self.config.latent_dim)
 
     def _check_images(self, images: Tensor) -> None:
         side = self.config.image_size

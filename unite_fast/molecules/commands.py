@@ -35,7 +35,7 @@ from unite_fast.molecules.config import (
     MoleculeSamplingConfig,
 )
 from unite_fast.molecules.evaluation import Drawing, Evaluation, MoleculeEvaluator, joined, plan_of
-from unite_fast.molecules.sampling import draw_counts, encode, generate
+from unite_fast.molecules.sampling import SOLVERS, draw_counts, encode, generate
 from unite_fast.molecules.sampling import reconstruct as rebuild
 from unite_fast.molecules.stream import PropertyBins, load_for_all
 from unite_fast.pictures_molecules import generated_section, molecule_page, molecule_sheet, reconstruction_sheet
@@ -318,7 +318,7 @@ def _settings(trained: Trained, **given: Any) -> dict[str, Any]:
     values = {key: value for key, value in record.items() if key != "time_shift"} if isinstance(record, dict) else record
     defaults = MoleculeSamplingConfig.parse(values, source=f"made_by.sampling of {trained.origin}").model_dump()
     found = defaults | {name: value for name, value in given.items() if value is not None}
-    if found["solver"] not in ("euler", "heun"):
+    if found["solver"] not in SOLVERS:
         raise UserError(f"--solver {found['solver']}: molecules are sampled with euler or heun")
     if not math.isfinite(found["guidance"]):
         raise UserError(f"--guidance must be a finite number, found {found['guidance']}")

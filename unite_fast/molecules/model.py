@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.model.arguments import check_labels, check_tensor
 from unite_fast.model.conditioning import sincos_1d
 from unite_fast.model.decoder import LAYER_NORM_EPS, DecoderBlock
 from unite_fast.model.packing import Packed
@@ -92,22 +93,46 @@ class MoleculeUnite(TwoPassModel):
 
         Returns:
             z0 [B, N, D] float32, zero at padding.
+
+        Raises:
+            ValueError: an argument of another type or shape.
         """
-        if t is None:
+        batch, length = packed.counts.shape[0], packed.length
+        check_tensor("elements", elements, batch, length, integer=True)
+        check_tensor("positions", positions, batch, length, 3)
+        self._check_latents("noise", noise, packed)
+        if t is not None:
+            check_tensor("t", t, batch)
+        else:
             t = torch.full(elements.shape[:1], self.tokenize_time, device=elements.device)
         latent = self._encode(packed.pack(elements), packed.pack(positions), packed, noise, t)
         return packed.pad(self.latent_norm(latent))
 
     def denoise(self, z_t: Tensor, t: Tensor, labels: Tensor, packed: Packed, *, normalise: bool = True) -> Tensor:
-        """Prediction of clean latents: z_t [B, N, D], t [B], labels [B] -> ẑ0 [B, N, D] float32, zero at padding."""
+        """Prediction of clean latents: z_t [B, N, D], t [B], labels [B] -> ẑ0 [B, N, D] float32, zero at padding.
+
+        Raises:
+            ValueError: an argument of another type or shape; on the CPU labels outside of 0 … num_classes.
+        """
+        self._check_latents("z_t", z_t, packed)
+        check_tensor("t", t, z_t.shape[0])
+        check_labels(labels, z_t.shape[0], self.null_label)
         encoder, norm = self._denoiser()
         latent = encoder(packed.pack(z_t), t, labels, packed=packed)
         return packed.pad(norm(latent) if normalise else latent.float())
 
     def decode(self, z0: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Latents [B, N, D] -> elements [B, N] int64 with 0 = padding, and positions [B, N, 3] in Å."""
+        """Latents [B, N, D] -> elements [B, N] int64 with 0 = padding, and positions [B, N, 3] in Å.
+
+        Raises:
+            ValueError: latents that are no floating-point tensor of that shape.
+        """
+        self._check_latents("z0", z0, packed)
         logits, positions = self.decoder(packed.pack(z0), packed)
         return packed.pad(logits.argmax(-1) + 1), packed.pad(positions)
+
+    def _check_latents(self, name: str, latents: Tensor, packed: Packed) -> None:
+        check_tensor(name, latents, packed.counts.shape[0], packed.length, self.config.latent_dim)
 
     def _reconstruct(self, elements, positions, packed, noise, t, squared, mix=None, added_noise=None):
         """(z0 [B,N,D], cross-entropy, position error) of elements [T] and positions [T, 3], means over real atoms.

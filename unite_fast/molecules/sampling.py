@@ -13,12 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from unite_fast.data.sampler import counter_hash
-from unite_fast.flow.sampling import integrate, shifted, velocity
+from unite_fast.flow.sampling import check_options, integrate, shifted, velocity
+from unite_fast.model.arguments import check_integers
 from unite_fast.model.packing import Packed
 from unite_fast.molecules.model import MoleculeUnite
 from unite_kernels import philox_normal
 
 NOISE_STREAM, ENCODE_STREAM = 0, 1  # of the counter-based generator
+SOLVERS = ("euler", "heun")
 _COUNTS = 21  # first word of the hash that draws atom counts
 
 
@@ -81,24 +83,27 @@ def generate(
         counts: [B] atoms of each molecule, 1 … 29.
         labels: [B] bins of the property; none if None.
         seed, first: molecule i is number first + i of the seed and depends on nothing else of the call.
-        guidance: w ≥ 0; 1 turns guidance off.
+        guidance: w ≥ 0; 1 turns guidance off, as do labels of None.
         interval: open interval of t inside which guidance acts.
         solver: `euler` or `heun`.
         steps: number of time points from 0 to 1, at least 2, uniform before the shift.
         time_shift: α of the shift.
 
     Raises:
-        ValueError: counts or labels out of range.
+        ValueError: an unknown solver, too few steps, guidance, interval or time_shift out of range; counts or labels that
+            are no integer tensor [B] or out of range.
     """
     device = model.latent_norm.weight.device
-    most = model.config.registers
-    if not 1 <= int(counts.min()) <= int(counts.max()) <= most:
-        raise ValueError(f"atom counts must lie in 1..{most}, got {int(counts.min())}..{int(counts.max())}")
-    labels = torch.full_like(counts, model.null_label) if labels is None else labels
-    if not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
-        raise ValueError(f"labels must lie in 0..{model.null_label}, got {int(labels.min())}..{int(labels.max())}")
+    check_options(SOLVERS, solver, steps, guidance, interval, time_shift)
+    check_integers("atom counts", counts, 1, model.config.registers)
+    if not len(counts):
+        raise ValueError("atom counts must be of one molecule at least, got none")
+    if labels is None:
+        labels = torch.full(counts.shape, model.null_label)
+        guidance = 1.0  # leads from no class to no class
+    check_integers("labels", labels, 0, model.null_label, size=len(counts))
     packed = Packed.of(counts, device=device)
-    field = velocity(_Sized(model, packed), labels.to(device), guidance=guidance, interval=interval)
+    field = velocity(_Sized(model, packed), labels.to(device, torch.int64), guidance=guidance, interval=interval)
     times = shifted(torch.linspace(0, 1, steps), time_shift)  # on the host, see `integrate`
     z = integrate(field, noise(model, packed, seed=seed, first=first, stream=NOISE_STREAM), times, solver)
     elements, positions = model.decode(z, packed)

@@ -1,0 +1,56 @@
+"""What a model's public methods and the samplers ask of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INDICES = (torch.int32, torch.int64)  # what an embedding takes
+
+
+def kind_of(value: Any) -> str:
+    """What an argument is, for the message that refuses it."""
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_tensor(name: str, value: Any, *shape: int | str, integer: bool = False) -> None:
+    """Refuse what is no tensor of that shape, in floating point or, `integer`, of int32 or int64. Waits for no device.
+
+    Args:
+        shape: sizes; a letter stands for any size.
+
+    Raises:
+        ValueError: with the argument's name, what it must be and what it is.
+    """
+    fits = isinstance(value, Tensor) and (value.dtype in INDICES if integer else value.is_floating_point())
+    if fits and value.ndim == len(shape):
+        if all(isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, value.shape, strict=True)):
+            return
+    form = "an int32 or int64 tensor" if integer else "a floating-point tensor"
+    raise ValueError(f"{name} must be {form} [{', '.join(map(str, shape))}], got {kind_of(value)}")
+
+
+def check_labels(labels: Any, batch: int, null_label: int) -> None:
+    """Refuse what is no integer tensor [batch], and on the CPU, where looking waits for nothing, labels out of range.
+
+    Raises:
+        ValueError: see `check_tensor` and `check_integers`.
+    """
+    check_tensor("labels", labels, batch, integer=True)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_integers("labels", labels, 0, null_label)
+
+
+def check_integers(name: str, values: Any, low: int, high: int, *, size: int | str = "B") -> None:
+    """Refuse what is no integer tensor [size], or holds integers outside of low … high. Waits for its device.
+
+    Raises:
+        ValueError: with the name, and what was expected and found.
+    """
+    integers = isinstance(values, Tensor) and values.dtype in (torch.uint8, torch.int8, torch.int16, *INDICES)
+    if not integers or values.ndim != 1 or size not in ("B", len(values)):
+        raise ValueError(f"{name} must be an integer tensor [{size}], got {kind_of(values)}")
+    if len(values) and not low <= int(values.min()) <= int(values.max()) <= high:
+        raise ValueError(f"{name} must lie in {low}..{high}, got {int(values.min())}..{int(values.max())}")
