@@ -19,6 +19,7 @@ from .dispatch import (
     NAMESPACE,
     check_contiguous,
     check_device,
+    check_eps,
     check_floats,
     check_like,
     check_parameter,
@@ -177,6 +178,7 @@ def _adaln(operator, x, branch, gate, closing_weight, weight, bias, shift, scale
     if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
         raise ValueError(f"{operator}: x has shape {tuple(x.shape)}; it must be [B, N, C] with C from 1 to {MAX_WIDTH}")
     check_contiguous(operator, "x", x)
+    check_eps(operator, eps)
     batch, _, width = x.shape
     offsets, longest = None, 0
     if spans is not None:
@@ -238,7 +240,7 @@ def rms_norm_modulate(
         [B, N, C] of x's dtype. Statistics are float32.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or strides other than these.
+        TypeError, ValueError: shapes, dtypes, devices or strides other than these, a negative eps.
     """
     check_tensors("rms_norm_modulate", scale=scale)
     return _adaln("rms_norm_modulate", x, None, None, None, weight, None, shift, scale, spans, eps, False)[1]
@@ -370,7 +372,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) ->
         [B, N, C] of x's dtype. Statistics are float32.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or strides other than these.
+        TypeError, ValueError: shapes, dtypes, devices or strides other than these, a negative eps.
     """
     check_tensors("layer_norm", weight=weight, bias=bias)
     return _adaln("layer_norm", x, None, None, None, weight, bias, None, None, None, eps, True)[1]

@@ -158,6 +158,12 @@ def check_floats(operator: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{operator}: {name} is {x.dtype}; it must be float32, float16 or bfloat16")
 
 
+def check_eps(operator: str, eps: float) -> None:
+    """Refuse a negative eps, NaN included: under the root it gives NaN for small inputs alone."""
+    if not eps >= 0:
+        raise ValueError(f"{operator}: eps is {eps}; it must not be negative")
+
+
 def check_contiguous(operator: str, name: str, x: Tensor) -> None:
     """Refuse strides that a kernel's 16-byte accesses cannot follow."""
     if not x.is_contiguous():

@@ -14,6 +14,7 @@ from .dispatch import (
     NAMESPACE,
     check_contiguous,
     check_device,
+    check_eps,
     check_floats,
     check_tensors,
     device_of,
@@ -303,12 +304,13 @@ def latent_norm_mix(
         z0 and the decoder's input, both [B, K, D] in z's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, tensors on different devices, or strides.
+        ValueError: shapes that do not fit together, tensors on different devices, strides, or a negative eps.
         TypeError: a mask that is not bool, or another tensor that is not floating.
     """
     check_tensors("latent_norm_mix", z=z, weight=weight, bias=bias, mask=mask, t=t, noise=noise)
     if z.dim() != 3:
         raise ValueError(f"latent_norm_mix: z has shape {tuple(z.shape)}; it must be [B, K, D]")
+    check_eps("latent_norm_mix", eps)
     batch, _, channels = z.shape
     for name, x, shape in (
         ("z", z, z.shape),
@@ -360,8 +362,8 @@ def latent_norm_flow_loss(
         0-dim float32.
 
     Raises:
-        ValueError: shapes that do not fit together, tensors on different devices, strides, or a floor that is not
-            positive.
+        ValueError: shapes that do not fit together, tensors on different devices, strides, a floor that is not
+            positive, or a negative eps.
         TypeError: a tensor that is not floating.
     """
     check_tensors("latent_norm_flow_loss", pred=pred, z1=z1, t=t, weight=weight, bias=bias)
@@ -371,6 +373,7 @@ def latent_norm_flow_loss(
         )
     if not floor > 0:
         raise ValueError(f"latent_norm_flow_loss: floor is {floor}; it must be positive")
+    check_eps("latent_norm_flow_loss", eps)
     for name, x, shape in (
         ("pred", pred, pred.shape),
         ("z1", z1, pred.shape[-3:]),

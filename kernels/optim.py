@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_tensors
+from .dispatch import NAMESPACE, check_eps, check_tensors
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -122,7 +122,7 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7, scale: float 
         [n, r, c] in g's dtype; computed in bfloat16 on CUDA and in float32 elsewhere.
 
     Raises:
-        ValueError: g is not three-dimensional, or steps is negative.
+        ValueError: g is not three-dimensional, or steps or eps is negative.
         TypeError: g is no tensor, or not of a floating dtype.
     """
     check_tensors("newton_schulz", g=g)
@@ -130,6 +130,7 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7, scale: float 
         raise ValueError(f"newton_schulz: g has shape {tuple(g.shape)}; it must be [n, rows, columns]")
     if steps < 0:
         raise ValueError(f"newton_schulz: steps is {steps}; it must not be negative")
+    check_eps("newton_schulz", eps)
     if not g.is_floating_point():
         raise TypeError(f"newton_schulz: g is {g.dtype}; it must be a floating dtype")
     return _newton_schulz(g, steps, eps, scale)

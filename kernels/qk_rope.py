@@ -16,6 +16,7 @@ from . import cpu
 from .dispatch import (
     NAMESPACE,
     check_contiguous,
+    check_eps,
     check_floats,
     check_parameter,
     check_tensors,
@@ -296,11 +297,11 @@ def qk_norm_rope(
         [B, N, 3, H, d], new, contiguous.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices or strides other than these.
+        TypeError, ValueError: shapes, dtypes, devices or strides other than these, a negative eps.
     """
-    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated)
+    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated, eps)
     _check("qk_norm_rope", *arguments)
-    return _packed(*arguments, eps)
+    return _packed(*arguments)
 
 
 def qk_norm_rope_apart(
@@ -317,11 +318,11 @@ def qk_norm_rope_apart(
     Raises:
         TypeError, ValueError: as in `qk_norm_rope`.
     """
-    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated)
+    arguments = (qkv, q_weight, k_weight, cos, sin, unrotated, eps)
     _check("qk_norm_rope_apart", *arguments)
     if use_triton(qkv):
-        return _qk_norm_rope_apart(*arguments, eps)
-    return _packed(*arguments, eps).unbind(2)
+        return _qk_norm_rope_apart(*arguments)
+    return _packed(*arguments).unbind(2)
 
 
 def _packed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float):
@@ -335,9 +336,17 @@ def _packed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: T
 
 
 def _check(
-    operator: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int
+    operator: str,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unrotated: int,
+    eps: float,
 ) -> None:
     check_floats(operator, "qkv", qkv)
+    check_eps(operator, eps)
     check_tensors(operator, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{operator}: qkv has shape {tuple(qkv.shape)}; it must be [B, N, 3, H, d]")

@@ -97,6 +97,18 @@ def test_spans_outside_of_the_tokens_are_refused(monkeypatch, backend, dtype, li
                 uk.rms_norm_modulate(x, None, None, term, spans=spans)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("call", [call for call in CALLS if "norm" in call[0].__name__ or call[0] is uk.block_boundary],
+                         ids=lambda call: call[0].__name__)  # fmt: skip
+def test_a_negative_eps_is_refused(call, backend):
+    function, tensors, _, others = call
+    with on_backend(backend):
+        function(**tensors, **others, eps=0)
+        for eps in (-1e-6, float("nan")):
+            with pytest.raises(ValueError, match=f"^{function.__name__}: eps is {eps}; it must not be negative$"):
+                function(**tensors, **others, eps=eps)
+
+
 def test_spans_of_another_form_are_refused():
     x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
     for spans, found in ((offsets, "a Tensor"), ([0, 4, 10], "a list")):
@@ -125,6 +137,8 @@ def test_a_weight_without_gradient_is_refused():
         uk.ema_update_([weight, weight], [weight, None], 0.9)
     with pytest.raises(TypeError, match="^newton_schulz: g is None; it must be a tensor$"):
         uk.newton_schulz(None)
+    with pytest.raises(ValueError, match="^newton_schulz: eps is -1.0; it must not be negative$"):
+        uk.newton_schulz(normal(1, 3, 4), eps=-1.0)
     with pytest.raises(TypeError, match="^muon_momentum_: coefficient is a float; it must be a tensor$"):
         uk.muon_momentum_([weight], [weight], [mean], 0.9, 1.0)
 

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from unite_fast.errors import UserError
 
@@ -16,6 +16,17 @@ class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1. Its strict mode would refuse that, and JSON's lists for tuples as well.
+        plain = _plain_types(cls.model_fields[info.field_name].annotation)
+        if plain & {int, float} and bool not in plain:
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, bool):
+                    raise ValueError(f"{str(part).lower()} is no number")
+        return value
 
     @classmethod
     def parse(cls, data: Any, *, source: str = "configuration") -> Self:
@@ -29,6 +40,12 @@ class Section(BaseModel):
         except ValidationError as error:
             lines = [_explain(cls, e) for e in _joined(cls, error.errors())]
             raise UserError(f"{source} is not valid:\n" + "\n".join(lines)) from None
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = typing.get_args(annotation)
+    return {annotation} if not inner else set().union(*map(_plain_types, inner))
 
 
 def section_of(annotation: Any) -> type[Section] | None:
