@@ -339,6 +339,18 @@ def test_parquet(tmp_path, molecules):
     parquet.write_table(pyarrow.table(columns | {"positions": [[0.0] * 7] * 12}), path)
     with pytest.raises(UserError, match="a.parquet, row 1: .* coordinates, found 7"):
         load_molecules(path)
+    wrong = [[float(number) for number in row] for row in numbers]
+    parquet.write_table(pyarrow.table(columns | {"atomic_numbers": wrong}), path)
+    assert np.array_equal(load_molecules(path).elements, molecules.elements)
+    for value in (6.7, float("inf"), float("nan")):
+        wrong[1][0] = value
+        parquet.write_table(pyarrow.table(columns | {"atomic_numbers": wrong}), path)
+        with pytest.raises(UserError, match="a.parquet, row 2: atomic_numbers must be integers" + ", found 6.7" * (value == 6.7)):
+            load_molecules(path)
+    texts = [[str(number) for number in row] for row in numbers]
+    parquet.write_table(pyarrow.table(columns | {"atomic_numbers": texts}), path)
+    with pytest.raises(UserError, match=r"a.parquet, row 1: atomic_numbers must be integers, found '\d'"):
+        load_molecules(path)
     parquet.write_table(pyarrow.table({"positions": [[0.0]]}), path)
     with pytest.raises(UserError, match="no column atomic_numbers"):
         load_molecules(path)

@@ -42,10 +42,13 @@ def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: An
     where = f"{path}, row {row}"
     try:
         points = np.array(positions, np.float64).reshape(-1)
+        broken = [number for number in numbers if isinstance(number, bool) or int(number) != number]
         codes = [CODE_OF_NUMBER.get(int(number), 0) for number in numbers]
         gap = None if gap is None else float(gap)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: atomic_numbers must be integers, positions and gap numbers") from None
+    if broken:
+        raise UserError(f"{where}: atomic_numbers must be integers, found {broken[0]!r}")
     if len(points) != 3 * len(codes):
         raise UserError(f"{where}: {len(codes)} atoms need {3 * len(codes)} coordinates, found {len(points)}")
     spelt = canonical_smiles(str(smiles)) if smiles else None
