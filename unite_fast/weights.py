@@ -10,6 +10,7 @@ import pickle
 import re
 import stat
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,17 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_NUMBERS):
+        # PyTorch warns of every pickle protocol but its own, whether it reads the file or not.
+        with torch.serialization.safe_globals(_NUMBERS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             return _with_plain_numbers(torch.load(path, map_location="cpu", weights_only=True, mmap=False))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     except (pickle.UnpicklingError, LookupError, TypeError, AttributeError):
         # The latter from any other file's bytes, taken for a pickle's instructions; their words would help nobody.
         raise UserError(
-            f"{path} is not a PyTorch weights file, or it holds objects other than tensors and plain containers, "
-            f"which are refused because loading them can run code"
+            f"{path} is not a PyTorch weights file as torch.save writes it by default, or it holds objects other than "
+            f"tensors and plain containers, which are refused because loading them can run code"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
