@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from typing import Literal, NamedTuple
 
 import contest
 import measure
@@ -82,17 +83,24 @@ def warmed(trainers: Trainers, steps: dict, sizes: dict[str, int]) -> dict[str, 
     return batches
 
 
-def turn(who: str, step, batch, size: int):
-    """A function that makes one step ready and times it: (seconds on the wall, seconds of this process) a sample."""
+class Seconds(NamedTuple):
+    """What a sample of a step took, by two clocks."""
 
-    def timed() -> tuple[float, float]:
+    wall: float
+    process: float
+
+
+def turn(who: str, step, batch, size: int):
+    """A function that makes one step ready and times it."""
+
+    def timed() -> Seconds:
         if measure.DEVICE == "cuda":
             torch.cuda.empty_cache()  # of the contender before
         step(*batch)  # in training a step follows itself: weights and state are in the caches as it leaves them
         wall, process = measure.wall_and_process_seconds(lambda: step(*batch))
         if who == contest.OURS:
             measure.CLOCK.count(wall)
-        return wall / size, process / size
+        return Seconds(wall / size, process / size)
 
     return timed
 
@@ -109,10 +117,10 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
     found = {who: [] for who in steps}
     benchmark.pedantic(contest.play, args=(turns, found), rounds=ROUNDS[measure.DEVICE])
     # On a CPU ratios, MFU and floors take processor time: waiting for a core that others hold is not the step's doing.
-    judged = 0 if on_gpu else 1
-    contest.settle(turns, found, lambda: contest.ratios(column(found, judged)), seconds=60)
-    wall, process = column(found, 0), column(found, 1)
-    ratios = contest.ratios((wall, process)[judged])
+    judged = "wall" if on_gpu else "process"
+    contest.settle(turns, found, lambda: contest.ratios(by_clock(found, judged)), seconds=60)
+    wall, own = by_clock(found, "wall"), by_clock(found, judged)
+    ratios = contest.ratios(own)
     result = {
         "direction": "step",
         "shape": f"{given or 'largest'} {unit}",
@@ -128,12 +136,12 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
         "p95_over_median": {who: measure.tail(times) for who, times in wall.items()},
         "peak_bytes": peak,
     }
-    return result, statistics.median((wall, process)[judged][contest.OURS])
+    return result, statistics.median(own[contest.OURS])
 
 
-def column(found: dict[str, list[tuple[float, float]]], index: int) -> dict[str, list[float]]:
-    """Of each contender's pairs of `turn`, the wall clock's seconds (0) or the process's (1)."""
-    return {who: [pair[index] for pair in pairs] for who, pairs in found.items()}
+def by_clock(found: dict[str, list[Seconds]], clock: Literal["wall", "process"]) -> dict[str, list[float]]:
+    """Of each contender's times one clock's."""
+    return {who: [getattr(seconds, clock) for seconds in times] for who, times in found.items()}
 
 
 @pytest.mark.timeout(3600)  # compiling takes minutes

@@ -60,7 +60,6 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
     final = folder / f"step_{engine.step_count:08d}"
     temporary = folder / f".{final.name}.tmp"
     problem: str | None = None
-    shapes = {fragment.name: list(fragment.shape) for fragment in engine.backend.layout.fragments}
     if engine.world.is_main:
         problem = _attempt(lambda: _prepare(folder, temporary))
     for name, tensors in (
@@ -83,7 +82,7 @@ def save(engine: Engine, run_dir: str | Path, extra: Mapping[str, Any]) -> Path:
             "extra": dict(extra),
             "config": engine.config.model_dump(mode="json"),
             "versions": versions(*PACKAGES),
-            "parameters": shapes,
+            "parameters": engine.backend.layout.shapes,
         }
         problem = _attempt(lambda: _finish(state, temporary, final))
     if not engine.world.all_true(problem is None):
@@ -163,7 +162,7 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
     kinds = {fragment.name: kind_of[id(layout.masters[fragment.master])] for fragment in layout.fragments}
     _check_same_model(engine, state, directory)
     buffers = engine.buffers()
-    shapes = {fragment.name: tuple(fragment.shape) for fragment in layout.fragments}
+    shapes = layout.shapes
     weights = shapes | {name: tuple(tensor.shape) for name, tensor in buffers.items()}
     moments = {
         f"{key}/{name}": shapes[name]
@@ -368,7 +367,7 @@ def _open(directory: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -
 
 
 def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) -> None:
-    mine = {fragment.name: list(fragment.shape) for fragment in engine.backend.layout.fragments}
+    mine = {name: list(shape) for name, shape in engine.backend.layout.shapes.items()}
     same_shapes = mine == state["parameters"]
     changed = [
         f"{key} is {here!r}, there {there!r}"

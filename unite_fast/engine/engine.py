@@ -109,7 +109,7 @@ class Engine:
     @property
     def parameter_count(self) -> int:
         """Trained parameters of the whole model, whatever of them ZeRO keeps on this rank."""
-        return sum(fragment.shape.numel() for fragment in self.backend.layout.fragments)
+        return sum(shape.numel() for shape in self.backend.layout.shapes.values())
 
     @property
     def progress(self) -> float:

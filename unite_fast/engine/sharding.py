@@ -56,6 +56,11 @@ class Layout:
         ]
         return cls(list(parameters.values()), fragments, sharded=False)
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name -> whole shape of every trained parameter."""
+        return {fragment.name: fragment.shape for fragment in self.fragments}
+
     def gather(self, of: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, one at a time: collective where sharded.
 
