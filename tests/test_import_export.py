@@ -311,7 +311,8 @@ def test_a_finished_run_gives_its_export(trained_run, tmp_path):
 
 def test_the_tokenization_time_is_half_the_configured_maximum_everywhere(trained_run, tmp_path):
     assert run("export", trained_run / "checkpoints" / "step_00000002", "--out", tmp_path / "model") == 0
-    models = [load(trained_run), load(tmp_path / "model"), open_trained(trained_run / "checkpoints" / "step_00000004").build()]
+    newest = open_trained(trained_run / "checkpoints" / "step_00000004").build()
+    models = [load(trained_run), load(tmp_path / "model"), newest]
     assert [model.tokenize_time for model in models] == [0.25] * 3
     record = json.loads(next((trained_run / "evaluations").glob("*.json")).read_text())
     assert record["protocol"]["model"]["tokenize_t_max"] == 0.5

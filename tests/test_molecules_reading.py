@@ -345,7 +345,8 @@ def test_parquet(tmp_path, molecules):
     for value in (6.7, float("inf"), float("nan")):
         wrong[1][0] = value
         parquet.write_table(pyarrow.table(columns | {"atomic_numbers": wrong}), path)
-        with pytest.raises(UserError, match="a.parquet, row 2: atomic_numbers must be integers" + ", found 6.7" * (value == 6.7)):
+        says = "a.parquet, row 2: atomic_numbers must be integers" + ", found 6.7" * (value == 6.7)
+        with pytest.raises(UserError, match=says):
             load_molecules(path)
     texts = [[str(number) for number in row] for row in numbers]
     parquet.write_table(pyarrow.table(columns | {"atomic_numbers": texts}), path)

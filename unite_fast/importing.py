@@ -33,8 +33,8 @@ class Trained:
     Attributes:
         config: sizes.
         state: name -> tensor, as `Unite.state_dict`.
-        made_by: run, step, weights ("ema" or "model"), sampling defaults, tokenize_t_max, class names, versions; any may
-            be missing.
+        made_by: run, step, weights ("ema" or "model"), sampling defaults, tokenize_t_max, class names, versions; any
+            may be missing.
         origin: where it was read, for people.
     """
 

@@ -105,7 +105,10 @@ class Reader:
 def reconstruct(
     run: RunOption,
     images: ImagesArgument,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures; those of a former call are replaced.", metavar="DIR")],
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the pictures; those of a former call are replaced.", metavar="DIR"),
+    ],
     seed: SeedOption = 0,
     batch: BatchOption = 64,
     device: DeviceOption = Device.auto,

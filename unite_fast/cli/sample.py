@@ -125,7 +125,11 @@ def sample(
     where = pick_device(device)
     model = trained.build(where)
     shown = _Sheet(chosen[: min(count, SHEET_CLASSES)])
-    with replacing(folder, former=lambda: _former(folder), last=RECORD) as aside, progress("sampling", count) as bar, explain_memory(batch):
+    with (
+        replacing(folder, former=lambda: _former(folder), last=RECORD) as aside,
+        progress("sampling", count) as bar,
+        explain_memory(batch),
+    ):
         for first in range(0, count, batch):
             piece = labels[first : first + batch]
             images = draw(model, torch.tensor(piece), settings, seed=seed, first=first).cpu()

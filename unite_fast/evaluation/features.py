@@ -23,7 +23,7 @@ NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
 def score_splits(count: int) -> str:
-    """The splits of that many images, in words: SPLITS equal ones, or as torchmetrics cuts where that is no whole number.
+    """The splits of that many images, in words: SPLITS equal ones, else as torchmetrics cuts.
 
     Raises:
         UserError: fewer images than splits.

@@ -43,8 +43,8 @@ def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, f
 def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
     """Latents of images number `first` … of a call.
 
-    The register noise of image i depends on (seed, i) alone, and the tokenization time is `model.tokenize_time`, so that
-    an image gives the same latents again whatever the batch size.
+    The register noise of image i depends on (seed, i) alone, and the tokenization time is `model.tokenize_time`, so
+    that an image gives the same latents again whatever the batch size.
 
     Args:
         model: on the device to use.

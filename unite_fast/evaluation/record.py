@@ -18,7 +18,8 @@ from unite_fast.weights import write_json
 
 def about_model(state: dict[str, Tensor], origin: str, made_by: dict[str, Any]) -> dict[str, Any]:
     """The protocol's `model`: where the weights come from, and their hash, which is the same wherever they lie."""
-    known = {name: made_by[name] for name in ("run", "step", "ema_decay", "tokenize_t_max", "imported_from") if name in made_by}
+    names = ("run", "step", "ema_decay", "tokenize_t_max", "imported_from")
+    known = {name: made_by[name] for name in names if name in made_by}
     return {"origin": origin, **known, "weights": made_by.get("weights", "ema"), "sha256": weights_hash(state)}
 
 

@@ -90,8 +90,8 @@ def generate(
         time_shift: α of the shift.
 
     Raises:
-        ValueError: an unknown solver, too few steps, guidance, interval or time_shift out of range; counts or labels that
-            are no integer tensor [B] or out of range.
+        ValueError: an unknown solver, too few steps, guidance, interval or time_shift out of range; counts or labels
+            that are no integer tensor [B] or out of range.
     """
     device = model.latent_norm.weight.device
     check_options(SOLVERS, solver, steps, guidance, interval, time_shift)
