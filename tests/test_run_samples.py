@@ -72,6 +72,7 @@ def test_labels_that_stand_for_other_classes_are_remarked_once(folder, resumed):
     (folder / "train/class_1").rename(folder / "train/a_class")
     text = resumed(3)
     assert "the classes changed: what was 'class_0' is 'a_class', 'class_1' is 'class_0'" in text and "2 of 2" in text
+    assert "of other images" in text
     assert "the classes changed" not in resumed(4)
 
 

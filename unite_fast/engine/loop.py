@@ -114,7 +114,7 @@ class Run:
             self._seconds_before = float(kept.get("training_seconds", 0.0))
             if self.samples is not None:
                 changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
-                classes = changed_classes(kept.get("class_names"), self.stream.classes)
+                classes = changed_classes(kept.get("class_names"), self.stream.classes, self.modality.unit)
                 self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
             if keys := checkpoint.changed_keys(state, config):
                 self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")

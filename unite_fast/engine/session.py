@@ -81,7 +81,7 @@ def changed_samples(before: Mapping[str, Any] | None, now: Mapping[str, Any], un
     )
 
 
-def changed_classes(before: Sequence[str] | None, now: Sequence[str]) -> str | None:
+def changed_classes(before: Sequence[str] | None, now: Sequence[str], unit: str) -> str | None:
     """A warning for a resumed run whose labels stand for other classes than before; None for the same.
 
     No error: a renamed folder may keep its place, and a model may be trained on with other classes of the same number.
@@ -89,15 +89,16 @@ def changed_classes(before: Sequence[str] | None, now: Sequence[str]) -> str | N
     Args:
         before: class names by label, as the checkpoint has them; None in imported ones.
         now: of the data as they are.
+        unit: what samples are called, in the plural.
     """
     moved = [] if before is None else [pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]]
     if not moved:
         return None
     some = ", ".join(f"{was!r} is {is_!r}" for was, is_ in moved[:3]) + (", …" if len(moved) > 3 else "")
     return (
-        f"the classes changed: what was {some}. Labels are places in the sorted names, so {len(moved)} of {len(now)} go "
-        f"on as labels of other images, unless folders were renamed in place. If that is not meant, stop the run "
-        f"(Ctrl-C), give the class folders their names back, and --resume again"
+        f"the classes changed: what was {some}. Labels are numbers, so {len(moved)} of {len(now)} go on as labels of "
+        f"other {unit}, unless only names changed. If that is not meant, stop the run (Ctrl-C), put back what was in "
+        f"data.path, with the names it had, and --resume again"
     )
 
 
