@@ -170,6 +170,7 @@ def test_latent_statistics_look_at_real_atoms_only():
         ({"modality": "molecule"}, ["modality", "did you mean 'molecules'"]),
         ({"data": {"flip": True}}, ["data.flip: unknown key"]),
         ({"model": {"num_classes": 4}}, ["num_classes 4", "data.condition"]),
+        ({"data": {"condition": "gap"}}, ["'gap' in one bin", "model.num_classes"]),
         ({"model": {"heads": 5}}, ["width 32", "5 heads"]),
         ({"sampling": {"solver": "dopri5"}}, ["sampling.solver"]),
         ({"optimizer": {"kind": "muon"}, "train": {"zero_stage": 3}}, ["Muon", "ZeRO 3"]),
@@ -219,6 +220,7 @@ def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):
     assert [molecule["atoms"] for molecule in record["molecules"]] == [4] * 5
     low, high = record["property"].removeprefix("gap ").split("–")
     assert float(low) <= 5.5 <= float(high) and record["sampling"]["guidance"] == 1.5
+    assert "warning" not in capsys.readouterr().err
     for name in ("samples.sdf", "samples.xyz"):
         assert load_molecules(out / name).counts.tolist() == [4] * 5
     assert (out / "sheet.png").exists() and (out / "samples.html").exists()
@@ -226,8 +228,9 @@ def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):
     assert run("sample", "--run", step, "--count", 7, "--atoms", "5-6", "--batch", 3, "--steps", 3, "--out", out) == 0
     assert set(load_molecules(out / "samples.xyz").counts.tolist()) <= {5, 6}
     # A checkpoint too knows the histogram of atom counts.
-    assert run("sample", "--run", step, "--count", 2, "--steps", 3, "--out", out) == 0
-    assert "in one piece" in capsys.readouterr().out
+    assert run("sample", "--run", step, "--count", 2, "--steps", 3, "--property", 0.2, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "in one piece" in said.out and "--property 0.2 lies outside the 4" in said.err
 
 
 def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
@@ -303,6 +306,7 @@ def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
         (("sample", "--atoms", "30"), "within 1 and 29"),
         (("sample", "--atoms", "many"), "--atoms 'many'"),
         (("sample", "--classes", "1"), "--classes is for images"),
+        (("sample", "--property", "nan"), "--property must be a finite number"),
         (("sample", "--solver", "dopri5"), "euler or heun"),
         (("reconstruct", "missing.sdf"), "missing.sdf"),
         (("tokenize", "missing.xyz"), "missing.xyz"),

@@ -351,11 +351,20 @@ def _recorded_histogram(trained: Trained) -> list[int] | None:
 
 
 def _label(trained: Trained, value: float | None) -> tuple[int | None, str | None]:
-    """Label of the bin that holds a property's value, and its name."""
+    """Label of the bin that holds a property's value, and its name; warns of a value that training never saw."""
     if value is None:
         return None, None
+    if not math.isfinite(value):
+        raise UserError(f"--property must be a finite number, found {value}")
     names = trained.class_names
     if names is None:
         raise UserError(f"--property: the model of {trained.origin} was trained without one (data.condition)")
-    label = int(PropertyBins.from_names(names).labels(np.array([value]))[0])
+    bins = PropertyBins.from_names(names)
+    low, high = bins.edges[[0, -1]]
+    label = int(bins.labels(np.array([value]))[0])
+    if not low <= value <= high:
+        warn(
+            f"--property {value:g} lies outside the {low:g} to {high:g} eV of the training molecules: what is asked for "
+            f"is the outermost bin, {names[label]}"
+        )
     return label, names[label]

@@ -141,4 +141,9 @@ class MoleculeConfig(Config):
             raise ValueError(
                 f"model.num_classes {self.model.num_classes} labels need a property: set data.condition, or num_classes to 1"
             )
+        if self.data.condition is not None and self.model.num_classes == 1:
+            raise ValueError(
+                f"data.condition {self.data.condition!r} in one bin tells no molecule from another: set model.num_classes "
+                f"to the number of bins, such as 100"
+            )
         return self

@@ -116,7 +116,8 @@ class PropertyBins:
         values = getattr(molecules, name)
         if values is None:
             raise UserError(
-                f"data.condition is {name!r}, but {molecules.source} states none: take QM9's XYZ files, or set it to null"
+                f"data.condition is {name!r}, but {molecules.source} states none: give it as docs/molecules.md says, or set "
+                f"it to null"
             )
         unknown = np.flatnonzero(~np.isfinite(values))
         if len(unknown):
