@@ -75,7 +75,7 @@ def test_the_frame_does_not_depend_on_the_pose_and_keeps_mirror_images_apart(mol
         ([O, C, O], [[1.16, 0, 0], [0, 0, 0], [-1.16, 0, 0]]),  # on one line
         ([H, C, N], [[0, 0, 1.07], [0, 0, 0], [0, 0, -1.16]]),
         ([O, H, H], [[0, 0, 0.12], [0, 0.76, -0.47], [0, -0.76, -0.47]]),  # hydrogens must serve
-        ([C, C], [[0, 0, 0], [0, 0, 0]]),  # on one another
+        ([C, C], [[0, 0, 0], [0, 0, 1e-6]]),  # all but on one another
     ],
 )
 def test_molecules_of_few_atoms(elements, positions):

@@ -77,6 +77,9 @@ def test_a_gap_that_is_missing_leaves_the_others(tmp_path):
     assert_array_equal(load_molecules(tmp_path / "b.xyz").gap, found.gap)
     path.write_text("1\n\nH 0 0 0\n1\ngap=nan\nC 0 0 0\n")
     assert load_molecules(path).gap is None
+    (tmp_path / "c.sdf").write_text("".join(sdf_text(_small(WATER), 0, name) for name in "ab"))
+    (tmp_path / "c.sdf.csv").write_text("mol_id,gap\na,\nb,0.5\n")
+    assert_allclose(load_molecules(tmp_path / "c.sdf").gap, [np.nan, 13.6057], rtol=1e-5)
 
 
 def test_mathematica_exponents(tmp_path):
@@ -320,6 +323,12 @@ def test_extended_xyz_columns(tmp_path):
         load_molecules(tmp_path / "a.extxyz")
 
 
+def test_files_joined_with_empty_lines_between_them(tmp_path):
+    (tmp_path / "a.xyz").write_text("2\n\nH 0 0 0\nH 0 0 0.74\n\n \n2\n\nH 0 0 0\nF 0 0 0.92\n\n")
+    found = load_molecules(tmp_path / "a.xyz")
+    assert found.names == ("a_1", "a_2") and found.elements[:, :2].tolist() == [[1, 1], [1, 5]]
+
+
 def test_parquet(tmp_path, molecules):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -379,7 +388,7 @@ def test_what_is_no_molecule_file(tmp_path):
     with pytest.raises(UserError, match="not exactly one SDF, tar, NPZ or Parquet file"):
         load_molecules(tmp_path)
     (tmp_path / "notes").write_text("hello\nworld\n")
-    with pytest.raises(UserError, match="notes is no molecule file"):
+    with pytest.raises(UserError, match="notes is no molecule file: .* Convert it to an SDF"):
         load_molecules(tmp_path / "notes")
 
 

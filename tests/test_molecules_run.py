@@ -206,6 +206,13 @@ def test_what_is_left_out_is_said_in_every_session(tmp_path, caplog):
     assert len(caplog.records) == 1, "by one rank"
 
 
+def test_what_looks_like_a_mistake_is_said(tmp_path, caplog):
+    bohr = "".join(f"2\n\nH 0 0 0\nH 0 0 1.4{step}\n" for step in range(6))
+    (tmp_path / "a.xyz").write_text(bohr)
+    load_parts(config(tmp_path, data={"path": str(tmp_path / "a.xyz")}).data)
+    assert "a.xyz: the nearest atom is 1.42 Å away in the median" in caplog.text
+
+
 def test_commands_for_images_alone_say_so(finished, tmp_path, capsys):
     assert "serves runs on images; " in mistake(
         capsys, "import", tmp_path / "published.pt", "--config", finished / "config.json"

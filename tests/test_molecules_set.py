@@ -1,6 +1,7 @@
 """Molecules as arrays: centring, what is left out, names, the NPZ file, the split."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from numpy.testing import assert_array_equal
 
 pytest.importorskip("rdkit")
 
+from unite_fast.data.molecules.doubts import doubts
 from unite_fast.data.molecules.molecule_set import Molecule, assemble, read_npz, split, write_npz
 from unite_fast.errors import UserError
 
@@ -41,6 +43,35 @@ def test_what_cannot_be_held_is_left_out_and_counted_or_refused():
         assemble(molecules, "test", strict=True)
     with pytest.raises(UserError, match="no molecule to use .*1 × an element other"):
         assemble([unknown], "test")
+
+
+def test_two_atoms_in_one_place_are_no_molecule():
+    zeros = Molecule("zeros", [4, 1, 1], np.zeros((3, 3)), where="zeros.sdf, line 1")
+    found = assemble([zeros, _water()], "test")
+    assert found.names == ("water",) and found.skipped == {"two atoms in one place": 1}
+    with pytest.raises(UserError, match="zeros.sdf, line 1: two atoms in one place"):
+        assemble([zeros, _water()], "test", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("scale", "heavy", "gap", "words"),
+    [
+        (1.0, False, 8.0, None),
+        (1.0, False, None, None),
+        (1 / 0.529177, False, None, "the nearest atom is 2.0"),
+        (0.1, False, None, "the nearest atom is 0.11 Å"),
+        (1.0, True, None, "all hydrogens there"),
+        (1.0, False, 0.3, "the gap is 0.3 eV"),
+        (1.0, False, 8 * 27.2114, "the gap is 218 eV"),
+    ],
+)
+def test_other_units_and_missing_hydrogens_raise_doubts(scale, heavy, gap, words):
+    methyls = np.array([[0, 0, 0], [1.54, 0, 0], [-0.36, 1.03, 0], [-0.36, -0.51, 0.89], [-0.36, -0.51, -0.89],
+                        [1.9, -1.03, 0], [1.9, 0.51, -0.89], [1.9, 0.51, 0.89]])  # fmt: skip
+    codes, points = ([2, 2], methyls[:2]) if heavy else ([2, 2] + [1] * 6, methyls)
+    atom, ethane = Molecule("atom", [1], [[0, 0, 0]]), Molecule("ethane", codes, scale * points, gap=gap)
+    found = doubts(assemble([atom, ethane], "test"))
+    assert len(found) == (words is not None) and all(words in doubt for doubt in found), found
 
 
 def test_names_stay_unique_and_exact_repetitions_are_dropped():
@@ -138,6 +169,10 @@ def test_bad_npz_files(tmp_path):
         path, atomic_numbers=numbers, positions=positions, about=np.array(json.dumps({"source": "s", "skipped": {}}))
     )
     whole = path.read_bytes()
+    with zipfile.ZipFile(tmp_path / "molecules.zip", "w") as file:
+        file.writestr("folder/a.xyz", "1\n\nH 0 0 0\n")
+    with pytest.raises(UserError, match="molecules.zip is a ZIP archive of files such as folder/a.xyz"):
+        read_npz(tmp_path / "molecules.zip")
     for size in (0, 10, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match="bad.npz is cut off or not an NPZ file"):

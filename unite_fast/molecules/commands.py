@@ -17,6 +17,7 @@ import torch
 from unite_fast.cli.console import Device, explain_memory, out, pick_device, plain, progress, warn
 from unite_fast.config import Config
 from unite_fast.data.molecules.arrangement import arrange
+from unite_fast.data.molecules.doubts import doubts
 from unite_fast.data.molecules.molecule_set import Molecule, MoleculeSet, assemble
 from unite_fast.data.molecules.perception import perceive_all
 from unite_fast.data.molecules.reading import load_molecules
@@ -278,7 +279,9 @@ def _show(found: Evaluation, path: Path) -> None:
 
 
 def read(paths: Sequence[Path]) -> MoleculeSet:
-    """All molecules of SDF, XYZ and other molecule files or folders, in the order given; warns of what is left out.
+    """All molecules of SDF, XYZ and other molecule files or folders, in the order given.
+
+    Warns of what is left out and of what looks like a mistake.
 
     Raises:
         UserError: as `load_molecules`, which names the file and its line.
@@ -293,6 +296,8 @@ def read(paths: Sequence[Path]) -> MoleculeSet:
     together = sets[0] if len(sets) == 1 else assemble(found, ", ".join(one.source for one in sets), skipped=skipped)
     if together.skipped:
         warn("left out: " + ", ".join(f"{count} × {reason}" for reason, count in together.skipped.items()))
+    for doubt in doubts(together):
+        warn(doubt)
     return together
 
 

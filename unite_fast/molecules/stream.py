@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unite_fast.data.molecules.arrangement import Order, Orientation, aligned
+from unite_fast.data.molecules.doubts import doubts
 from unite_fast.data.molecules.molecule_set import MoleculeSet, split
 from unite_fast.data.sampler import Sampler
 from unite_fast.engine.batch import Batch
@@ -50,7 +51,7 @@ def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
 
     Args:
         config: which molecules.
-        remark: warn of what was left out, also where a cache holds the rest.
+        remark: warn of what was left out, also where a cache holds the rest, and of what looks like a mistake.
 
     Raises:
         UserError: files that cannot be used, a set too small to divide.
@@ -68,6 +69,8 @@ def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
         if remark and molecules.skipped:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in molecules.skipped.items())
             log.warning("%s: %d molecules; left out: %s", config.path, len(molecules), reasons)
+        for doubt in doubts(molecules) if remark else ():
+            log.warning("%s: %s", config.path, doubt)
     if config.orientation == "aligned":
         molecules, _ = aligned(molecules)
     parts = split(len(molecules), config.split_seed)

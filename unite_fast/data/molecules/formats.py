@@ -23,7 +23,7 @@ PLAIN_COLUMNS = "species:S:1:pos:R:3"
 
 
 def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
-    """Frames of an XYZ file: QM9's, extended or plain, one after the other.
+    """Frames of an XYZ file: QM9's, extended or plain, one after the other, with or without empty lines between them.
 
     A frame is QM9's if its second line begins with `gdb` and an index; its name is then gdb_<index>, its gap comes from
     the property line (Hartree, given in eV), its SMILES is the second of the two, that of the relaxed geometry. Of an
@@ -43,6 +43,9 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
     if end == 0:
         raise UserError(f"{file}, line 1: the file is empty")
     while start < end:
+        if not lines[start].strip():  # files joined by cat keep their last empty lines
+            start += 1
+            continue
         count = _count(lines[start], file, start + 1)
         qm9 = QM9_COMMENT.match(lines[start + 1].strip()) if start + 1 < end else None
         stop = start + 2 + count + (QM9_TAIL if qm9 else 0)

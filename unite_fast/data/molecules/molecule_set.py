@@ -174,8 +174,8 @@ def assemble(
 ) -> MoleculeSet:
     """Collect molecules into a set and centre them.
 
-    A molecule with an unknown element or more than 29 atoms is left out and counted, and so is one that repeats another
-    of the same name exactly; one that only shares a name becomes name#2.
+    A molecule with an unknown element, more than 29 atoms or two atoms in one place is left out and counted, and so is
+    one that repeats another of the same name exactly; one that only shares a name becomes name#2.
 
     Args:
         molecules: in the order of the set.
@@ -203,7 +203,7 @@ def assemble(
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
         content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
         same = molecule.name, hashlib.blake2b(content, digest_size=16).digest()
-        reason = "an exact repetition" if same in known else _unusable(codes)
+        reason = "an exact repetition" if same in known else _unusable(codes, positions)
         if reason is not None:
             if strict:
                 raise UserError(f"{where}: {reason}; with data.strict=false such molecules are left out and counted")
@@ -233,14 +233,17 @@ def assemble(
     )
 
 
-def _unusable(codes: NDArray[np.uint8]) -> str | None:
-    """Why a molecule of these elements [n] is left out, if it is."""
+def _unusable(codes: NDArray[np.uint8], positions: NDArray[np.float64]) -> str | None:
+    """Why a molecule of these elements [n] and positions [n, 3] is left out, if it is."""
     if len(codes) == 0:
         return "no atoms"
     if len(codes) > MAX_ATOMS:
         return f"more than {MAX_ATOMS} atoms"
     if not codes.all():
         return f"an element other than {' '.join(SYMBOLS)}"
+    # Programs that have no coordinates write zeros.
+    if len({tuple(point) for point in positions.tolist()}) < len(codes):
+        return "two atoms in one place"
     return None
 
 
@@ -342,6 +345,9 @@ def _about(arrays: dict[str, NDArray], path: str | Path) -> dict:
 
 
 def _shapes(arrays: dict[str, NDArray], path: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    others = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if others:
+        raise UserError(f"{path} is a ZIP archive of files such as {others[0]}, and no NPZ file: unpack it first")
     for name in ("atomic_numbers", "positions"):
         if name not in arrays:
             raise UserError(f"{path} has no array {name}; it has {', '.join(arrays) or 'none'}")

@@ -30,7 +30,7 @@ from unite_fast.progress import track
 log = logging.getLogger("unite_fast.data")
 
 # Raised with every change of what the readers give, so that an old cache is made again.
-VERSION = 4
+VERSION = 5
 XYZ_NAMES = (".xyz", ".extxyz")
 SDF_NAMES = (".sdf", ".mol")
 LARGEST_MEMBER = 64 << 20  # bytes of one XYZ file in an archive; QM9's largest has 3 kB
@@ -60,8 +60,8 @@ def load_molecules(
     Args:
         path: file or folder.
         order: of the atoms; "file", or "canonical" for RDKit's canonical one, see `arrangement.canonical`.
-        strict: refuse molecules with an unknown element or more than 29 atoms, and repetitions, in place of leaving
-            them out.
+        strict: refuse molecules with an unknown element, more than 29 atoms or two atoms in one place, and repetitions,
+            in place of leaving them out.
         cache: folder that keeps the result as NPZ for the next time; it is made again when the files change.
 
     Raises:
@@ -154,7 +154,8 @@ def _read(path: Path, strict: bool) -> MoleculeSet:
         return assemble(_in_order(_sdf(path)), source, strict=strict)
     raise UserError(
         f"{path} is no molecule file: its first lines are neither XYZ (a number of atoms) nor SDF, and its first bytes "
-        f"not those of a tar archive, NPZ or Parquet"
+        f"not those of a tar archive, NPZ or Parquet. Convert it to an SDF (V2000) in 3D with all hydrogens, for example "
+        f"by RDKit or Open Babel"
     )
 
 
@@ -205,12 +206,13 @@ def _sdf(path: Path) -> Iterator[Molecule]:
 
 
 def _csv_gaps(path: Path) -> dict[str, float]:
-    """mol_id -> gap in eV from the table that comes with gdb9.sdf; empty without it."""
+    """mol_id -> gap in eV from a table of Hartrees as it comes with gdb9.sdf; without those it leaves empty."""
     if not path.exists():
         return {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return {row["mol_id"]: float(row["gap"]) * HARTREE for row in csv.DictReader(file)}
+            rows = csv.DictReader(file)
+            return {row["mol_id"]: float(row["gap"]) * HARTREE for row in rows if row["gap"] != ""}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError):
