@@ -380,6 +380,8 @@ def test_what_we_write_we_read(tmp_path, molecules):
     whole, damaged = Chem.SDMolSupplier(str(tmp_path / "b.sdf"), sanitize=False)
     assert (whole.GetNumBonds(), whole.GetProp("valid"), whole.GetProp("smiles")) == (4, "1", "C")
     assert (damaged.GetNumBonds(), damaged.GetProp("valid"), damaged.GetProp("fragments")) == (0, "0", "0")
+    for molecule in Chem.SDMolSupplier(str(tmp_path / "b.sdf"), removeHs=False):  # as others read it
+        assert sum(atom.GetNumImplicitHs() + atom.GetNumExplicitHs() for atom in molecule.GetAtoms()) == 0
 
 
 def test_what_is_no_molecule_file(tmp_path):

@@ -111,13 +111,16 @@ def bare(elements: NDArray[np.uint8], positions: NDArray[np.float32]) -> Chem.RW
 def with_bonds(elements: NDArray[np.uint8], positions: NDArray[np.float32], perceived: Perceived) -> Chem.RWMol:
     """The RDKit molecule that perception found, sanitised; atoms without bonds where it found none."""
     molecule = bare(elements, positions)
+    for atom in molecule.GetAtoms():
+        # Hydrogens are explicit: what lacks one is a radical, not an invitation to add it. Without bonds an SDF would
+        # else be read as so many valid methanes.
+        atom.SetNoImplicit(True)
     if not perceived.valid:
         return molecule
     for first, second, order in perceived.bonds:
         molecule.AddBond(first, second, Chem.BondType.values[order])
     for atom, charge in zip(molecule.GetAtoms(), perceived.charges, strict=True):
         atom.SetFormalCharge(charge)
-        atom.SetNoImplicit(True)  # hydrogens are explicit: what lacks one is a radical, not an invitation to add it
     Chem.SanitizeMol(molecule)
     return molecule
 
