@@ -183,9 +183,13 @@ def test_a_run_on_something_else_than_images(folder):
     (folder / "config.json").write_text(json.dumps(settings))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"molecules": 7}) + "\n" for r in records))
+    figures = {"rdkit/valid": 0.25, "rdkit/valid_real": 0.97, "molecules": 31, "molecules_train": 613}
+    (folder / "evaluations/molecules.json").write_text(json.dumps({"metrics": figures, "protocol": {}}))
     page = Page(write_report(folder))
     assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training")
     assert "gFID" in page.says("results")
+    results = page.says("results")
+    assert "metric value real molecules rdkit/valid 0.25 0.97 molecules 31 molecules train 613 Protocol" in results
     assert "This is a run on molecules" in page.says("trajectory")
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
 

@@ -58,7 +58,7 @@ def write_report(
     result, why = None, None
     subject = run.config.get("modality", "images")
     if subject != "images":
-        why = f"This is a run on {subject}: what is generated is drawn for images only."
+        why = f"This is a run on {subject}: this page shows the pictures that it left, and does not run its model."
     elif quick:
         why = "The model was not run for this report (--quick)."
     else:

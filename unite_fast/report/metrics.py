@@ -95,7 +95,7 @@ class Result:
 
     @property
     def compared(self) -> bool:
-        """Whether any row says what real images score."""
+        """Whether any row says what real images or molecules score."""
         return any(entry.real for entry in self.entries)
 
 
@@ -187,11 +187,12 @@ def headline(run: RunFolder) -> list[tuple[str, str, str]]:
 def _entries(metrics: dict[str, Any]) -> list[Entry]:
     entries = []
     for key, value in metrics.items():
+        counted = isinstance(value, int)  # molecules_train is no ceiling of molecules
         base = next((key.removesuffix(end) for end in REAL if key.endswith(end)), None)
-        if base in metrics:
+        if base in metrics and not counted:
             continue  # stands beside its metric
         title, unit, better, meaning = GLOSSARY.get(key, (key.replace("_", " "), "", "", ""))
-        real = next((metrics[key + end] for end in REAL if key + end in metrics), None)
+        real = None if counted else next((metrics[key + end] for end in REAL if key + end in metrics), None)
         entries.append(Entry(title, _number(value, unit), "" if real is None else _number(real, unit), better, meaning))
     return entries
 

@@ -49,6 +49,7 @@ def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now:
         css=Markup(_text("page.css")),
         script=Markup(_text("page.js")),
         written=time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(now)),
+        subject=run.config.get("modality", "images"),
         summary_line=_summary_line(run),
         facts=headline(run),
         results=result_tables(run),
