@@ -318,6 +318,8 @@ def test_extended_xyz_columns(tmp_path):
     found = load_molecules(tmp_path / "a.extxyz")
     assert (found.names, found.smiles, found.gap.tolist()) == (("my water",), ("O",), [8.5])
     assert_array_equal(found.atoms(0)[0], [4, 1, 1])
+    (tmp_path / "a.extxyz").write_text("1\nhomo-lumo-gap=0.3 info='gap=2' note=\"a gap=3 b\"\nH 0 0 0\n")
+    assert load_molecules(tmp_path / "a.extxyz").gap is None
     (tmp_path / "a.extxyz").write_text("1\nProperties=species:S:1:momentum:R:3\nH 0 0 0\n")
     with pytest.raises(UserError, match="a.extxyz, line 2: .* no pos:R:3"):
         load_molecules(tmp_path / "a.extxyz")

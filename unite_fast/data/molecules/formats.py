@@ -17,8 +17,8 @@ QM9_COMMENT = re.compile(r"gdb\s+(\d+)\s")
 QM9_FIELDS = 17  # tag, index, A, B, C, mu, alpha, homo, lumo, gap, r2, zpve, U0, U, H, G, Cv
 QM9_GAP = 9
 QM9_TAIL = 3  # frequencies, two SMILES, two InChI
-# key=value, where a value with spaces stands in quotes
-EXTENDED_PAIR = re.compile(r"""([A-Za-z_]\w*)=(?:"([^"]*)"|'([^']*)'|(\S+))""")
+# key=value, where a value with spaces stands in quotes; the gap of homo-lumo-gap=0.2 is none in eV
+EXTENDED_PAIR = re.compile(r"""(?<!\S)([A-Za-z_]\w*)=(?:"([^"]*)"|'([^']*)'|(\S+))""")
 PLAIN_COLUMNS = "species:S:1:pos:R:3"
 
 
