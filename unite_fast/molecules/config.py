@@ -101,7 +101,7 @@ class MoleculeDataConfig(Section):
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")
     order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under it")
     orientation: Literal["random", "aligned"] = Field("random", description="random: every molecule is turned by a rotation drawn uniformly, anew in each step; aligned: once, into the frame of its first heavy atoms, which asks less of the generator")
-    strict: bool = Field(False, description="refuse molecules with unknown elements or too many atoms in place of leaving them out")
+    strict: bool = Field(False, description="refuse molecules with unknown elements, too many atoms or two in one place, and repetitions, in place of leaving them out")
     condition: Literal["gap"] | None = Field(None, description="property that labels a molecule, in model.num_classes bins of equal share; null: none")
 
 
