@@ -16,6 +16,13 @@ def test_the_configuration_reference_is_current():
     assert written == reference(), "run: python -m unite_fast.config_reference docs/configuration.md"
 
 
+def test_the_reference_states_every_bound():
+    rows = {line.split(" | ")[0]: line.split(" | ")[1] for line in reference().splitlines() if line.startswith("| `")}
+    assert rows["| `clip_norm`"] == "number > 0 or null"
+    assert rows["| `betas`"] == "[number ≥ 0 and < 1, number ≥ 0 and < 1]"
+    assert rows["| `seed`"] == "integer, ≥ 0, < 2,147,483,648"
+
+
 def test_every_key_of_the_shipped_configurations_is_documented():
     page = reference()
     for path in (ROOT / "configs").glob("*.json"):

@@ -30,6 +30,7 @@ MODALITIES = {
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _rising(interval: tuple[float, float]) -> tuple[float, float]:
@@ -219,7 +220,7 @@ class OptimizerConfig(Section):
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: Muon on matrices, AdamW on the rest; adamw: AdamW on all")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate at lr_batch; scales with the global batch")
     lr_batch: PositiveInt | None = Field(384, description="global batch that lr stands for; null uses lr as it is")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas")
     eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="AdamW epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled decay, AdamW and Muon alike")
     momentum: Fraction = Field(0.95, description="Muon momentum (Nesterov)")
@@ -262,7 +263,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")
-    checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step always saves")
+    checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step saves, too, and every one that sheets or metrics are made after")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
     compile: bool = Field(False, description="training passes under torch.compile: the first step takes minutes, the others less; needs a C++ compiler, not for ZeRO 3")
@@ -272,7 +273,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _lengths(self):
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+            raise ValueError("give exactly one of epochs and steps; null takes the other away")
         if sum(v is not None for v in (self.global_batch, self.micro_batch, self.accumulation)) < 2:
             raise ValueError("give two of global_batch, micro_batch and accumulation; the third follows")
         return self
@@ -324,7 +325,7 @@ class EvaluationConfig(Section):
     """What is measured at the end of a run and every so often."""
 
     every: PositiveInt | None = Field(None, description="optimizer steps between sample and reconstruction sheets; null: only at the end")
-    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class that small-data metrics judge at the end; 0 turns them off")
+    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class that small-data metrics judge, measured whenever metrics are; 0 turns them off. Beside gfid, is, kid, precision or recall they judge those of count")
     reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics and rfid, kid, precision, recall use, at most")
     metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="measured at the end beside psnr, ssim and l1, as unite-fast evaluate does")
     metrics_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="epochs between such measurements during training; null: only at the end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -63,13 +64,17 @@ def _section(name: str, section: type[Section]) -> str:
 
 
 def _type(field: Any) -> str:
-    limits = [
-        f"{sign} {getattr(part, attribute):g}"
-        for part in field.metadata
+    return ", ".join([_name(field.annotation), *_limits(field.metadata)])
+
+
+def _limits(metadata: Iterable[Any]) -> list[str]:
+    parts = [part for item in metadata for part in getattr(item, "metadata", [item])]
+    return [
+        f"{sign} {limit:,.10g}"
+        for part in parts
         for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
-        if getattr(part, attribute, None) is not None
+        if (limit := getattr(part, attribute, None)) is not None
     ]
-    return ", ".join([_name(field.annotation), *limits])
 
 
 def _name(annotation: Any) -> str:
@@ -79,7 +84,7 @@ def _name(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is typing.Annotated:
-        return _name(arguments[0])
+        return f"{_name(arguments[0])} {' and '.join(_limits(arguments[1:]))}".rstrip()
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"list of {_name(arguments[0])}"
     if origin is tuple:

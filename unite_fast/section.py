@@ -97,5 +97,9 @@ def _explain(section: type[Section], error: Any) -> str:
     if error["type"] == "value_error":
         return f"  {key}: {message}" if key else f"  {message}"
     if error["type"] == "missing":
+        if isinstance(error["loc"][-1], int):
+            return f"  {'.'.join(location[:-1])}: number {error['loc'][-1] + 1} of the list is missing"
         return f"  {key}: required key is missing"
+    if error["type"] == "tuple_type":
+        message = f"must be a JSON list, which a shell wants in quotes: '{key}=[…]'"
     return f"  {key}: {message} (got {error['input']!r})"
