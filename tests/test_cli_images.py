@@ -1,6 +1,7 @@
 """reconstruct and tokenize: what they compute, how files come to fit, and files that cannot be read."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -220,6 +221,14 @@ def test_output_that_cannot_be_written(folder, tmp_path, capsys):
         assert mistake(capsys, "tokenize", *base, out).startswith(f"cannot write {out}: ")
         assert mistake(capsys, "reconstruct", *base, tmp_path / "out").startswith("cannot write picture")
     assert not out.exists() and list(tmp_path.glob("*.tmp")) == []
+
+
+def test_tokenize_asks_for_its_folder_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "x.png", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("unite_fast.evaluation.generation.encode", Mock(side_effect=AssertionError("encoded")))
+    says = mistake(capsys, "tokenize", "--run", folder, tmp_path / "x.png", "--out", tmp_path / "file" / "l.safetensors")
+    assert says.startswith("cannot write the latents into ") and "Give --out a file" in says
 
 
 def test_a_diverged_model_is_named_as_such(tmp_path, capsys):

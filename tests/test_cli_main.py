@@ -183,4 +183,4 @@ def test_train_says_where_the_data_is_missing(configuration, tmp_path, capsys):
     says = mistake(
         capsys, "train", "--config", configuration, "--set", f"runs={tmp_path}", "objective.lpips.weight=0", *sizes
     )
-    assert says.startswith("data folder nowhere does not exist")
+    assert says.startswith("data.path: there is no nowhere in ")

@@ -8,6 +8,8 @@ import torch
 from cli_toy import CLASSES, MADE_BY, SAMPLING, SIDE, mistake, read, run, save_toy, small_disk, toy_model
 
 from unite_fast import generate
+from unite_fast.cli.sample import _classes
+from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import SAMPLE_STREAM
 from unite_fast.flow import sampling
 from unite_fast.replacing import replacing
@@ -106,6 +108,11 @@ def test_a_name_comes_before_an_index(tmp_path):
     save_toy(tmp_path / "model", MADE_BY | {"class_names": ["2", "1", "0"]})
     record, _ = _sample(tmp_path / "model", tmp_path / "out", "--classes", "0", "--count", 1)
     assert record["classes"] == [{"index": 2, "name": "0"}]
+
+
+def test_a_number_is_not_taken_for_a_misspelt_name():
+    with pytest.raises(UserError, match="no class '12'; valid: indices 0 to 9, names such as '0'"):
+        _classes("12", [str(digit) for digit in range(10)], 10)
 
 
 def test_without_names_and_defaults_on_record(tmp_path):

@@ -57,6 +57,7 @@ def test_shipped_configurations_are_valid(path):
         (merged(optimizer={"betas": [0.9, 1.0]}), ["optimizer.betas.1", "less than 1"]),
         (merged(optimizer={"betas": [0.9]}), ["optimizer.betas: number 2 of the list is missing"]),
         (merged(evaluation={"metrics": ["fid"]}), ["evaluation.metrics", "'gfid'"]),
+        (merged(evaluation={"samples_per_class": 1}, data={"val_path": "v"}), ["samples_per_class is 1", "two images"]),
         (merged(evaluation={"metrics": "[gfid]"}), ["JSON list", "in quotes: 'evaluation.metrics=[…]' (got '[gfid]')"]),
         ({"train": MINIMAL["train"]}, ["data", "required"]),
         ({**MINIMAL, "name": "../escape"}, ["name"]),

@@ -21,7 +21,7 @@ from unite_fast import load
 from unite_fast.engine import checkpoint, report
 from unite_fast.engine.loop import Run, train
 from unite_fast.engine.meter import latent_statistics
-from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch
+from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
 
@@ -258,7 +258,8 @@ def test_signals_save_and_exit_cleanly(folder, number):
         ({"train": {"device": "cuda"}}, ["train.device"]),
         ({"train": {"global_batch": 5, "accumulation": 2}}, ["5", "2"]),
         ({"objective": {"lpips": {"weight": 1.0, "vgg": "none.pth"}}}, ["none.pth", "objective.lpips.weight = 0"]),
-        ({"data": {"val_path": "missing_val"}}, ["missing_val"]),
+        ({"data": {"val_path": "missing_val"}}, ["data.val_path: there is no missing_val in /"]),
+        ({"data": {"path": "/missing_data"}}, ["data.path: there is no /missing_data: "]),
     ],
 )
 def test_mistakes_end_in_one_sentence_before_the_first_step(folder, sections, words, monkeypatch):
@@ -275,9 +276,26 @@ def test_a_run_folder_that_cannot_be_made(folder):
         train(config(folder, runs=str(folder / "train" / "class_0" / "000.png")))
 
 
+def test_missing_data_are_said_before_memory_is_measured(folder, monkeypatch):
+    monkeypatch.setattr("unite_fast.engine.loop.fit", Mock(side_effect=AssertionError("measured")))
+    auto = {"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}
+    for key in ("path", "val_path"):
+        with pytest.raises(UserError, match=f"data.{key}"):
+            train(config(folder, train=auto, data={key: str(folder / "missing")}))
+
+
 def test_micro_batch_auto_runs(folder):
     run = train(config(folder, train={"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}))
     assert checkpoint.latest_step(run) == 2
+
+
+def test_a_minute_that_is_left_is_not_sixty_seconds(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    line = ProgressLine(2, 0, enabled=True)
+    now[0] = 119.7
+    line.advance(1, {"images_per_second": 8.0})
+    assert "left 2:00" in capsys.readouterr().err
 
 
 def test_latent_statistics_and_the_collapse_watch():

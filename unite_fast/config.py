@@ -376,6 +376,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self):
+        if self.evaluation.samples_per_class == 1:
+            raise ValueError("evaluation.samples_per_class is 1, and small-data metrics need two images a class at least")
         if self.evaluation.samples_per_class and self.data.val_path is None:
             raise ValueError(
                 "evaluation.samples_per_class judges against held-out images: set data.val_path, or set it to 0"

@@ -18,6 +18,7 @@ from unite_fast.cli.console import (
     BatchOption, Device, DeviceOption, SeedOption, explain_memory, out, pick_device, plain, progress, warn,
 )  # fmt: skip
 from unite_fast.errors import UserError
+from unite_fast.writable import require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +202,9 @@ def tokenize(
     """
     if out_file.suffix != ".safetensors":
         raise UserError(f"--out {out_file}: the name must end in .safetensors")
+    if out_file.is_dir():
+        raise UserError(f"--out {out_file} is a folder: give the name of a file in it")
+    require_writable(out_file.parent, "the latents", "Give --out a file in a folder that takes some.")
 
     special, trained = _special(run)
     if special is not None:

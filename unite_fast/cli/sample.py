@@ -214,7 +214,8 @@ def _classes(text: str | None, names: list[str] | None, num_classes: int) -> lis
         elif word.isascii() and word.isdigit() and int(word) < num_classes:
             chosen.append(int(word))
         else:
-            near = difflib.get_close_matches(word, by_name, n=1)
+            # Of digits no other number is meant, though it may be a name, as of a data set of digits.
+            near = [] if word.isdigit() else difflib.get_close_matches(word, by_name, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid: indices 0 to {num_classes - 1}"
             if by_name and not near:
                 hint += f", names such as {next(iter(by_name))!r}"

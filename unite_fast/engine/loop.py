@@ -80,6 +80,7 @@ class Run:
             raise UserError(
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
+        _require_data(config)
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
         check_fp8(config, world.device)
@@ -303,3 +304,14 @@ class Run:
             + (", or train with train.precision = fp32" if autocast_dtype(self.config, self.world.device) else "")
             + ", and --resume"
         )
+
+
+def _require_data(config: Config) -> None:
+    """Raise a UserError for data that are not there, before minutes of measuring what fits into memory."""
+    for key in ("path", "val_path"):
+        path = getattr(config.data, key, None)
+        if path is not None and not Path(path).exists():
+            raise UserError(
+                f"data.{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
+                + ": set it to where the data are, or put them there"
+            )

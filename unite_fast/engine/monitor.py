@@ -200,8 +200,8 @@ class ProgressLine:
         now = time.monotonic()
         if self._enabled and text and (now - self._printed >= self._seconds or step == self._total):
             self._printed = now
-            left = (now - self._began) / max(1, step - self._first) * (self._total - step)
-            self._console.print(f"step {step}/{self._total}  {text}  left {left // 60:.0f}:{left % 60:02.0f}")
+            left = round((now - self._began) / max(1, step - self._first) * (self._total - step))
+            self._console.print(f"step {step}/{self._total}  {text}  left {left // 60}:{left % 60:02}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -185,9 +185,9 @@ def progress(
             now = time.monotonic()
             if now - printed >= SECONDS_BETWEEN_LINES:
                 printed, rate = now, done / (now - began)
-                left = (count - finished - done) / rate
+                left = round((count - finished - done) / rate)
                 text = f"{what}: {finished + done}/{count}  {rate:.1f} {unit}/s  left "
-                text += f"{left // 60:.0f}:{left % 60:02.0f}"
+                text += f"{left // 60}:{left % 60:02}"
                 console.print(text, highlight=False)
 
         yield say
