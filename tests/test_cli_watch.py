@@ -103,6 +103,15 @@ def test_finished_and_stopped(tmp_path, capsys):
     assert "stopped" in text and "the run has ended early; --resume continues it" in text and " left" not in text
 
 
+def test_a_run_whose_trainer_has_ended_is_stopped_at_once(tmp_path, capsys):
+    folder = folder_of(tmp_path / "run", [record(step) for step in range(1, 61)])
+    (folder / ".lock").write_text("process 1 on here\n")
+    assert "training" in shown(capsys, folder)
+    (folder / ".lock").write_text("")
+    text = shown(capsys, folder)
+    assert "stopped" in text and "the run has ended early" in text and " left" not in text
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

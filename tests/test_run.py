@@ -24,6 +24,7 @@ from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
+from unite_fast.records import open_run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
 
@@ -245,6 +246,7 @@ def test_signals_save_and_exit_cleanly(folder, number):
     assert f"stopped by {number.name}" in messages and "Traceback" not in messages
     saved = checkpoint.latest(folder / "runs" / "run")
     assert saved is not None and checkpoint.step_of(saved) > 0
+    assert open_run(folder / "runs" / "run").state() == "stopped"
     tensors(saved)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unite_fast.errors import UserError
 
 METRICS, SESSIONS, CONFIG, SUMMARY = "metrics.jsonl", "sessions.jsonl", "config.json", "summary.json"
 EVALUATIONS = "evaluations"
+LOCK = ".lock"  # says who trains in the folder, and is empty after a trainer that ended by itself
 # A run that has not logged for ten of its own intervals, and at least for this long, counts as stopped: a checkpoint
 # of XL takes about a minute to write, sheets of samples take several.
 SILENT_SECONDS = 600.0
@@ -111,6 +113,9 @@ class RunFolder:
         times = [value for record in self.metrics[-2:] if (value := number(record.get("time")))]
         if not times:
             return "starting"
+        with suppress(OSError):
+            if (self.path / LOCK).stat().st_size == 0:
+                return "stopped"
         interval = times[-1] - times[0]
         silent = (time.time() if now is None else now) - times[-1]
         return "stopped" if silent > max(SILENT_SECONDS, 10 * interval) else "training"

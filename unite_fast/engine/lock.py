@@ -12,8 +12,8 @@ from pathlib import Path
 
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.records import LOCK
 
-LOCK = ".lock"
 # Of file systems without locks, some network and parallel ones: there the folder is not guarded.
 UNGUARDED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -43,6 +43,7 @@ def sole_trainer(folder: Path, world: World) -> Iterator[None]:
         if held is not None:
             file, made = held
             with suppress(OSError):
+                os.ftruncate(file, 0)  # for who watches the run: nobody trains in it any more
                 if os.listdir(folder) == [LOCK]:
                     (folder / LOCK).unlink()
                     for empty in made:
