@@ -119,6 +119,17 @@ def test_resume_is_exact_to_the_bit(folder, options):
     assert [record["step"] for record in records] == [1, 5, 10, 11, 15, 20]
 
 
+def test_tensorboard_keeps_what_was_written_at_the_step_that_a_run_continues_from(folder):
+    logs = {"evaluation": {"metrics_epochs": 0.01}, "train": {"steps": 3, "log_every": 1, "checkpoint_every": 2}}
+    run = train(config(folder, **logs))
+    (run / "checkpoints" / "step_00000003").rename(run / "checkpoints" / "gone")
+    train(config(folder, **logs), resume=True)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in board.Scalars("evaluation/psnr")] == [1, 2]
+
+
 def test_a_run_that_is_further_than_its_configuration_is_not_said_to_be_at_its_end(folder, capsys):
     data = {"val_path": str(folder / "val")}
     run = train(config(folder, train={"steps": 6}, data=data))

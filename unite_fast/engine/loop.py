@@ -80,10 +80,10 @@ class Run:
             raise UserError(
                 "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
             )
-        _require_data(config)
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
         check_fp8(config, world.device)
+        _require_data(config)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)

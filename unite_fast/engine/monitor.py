@@ -72,7 +72,8 @@ class Records:
         self._keep_before(first_step)
         try:
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step or None)
+            # TensorBoard drops this step and what follows it.
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
         self._wandb = None if config.train.wandb is None else _wandb_run(folder, config)
