@@ -90,6 +90,16 @@ def test_fused_operators_compute_the_same_maps(files):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
+def test_convolutions_of_another_order_of_memory_serve(files, monkeypatch):
+    """PyTorch's own on CUDA, which take over where cuDNN is switched off, do not keep channels last."""
+    model, image, convolve = configured(files).to(DEVICE), torch.rand(1, 3, 16, 16, device=DEVICE), F.conv2d
+    with on_backend("triton"):
+        expected = model.features(image)
+        monkeypatch.setattr(F, "conv2d", lambda *given, **named: convolve(*given, **named).contiguous())
+        found = model.features(image)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_convolutions_are_told_their_bias_where_it_costs_nothing(files, monkeypatch, backend):
     model, biases = configured(files).to(DEVICE), []

@@ -156,7 +156,9 @@ def _product(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     operator there, the bias made LPIPS 3 % slower.
     """
     if use_triton(x):
-        return F.conv2d(x, convolution.weight, padding=1), convolution.bias
+        product = F.conv2d(x, convolution.weight, padding=1)
+        # cuDNN keeps the order of memory; with torch.backends.cudnn.enabled = False PyTorch's own convolution does not.
+        return product.contiguous(memory_format=torch.channels_last), convolution.bias
     return convolution(x), None
 
 
