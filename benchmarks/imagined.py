@@ -174,7 +174,7 @@ class Watch(TorchDispatchMode):
             self.moved[operator.name()] += _bytes(operator, args, kwargs, found)
         return found
 
-    def _inside(self, operator, own: CustomOpDef, args, kwargs):
+    def _inside(self, operator, own: Callable, args, kwargs):
         """Run the operator's CUDA implementation, with launches in place of kernels, and check its shape function."""
         promised = operator(*args, **kwargs)
 
@@ -193,7 +193,7 @@ class Watch(TorchDispatchMode):
         from triton.runtime.interpreter import InterpretedFunction
 
         with mock.patch.object(InterpretedFunction, "run", launch), self:
-            found = own._init_fn(*args, **kwargs)
+            found = own(*args, **kwargs)
         if self.launches[operator.name()]:
             self.moved[operator.name()] += _bytes(operator, args, kwargs, found)
         for ours, theirs in zip(tree_leaves(found), tree_leaves(promised), strict=True):
@@ -314,11 +314,13 @@ def _convolution_format(image: Tensor, weight: Tensor, backend: Any) -> torch.me
 
 
 @functools.cache
-def _own_operators() -> dict[str, CustomOpDef]:
-    """The operators of unite_kernels by their name in torch.ops, with their CUDA implementations."""
+def _own_operators() -> dict[str, Callable]:
+    """The operators of unite_kernels by their name in torch.ops, with what launches their kernels."""
     modules = [importlib.import_module(f"{uk.__name__}.{name}") for name in (*FAMILIES, "adaln", "optim")]
-    found = [value for module in modules for value in vars(module).values() if isinstance(value, CustomOpDef)]
-    return {operator._qualname: operator for operator in found}
+    found = [value for module in modules for value in vars(module).values()]
+    launchers = {value.registered: value.compute for value in found if isinstance(value, uk.dispatch.Operator)}
+    launchers |= {value: value._init_fn for value in found if isinstance(value, CustomOpDef)}
+    return {operator._qualname: launcher for operator, launcher in launchers.items()}
 
 
 def _described(argument: Any) -> int | float | str | None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import adaln_kernels, cpu
 from .dispatch import (
-    NAMESPACE,
     check_contiguous,
     check_device,
     check_eps,
@@ -24,6 +23,7 @@ from .dispatch import (
     check_like,
     check_parameter,
     check_tensors,
+    operator,
     use_triton,
 )
 from .rms import unit_rms
@@ -80,7 +80,7 @@ def adaln_reference(x, branch, gate, closing_weight, weight, bias, shift, scale,
     return residual, normed.to(dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adaln", mutates_args=())
+@operator("adaln")
 def _operator(
     x: Tensor,
     branch: Tensor | None,
@@ -107,7 +107,7 @@ def _(x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, long
     return x.new_empty(0) if branch is None else torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::adaln_backward", mutates_args=())
+@operator("adaln_backward")
 def _backward_operator(
     grad_residual: Tensor | None,
     grad_normed: Tensor,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import device_of
+from .dispatch import cdiv, device_of, next_power_of_2
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -48,7 +48,7 @@ SUM_COLUMNS, SUM_CHUNKS = 64, 16
 
 def launch_of(width: int) -> Launch:
     """The launch of rows of this width."""
-    block = max(64, triton.next_power_of_2(width))
+    block = max(64, next_power_of_2(width))
     warps = max(1, block // 256)
     return Launch(block, warps, max(1, 16 * 32 * warps // block), max(1, 8 * 32 * warps // block))
 
@@ -291,7 +291,7 @@ def forward(
     normed = torch.empty_like(x)
     launch = launch_of(width)
     chunk = max(FORWARD_CHUNK, launch.forward_rows)
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = cdiv(tokens, chunk)
     if normed.numel():
         with device_of(x):
             _forward_kernel[(batch * chunks,)](
@@ -314,7 +314,7 @@ def backward(
     batch, tokens, width = _sizes(x, offsets, longest)
     launch = launch_of(width)
     chunk = max(backward_chunk(batch, tokens), launch.backward_rows)
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = cdiv(tokens, chunk)
     offset = bias is not None or shift is not None
     parts = 1 + (gate is not None) + (closing_weight is not None) + offset
     grad_x = torch.empty_like(x)
@@ -335,7 +335,7 @@ def backward(
                 CHUNK=chunk, num_warps=launch.warps,
             )  # fmt: skip
         if batch and scale is not None:
-            _sum_kernel[(batch * triton.cdiv(width, SUM_COLUMNS),)](
+            _sum_kernel[(batch * cdiv(width, SUM_COLUMNS),)](
                 partials, weight, bias, scale, *terms, per_sample, chunks, width, _stride(scale),
                 CLOSING=closing_weight is not None, OFFSET=offset, PARTS=parts,
                 COLUMNS=SUM_COLUMNS, CHUNKS=SUM_CHUNKS, num_warps=4,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_floats, check_programs, device_of, use_triton
+from .dispatch import cdiv, check_contiguous, check_floats, check_programs, device_of, operator, use_triton
 from .philox import (
     Step,
     check_address,
@@ -94,7 +94,7 @@ def _backward_kernel(grad_z_t, t, grad_z, draws, batch, WIDTH: tl.constexpr, BLO
     tl.store(grad_z + sample.to(tl.int64) * WIDTH + element, total, mask=inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::flow_noise", mutates_args=())
+@operator("flow_noise")
 def _flow_noise(
     z: Tensor, step: Tensor, draws: int, seed: int, stream: int, logit_normal: bool, shift: float, first_draw: int
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def _flow_noise(
     if t.numel():
         # A sample without elements has a time all the same, hence at least one program a sample.
         with device_of(z):
-            _forward_kernel[(max(1, triton.cdiv(width, 4 * COUNTERS)), batch)](
+            _forward_kernel[(max(1, cdiv(width, 4 * COUNTERS)), batch)](
                 z, z_t, t, step, draws, batch, seed, stream, first_draw, shift,
                 WIDTH=width, LOGIT_NORMAL=logit_normal, COUNTERS=COUNTERS, num_warps=WARPS,
             )  # fmt: skip
@@ -116,14 +116,14 @@ def _(z, step, draws, seed, stream, logit_normal, shift, first_draw):
     return z.new_empty(draws, *z.shape), z.new_empty(draws, z.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::flow_noise_backward", mutates_args=())
+@operator("flow_noise_backward")
 def _flow_noise_backward(grad_z_t: Tensor, t: Tensor) -> Tensor:
     draws, batch, tokens, channels = grad_z_t.shape
     width = tokens * channels
     grad_z = grad_z_t.new_empty(batch, tokens, channels)
     if grad_z.numel():
         with device_of(t):
-            _backward_kernel[(triton.cdiv(width, BLOCK), batch)](
+            _backward_kernel[(cdiv(width, BLOCK), batch)](
                 grad_z_t.contiguous(), t, grad_z, draws, batch, WIDTH=width, BLOCK=BLOCK, num_warps=WARPS
             )
     return grad_z

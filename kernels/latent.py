@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import (
-    NAMESPACE,
+    cdiv,
     check_contiguous,
     check_device,
     check_eps,
@@ -19,6 +19,8 @@ from .dispatch import (
     check_tensors,
     device_of,
     first_derivatives,
+    next_power_of_2,
+    operator,
     use_triton,
 )
 from .specialisation import Specialisation
@@ -137,12 +139,12 @@ def _loss_kernel(
 
 def _grid(rows: int, channels: int) -> tuple[int, int, int]:
     """(programs, WIDTH, ROWS) of tiles that cover rows × channels."""
-    width = max(1, triton.next_power_of_2(channels))
+    width = max(1, next_power_of_2(channels))
     height = max(1, TILE // width)
-    return triton.cdiv(rows, height), width, height
+    return cdiv(rows, height), width, height
 
 
-@torch.library.custom_op(f"{NAMESPACE}::latent_norm_mix", mutates_args=())
+@operator("latent_norm_mix")
 def _mix(
     z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, t: Tensor, noise: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,7 @@ def _(z, weight, bias, mask, t, noise, eps):
     return torch.empty_like(z), torch.empty_like(z)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::latent_norm_mix_backward", mutates_args=())
+@operator("latent_norm_mix_backward")
 def _mix_backward(
     grad_z0: Tensor, grad_mixed: Tensor, z: Tensor, weight: Tensor, mask: Tensor, t: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,7 @@ def _backward_mix(ctx, grad_z0, grad_mixed):
 _mix.register_autograd(_backward_mix, setup_context=_save_mix)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::latent_norm_flow_loss", mutates_args=())
+@operator("latent_norm_flow_loss")
 def _flow_loss(
     pred: Tensor, z1: Tensor, t: Tensor, weight: Tensor, bias: Tensor,
     floor: float, weighting: bool, eps: float, gradients: bool,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .dispatch import (
     NAMESPACE,
+    cdiv,
     check_contiguous,
     check_device,
     check_floats,
@@ -155,7 +156,7 @@ def _table(columns: Sequence[Sequence[Tensor]], numbers: Sequence[float] = ()) -
     for tensors in zip(*columns, strict=True):
         elements, addresses = tensors[0].numel(), [tensor.data_ptr() for tensor in tensors]
         rows.append([programs, elements, *addresses])
-        programs += triton.cdiv(elements, CHUNK)
+        programs += cdiv(elements, CHUNK)
         aligned = aligned and not any(address % 16 for address in addresses)
     bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
     table = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), bits])

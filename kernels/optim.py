@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_eps, check_tensors
+from .dispatch import NAMESPACE, check_eps, check_tensors, operator
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -77,7 +77,7 @@ def newton_schulz_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else torch.float32
 
 
-@torch.library.custom_op(f"{NAMESPACE}::newton_schulz", mutates_args=())
+@operator("newton_schulz")
 def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
     x = g.to(newton_schulz_dtype(g))
     tall = g.shape[1] > g.shape[2]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_programs, device_of, use_triton
+from .dispatch import cdiv, check_programs, device_of, operator, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -148,12 +148,12 @@ COUNTERS = 512  # a program makes 2048 numbers, 16 a thread
 WARPS = 4
 
 
-@torch.library.custom_op(f"{NAMESPACE}::philox", mutates_args=())
+@operator("philox")
 def _philox(step: Tensor, seed: int, stream: int, first_draw: int, draws: int, count: int, normal: bool) -> Tensor:
     out = torch.empty(draws, count, device=step.device)
     if out.numel():
         with device_of(out):
-            _philox_kernel[(triton.cdiv(count, 4 * COUNTERS), draws)](
+            _philox_kernel[(cdiv(count, 4 * COUNTERS), draws)](
                 out, step, seed, stream, first_draw, count, NORMAL=normal, COUNTERS=COUNTERS, num_warps=WARPS
             )
     return out

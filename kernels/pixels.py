@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import (
-    NAMESPACE,
+    cdiv,
     check_contiguous,
     check_device,
     check_floats,
@@ -17,6 +17,8 @@ from .dispatch import (
     check_programs,
     check_tensors,
     device_of,
+    next_power_of_2,
+    operator,
     use_triton,
 )
 from .specialisation import Specialisation
@@ -87,11 +89,11 @@ def _patch_l1_backward_kernel(
     tl.store(grad_tokens + base + token, grad, mask=inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::patch_l1", mutates_args=())
+@operator("patch_l1")
 def _patch_l1(tokens: Tensor, images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     batch, _, height, width = images.shape
     image = _channels_last_like(images, tokens.dtype)
-    chunks = triton.cdiv(3 * height * width, PATCH_BLOCK)
+    chunks = cdiv(3 * height * width, PATCH_BLOCK)
     partial = tokens.new_empty(batch, chunks, dtype=torch.float32)
     if image.numel():
         with device_of(tokens):
@@ -106,7 +108,7 @@ def _(tokens, images, patch_size):
     return tokens.new_empty((), dtype=torch.float32), _channels_last_like(images, tokens.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::patch_l1_backward", mutates_args=())
+@operator("patch_l1_backward")
 def _patch_l1_backward(
     grad_loss: Tensor, grad_image: Tensor, image: Tensor, images: Tensor, patch_size: int
 ) -> Tensor:
@@ -114,7 +116,7 @@ def _patch_l1_backward(
     grad_tokens = image.new_empty(_token_shape(images, patch_size))
     if image.numel():
         with device_of(image):
-            _patch_l1_backward_kernel[(triton.cdiv(3 * height * width, PATCH_BLOCK), batch)](
+            _patch_l1_backward_kernel[(cdiv(3 * height * width, PATCH_BLOCK), batch)](
                 grad_loss, grad_image.contiguous(memory_format=torch.channels_last), image, images, grad_tokens,
                 1.0 / image.numel(), W=width, H=height, P=patch_size, BLOCK=PATCH_BLOCK, num_warps=WARPS,
             )  # fmt: skip
@@ -265,12 +267,12 @@ def _distance_backward_kernel(
 def _tiles(features: Tensor) -> tuple[int, int, int]:
     """(programs an image, WIDTH, ROWS) of tiles of pixels by channels."""
     _, channels, height, width = features.shape
-    padded = max(1, triton.next_power_of_2(channels))
+    padded = max(1, next_power_of_2(channels))
     rows = max(1, FEATURE_TILE // padded)
-    return triton.cdiv(height * width, rows), padded, rows
+    return cdiv(height * width, rows), padded, rows
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lpips_distance", mutates_args=())
+@operator("lpips_distance")
 def _distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = a.shape
     programs, padded, rows = _tiles(a)
@@ -289,7 +291,7 @@ def _(a, b, weight):
     return a.new_empty(a.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::lpips_distance_backward", mutates_args=())
+@operator("lpips_distance_backward")
 def _distance_backward(
     grad: Tensor, a: Tensor, b: Tensor, weight: Tensor, for_a: bool, for_b: bool
 ) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from . import cpu
 from .dispatch import (
-    NAMESPACE,
+    cdiv,
     check_contiguous,
     check_eps,
     check_floats,
     check_parameter,
     check_tensors,
     device_of,
+    next_power_of_2,
+    operator,
     use_triton,
 )
 from .rms import unit_rms
@@ -151,7 +153,7 @@ def _backward_kernel(
 
 
 def _blocks(heads: int, width: int, tile: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     return {"H": heads, "D": width, "BLOCK_D": padded, "ROWS": tile // padded}
 
 
@@ -162,7 +164,7 @@ def _forward(qkv, q_weight, k_weight, cos, sin, unrotated, eps, out, k_out=None,
     rows = batch * tokens * heads
     if rows:
         with device_of(qkv):
-            _forward_kernel[(triton.cdiv(rows, blocks["ROWS"]),)](
+            _forward_kernel[(cdiv(rows, blocks["ROWS"]),)](
                 qkv, q_weight, k_weight, cos, sin, out, k_out, v_out, rows, tokens, unrotated, eps,
                 **blocks, num_warps=WARPS,
             )  # fmt: skip
@@ -173,7 +175,7 @@ def _apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope", mutates_args=())
+@operator("qk_norm_rope")
 def _qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
 ) -> Tensor:
@@ -187,7 +189,7 @@ def _(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     return torch.empty_like(qkv)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_apart", mutates_args=())
+@operator("qk_norm_rope_apart")
 def _qk_norm_rope_apart(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, unrotated: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +203,7 @@ def _(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     return _apart(qkv)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rope_backward", mutates_args=())
+@operator("qk_norm_rope_backward")
 def _qk_norm_rope_backward(
     grads: list[Tensor],
     qkv: Tensor,
@@ -216,7 +218,7 @@ def _qk_norm_rope_backward(
     batch, tokens, _, heads, width = qkv.shape
     blocks = _blocks(heads, width, BACKWARD_TILE)
     rows = batch * tokens * heads
-    programs = triton.cdiv(rows, blocks["ROWS"] * STEPS)
+    programs = cdiv(rows, blocks["ROWS"] * STEPS)
     grad_qkv = torch.empty_like(qkv)
     partials = qkv.new_empty(programs, 2, width, dtype=torch.float32)
     if rows:

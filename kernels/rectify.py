@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_floats, check_parameter, device_of, use_triton
+from .dispatch import cdiv, check_floats, check_parameter, device_of, next_power_of_2, operator, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -177,7 +177,7 @@ def _store(grad_x, inside, value, grad):
 
 
 def _blocks(channels: int) -> dict[str, int]:
-    block = min(TILE, triton.next_power_of_2(channels))
+    block = min(TILE, next_power_of_2(channels))
     return {"C": channels, "BLOCK_C": block, "ROWS": TILE // block}
 
 
@@ -185,18 +185,18 @@ def _launch(x: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     """Grid, rows (pixels) and constants for one map."""
     batch, channels, height, width = x.shape
     blocks, rows = _blocks(channels), batch * height * width
-    return (triton.cdiv(rows, blocks["ROWS"]) * triton.cdiv(channels, blocks["BLOCK_C"]),), rows, blocks
+    return (cdiv(rows, blocks["ROWS"]) * cdiv(channels, blocks["BLOCK_C"]),), rows, blocks
 
 
 def _pool_launch(x: Tensor) -> tuple[tuple[int], int, int, dict[str, int]]:
     """Grid, height, width and constants for a map and its pool."""
     batch, channels, height, width = x.shape
     blocks = _blocks(channels)
-    lines, across = batch * triton.cdiv(height, 2), triton.cdiv(width, 2 * blocks["ROWS"])
-    return (lines * across * triton.cdiv(channels, blocks["BLOCK_C"]),), height, width, blocks
+    lines, across = batch * cdiv(height, 2), cdiv(width, 2 * blocks["ROWS"])
+    return (lines * across * cdiv(channels, blocks["BLOCK_C"]),), height, width, blocks
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_relu", mutates_args=())
+@operator("bias_relu")
 def _bias_relu(x: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     if out.numel():
@@ -211,7 +211,7 @@ def _(x, bias):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_relu_backward", mutates_args=())
+@operator("bias_relu_backward")
 def _bias_relu_backward(grad: Tensor, out: Tensor) -> Tensor:
     grad_x = torch.empty_like(out)
     if grad_x.numel():
@@ -250,7 +250,7 @@ def _with_bias(ctx, grad_x: Tensor) -> tuple[Tensor, Tensor | None]:
 _bias_relu.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_relu_max_pool", mutates_args=())
+@operator("bias_relu_max_pool")
 def _bias_relu_max_pool(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     out, pooled = torch.empty_like(x), _empty_pool(x)
     if out.numel():
@@ -265,7 +265,7 @@ def _(x, bias):
     return torch.empty_like(x), _empty_pool(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_relu_max_pool_backward", mutates_args=())
+@operator("bias_relu_max_pool_backward")
 def _bias_relu_max_pool_backward(grad: Tensor | None, grad_pooled: Tensor, out: Tensor) -> Tensor:
     grad_x = torch.empty_like(out)
     if grad_x.numel():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_contiguous, check_programs, check_tensors, device_of, upload, use_triton
+from .dispatch import cdiv, check_contiguous, check_programs, check_tensors, device_of, operator, upload, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -183,7 +183,7 @@ def _pass_kernel(source, target, table, firsts, weights, FIELDS: tl.constexpr, B
     tl.store(target + element, value.to(tl.uint8), mask=inside)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::centre_crop", mutates_args=())
+@operator("centre_crop")
 def _centre_crop(
     pixels: Tensor, table: Tensor, firsts: Tensor, weights: Tensor, side: int, scratch: int, blocks: list[int]
 ) -> Tensor:
@@ -244,7 +244,7 @@ class _Tables:
         depth = max(map(len, rows), default=0)
         idle = [0, 0, 0, 0, 0, 1, 1, 0, 0, 0]
         table = [[row[number] if number < len(row) else idle for row in rows] for number in range(depth)]
-        self.blocks = [triton.cdiv(max(row[4] for row in level), BLOCK) for level in table]
+        self.blocks = [cdiv(max(row[4] for row in level), BLOCK) for level in table]
         self.table = torch.tensor(table, dtype=torch.int64).view(depth, len(sizes), FIELDS)
 
     def _place(self, part: Pass) -> tuple[int, int]:

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .dispatch import NAMESPACE, check_contiguous, check_floats, check_parameter, device_of, use_triton
+from .dispatch import (
+    cdiv,
+    check_contiguous,
+    check_floats,
+    check_parameter,
+    device_of,
+    next_power_of_2,
+    operator,
+    use_triton,
+)
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -113,11 +122,11 @@ def _launch(x: Tensor, steps: int) -> tuple[tuple[int, int], int, dict[str, int]
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)
     blocks = _blocks(width, steps)
-    return (triton.cdiv(rows, blocks["ROWS"] * steps), triton.cdiv(width, blocks["BLOCK_F"])), rows, blocks
+    return (cdiv(rows, blocks["ROWS"] * steps), cdiv(width, blocks["BLOCK_F"])), rows, blocks
 
 
 def _blocks(width: int, steps: int) -> dict[str, int]:
-    block = min(TILE, triton.next_power_of_2(width))
+    block = min(TILE, next_power_of_2(width))
     return {"F": width, "BLOCK_F": block, "ROWS": TILE // block, "STEPS": steps}
 
 
@@ -129,7 +138,7 @@ def _backward_steps(x: Tensor) -> int:
     return steps
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
+@operator("swiglu")
 def _swiglu(x: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if out.numel():
@@ -144,7 +153,7 @@ def _(x, bias):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _swiglu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradient of the bias or empty)."""
     grad_x = torch.empty_like(x)

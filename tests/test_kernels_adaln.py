@@ -206,7 +206,7 @@ def test_opcheck_of_spans():
     )
     x, branch = (normal(1, 9, 12, seed=seed).requires_grad_() for seed in (1, 2))
     offsets = torch.tensor([0, 4, 5, 9], dtype=torch.int32, device=DEVICE)
-    opcheck(_operator, (x, branch, gate, None, weight, None, shift, scale, offsets, 4, EPS, False))
+    opcheck(_operator.registered, (x, branch, gate, None, weight, None, shift, scale, offsets, 4, EPS, False))
 
 
 @pytest.mark.parametrize(
@@ -241,10 +241,10 @@ def test_opcheck(form):
     given = dict(zip(names.split(), inputs_of(names, (2, 3, 12), torch.float32), strict=True))
     tensors = [given[name].requires_grad_() if name in given else None for name in order]
     layer = "layer" in form
-    opcheck(_operator, (*tensors, None, 0, EPS, layer))
+    opcheck(_operator.registered, (*tensors, None, 0, EPS, layer))
     grad = normal(2, 3, 12, seed=3)
     tensors = [None if x is None else x.detach() for x in tensors]
-    opcheck(_backward_operator, (grad if "branch" in given else None, grad, *tensors, None, 0, EPS, layer))
+    opcheck(_backward_operator.registered, (grad if "branch" in given else None, grad, *tensors, None, 0, EPS, layer))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -270,7 +270,7 @@ def test_operators_pass_opcheck():
         (_mix_backward, (noise, noise, z.detach(), weight.detach(), mask, t, 1e-5)),
         (_flow_loss, (pred.clone().requires_grad_(), z, times, weight, bias, 0.05, True, 1e-5, True)),
     ):
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.registered, arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

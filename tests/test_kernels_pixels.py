@@ -152,7 +152,7 @@ def test_operators_pass_opcheck():
         (_distance, (a.clone().requires_grad_(), b.clone().requires_grad_(), weight)),
         (_distance, (a, b.clone().requires_grad_(), weight)),
     ):
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.registered, arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

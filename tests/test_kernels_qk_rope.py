@@ -132,10 +132,10 @@ def test_opcheck():
     inputs = inputs_of((2, 3, 2, 8), torch.float32)
     rest = (*tables(3, 8), 1, EPS)
     grad = normal(2, 3, 3, 2, 8, seed=9)
-    opcheck(_qk_norm_rope_backward, ([grad], *inputs, *rest))
-    opcheck(_qk_norm_rope_backward, (list(grad.unbind(2)), *inputs, *rest))
+    opcheck(_qk_norm_rope_backward.registered, ([grad], *inputs, *rest))
+    opcheck(_qk_norm_rope_backward.registered, (list(grad.unbind(2)), *inputs, *rest))
     for operator in (_qk_norm_rope, _qk_norm_rope_apart):
-        opcheck(operator, (*(x.requires_grad_() for x in inputs), *rest))
+        opcheck(operator.registered, (*(x.requires_grad_() for x in inputs), *rest))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

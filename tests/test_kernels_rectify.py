@@ -148,7 +148,7 @@ def test_opcheck():
         (_bias_relu_max_pool_backward, (x, maps(2, 5, 1, 2), out)),
         (_bias_relu_max_pool_backward, (None, maps(2, 5, 1, 2), out)),
     ):
-        opcheck(operator, arguments)
+        opcheck(operator.registered, arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -101,7 +101,7 @@ def test_opcheck():
     pixels, sizes = batch([picture(20, 30), picture(9, 9)])
     tables = _Tables(sizes, 8, False)
     parts = (tables.table, torch.cat(tables.firsts), torch.cat(tables.weights))
-    opcheck(_centre_crop, (pixels, *(x.to(DEVICE) for x in parts), 8, tables.scratch, tables.blocks))
+    opcheck(_centre_crop.registered, (pixels, *(x.to(DEVICE) for x in parts), 8, tables.scratch, tables.blocks))
 
 
 @pytest.mark.parametrize(
