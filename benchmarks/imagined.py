@@ -129,8 +129,8 @@ class Watch(TorchDispatchMode):
         launches: how often each operator launches a kernel. Every operator of ATen that writes memory counts as one,
             though some launch two; those on lists of tensors count as PyTorch cuts them into launches, those of
             unite_kernels count the launches and the operators inside them.
-        moved: bytes that each operator reads and writes, every tensor once; of unite_kernels those that launch a kernel,
-            beside the operators inside them. What an operator of ATen passes over more than once, as cuDNN a
+        moved: bytes that each operator reads and writes, every tensor once; of unite_kernels those that launch a
+            kernel, beside the operators inside them. What an operator of ATen passes over more than once, as cuDNN a
             convolution's bias, is not seen.
         waits: copies between host and device, by the line of this repository that asks for them.
         kernels: what Triton's launcher was given, once for each kernel that it would compile.

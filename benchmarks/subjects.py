@@ -107,9 +107,8 @@ class CompiledPasses:
 
     def __init__(self, engine: Engine):
         self.backward = engine.backward
-        self.forward = AutocastForward(
-            engine.model, autocast_dtype(engine.config, engine.world.device), compiled_passes(engine.model, engine.config)
-        )
+        dtype = autocast_dtype(engine.config, engine.world.device)
+        self.forward = AutocastForward(engine.model, dtype, compiled_passes(engine.model, engine.config))
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
         return self.forward(phase, **inputs)

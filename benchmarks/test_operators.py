@@ -22,7 +22,9 @@ from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_sc
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.model.blocks import swiglu_hidden
 from unite_kernels.adaln import adaln_reference
+from unite_kernels.dispatch import aligned
 from unite_kernels.flow import flow_noise_reference
 from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mix_reference
 from unite_kernels.philox import normals
@@ -148,7 +150,8 @@ def layer_norm(*, added: bool) -> Callable:
 
 def swiglu(stream: Stream) -> Case:
     batch, tokens, width, _ = stream
-    hidden = 8 * width // 3
+    hidden = swiglu_hidden(width)
+    hidden = aligned(hidden) if ON_GPU else hidden
     x = normal(batch, tokens, 2 * hidden)
     # Forward: 2F read, F written. Backward: F and 2F read, 2F written.
     floor = {FORWARD: 3 * size(x) // 2, BACKWARD: 5 * size(x) // 2}

@@ -64,8 +64,8 @@ def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str,
 def warmed(trainers: Trainers, steps: dict, sizes: dict[str, int]) -> dict[str, tuple]:
     """Batches of these sizes, after two steps of each contender on its own.
 
-    A compiled contender may need more memory than the eager one whose size it was given: it takes the next smaller ones,
-    in `sizes`, until it fits.
+    A compiled contender may need more memory than the eager one whose size it was given: it takes the next smaller
+    ones, in `sizes`, until it fits.
     """
     batches = {}
     for who, step in steps.items():

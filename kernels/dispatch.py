@@ -158,6 +158,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def aligned(width: int) -> int:
+    """The least multiple of 16 from a width on: rows of it can be loaded into tensor cores.
+
+    In a 2-byte dtype that is whole 32-byte sectors of memory, and twice what TMA asks for (CUDA driver API,
+    cuTensorMapEncodeTiled: strides are multiples of 16 bytes).
+    """
+    return cdiv(width, 16) * 16
+
+
 class _Refused(torch.autograd.Function):
     """A gradient as it is, which hangs on `links` and whose own backward pass raises."""
 

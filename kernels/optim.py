@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NAMESPACE, check_eps, check_tensors, operator
+from .dispatch import NAMESPACE, aligned, check_eps, check_tensors, operator
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -80,7 +81,10 @@ def newton_schulz_dtype(x: Tensor) -> torch.dtype:
 @operator("newton_schulz")
 def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
     x = g.to(newton_schulz_dtype(g))
-    tall = g.shape[1] > g.shape[2]
+    columns = g.shape[2]
+    if g.is_cuda and aligned(columns) != columns:
+        x = F.pad(x, (0, aligned(columns) - columns))  # zeros stay zeros
+    tall = g.shape[1] > columns
     if tall:
         x = x.mT  # the Gram matrix is then the smaller of the two
     with torch.autocast(g.device.type, enabled=False):
@@ -96,8 +100,8 @@ def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Ten
                 x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=last * A, alpha=last)
         if not steps:
             x = x * scale
-    # Turned and cast in one copy.
-    return (x.mT if tall else x).to(g.dtype, memory_format=torch.contiguous_format).contiguous()
+    # Turned, cut and cast in one copy.
+    return (x.mT if tall else x)[..., :columns].to(g.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @_newton_schulz.register_fake

@@ -191,20 +191,17 @@ _swiglu.register_autograd(_backward, setup_context=_save)
 
 
 def aot_specialisations() -> list[Specialisation]:
-    """bfloat16 at the hidden widths int(8C/3) of C = 768, 1024 and 1152, without a bias and with a float32 one."""
+    """bfloat16, without a bias and with a float32 one, at the hidden widths int(8C/3) of C = 768, 1024 and 1152, the
+    second with zeros up to a multiple of 16, without which no access could be wider than 4 bytes.
+    """
     found = []
-    for width in (2048, 2730, 3072):
-        # Rows of 2730 start at any even element, so no access may be wider than two of them.
-        widest = 16 if width % 8 == 0 else 4
+    for width in (2048, 2736, 3072):
         for form, name, kernel, steps, registers, pointers in (
             ("swiglu", "forward", _forward_kernel, 1, 40, ("x", "out")),
             ("swiglu", "backward", _backward_kernel, 1, 40, ("grad", "x", "grad_x")),
             ("bias_swiglu", "forward", _forward_kernel, FORWARD_STEPS, 64, ("x", "bias", "out")),
-            (
-                "bias_swiglu", "backward", _backward_kernel, BACKWARD_STEPS, 80 if widest == 16 else 120,
-                ("grad", "x", "bias", "grad_x", "partials"),
-            ),
-        ):  # fmt: skip
+            ("bias_swiglu", "backward", _backward_kernel, BACKWARD_STEPS, 80, ("grad", "x", "bias", "grad_x", "partials")),
+        ):
             absent = {name: None for name in ("bias", "partials") if name in kernel.arg_names and name not in pointers}
             types = {pointer: "*fp32" if pointer in ("bias", "partials") else "*bf16" for pointer in pointers}
             found.append(
@@ -216,8 +213,6 @@ def aot_specialisations() -> list[Specialisation]:
                     WARPS,
                     aligned=pointers,
                     max_registers=registers,
-                    load_bytes=widest,
-                    store_bytes=widest,
                 )
             )
     return found

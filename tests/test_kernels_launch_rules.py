@@ -64,11 +64,11 @@ LAUNCHES = {
     "rope apart backward": lambda: qk_rope._qk_norm_rope_backward(
         list(qkv.unbind(2)), qkv, head, head, table, table, 0, 1e-6
     ),
-    "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730), None),
-    "swiglu backward": lambda: swiglu._swiglu_backward(torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730), None),
-    "bias swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2730), torch.zeros(2 * 2730)),
+    "swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2736), None),
+    "swiglu backward": lambda: swiglu._swiglu_backward(torch.zeros(3, 70, 2736), torch.zeros(3, 70, 2 * 2736), None),
+    "bias swiglu": lambda: swiglu._swiglu(torch.zeros(3, 70, 2 * 2736), torch.zeros(2 * 2736)),
     "bias swiglu backward": lambda: swiglu._swiglu_backward(
-        torch.zeros(3, 70, 2730), torch.zeros(3, 70, 2 * 2730), torch.zeros(2 * 2730)
+        torch.zeros(3, 70, 2736), torch.zeros(3, 70, 2 * 2736), torch.zeros(2 * 2736)
     ),
     "flow": lambda: flow._flow_noise(z, torch.zeros((), dtype=torch.int64), 2, 1, 0, True, 0.5, 0),
     "flow backward": lambda: flow._flow_noise_backward(torch.zeros(2, *z.shape), torch.zeros(2, 3)),

@@ -20,6 +20,8 @@ from unite_fast.analysis.update import flow_passes, network_of, reads, trained_w
 from unite_fast.config import Config, OptimizerConfig, Sizes
 from unite_fast.engine.optim import matrix_batches
 from unite_fast.modality import modality_of
+from unite_fast.model.blocks import swiglu_hidden
+from unite_kernels.dispatch import aligned
 
 # Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
 HOST_SECONDS = (5e-6, 10e-6)
@@ -29,6 +31,9 @@ RECOMPUTED = 16  # by the forward that activation checkpointing repeats of a blo
 # Casts of weight and bias: of a block's five Linears, its modulation among them (but of the bias that SwiGLU adds), and
 # of three outside the blocks.
 BLOCK_CASTS, OTHER_CASTS = 9, 6
+# Where SwiGLU's rows are filled up (model/aligned.py): two copies of weights and one of a bias, each with its zeros, in every
+# forward, and the bias's gradient cut out; autocast has two weights less to cast.
+FILLED, FILLED_BACKWARD, FILLED_CASTS = 6, 1, -2
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
@@ -53,13 +58,18 @@ def pass_launches(model: Sizes, *, block: int, decoder_block: int, reconstruct: 
     """Of a network with an encoder and a decoder.
 
     Args:
-        model: with `depth`, `checkpoint_activations` and `decoder.depth`.
+        model: with `depth`, `width`, `checkpoint_activations` and `decoder.depth`.
         block, decoder_block: kernels of one block, its casts among them.
         reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
-    encoder = model.depth * (block + (RECOMPUTED if model.checkpoint_activations else 0))
+    recomputed, block_casts, hidden = RECOMPUTED, BLOCK_CASTS, swiglu_hidden(model.width)
+    if aligned(hidden) != hidden:
+        block += FILLED + FILLED_BACKWARD + FILLED_CASTS
+        recomputed += FILLED
+        block_casts += FILLED_CASTS
+    encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
     # Recomputation makes autocast forget its casts, see `two_pass_step`.
-    casts = 0 if model.checkpoint_activations else model.depth * BLOCK_CASTS + OTHER_CASTS
+    casts = 0 if model.checkpoint_activations else model.depth * block_casts + OTHER_CASTS
     return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder - casts, casts)
 
 
@@ -100,7 +110,9 @@ def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     batches = matrix_batches(weights.matrices)
     for batch in batches:
         rows, columns = weights.matrices[batch[0]]
-        found += 3 * optimizer.newton_schulz_steps + 3 + (rows > columns)  # its norm, three products a step
+        # Its norm, three products a step, rows filled up, and the copy that turns or cuts it.
+        filled = aligned(columns) != columns
+        found += 3 * optimizer.newton_schulz_steps + 3 + 2 * filled + (rows > columns or filled)
     return found + (4 if batches else 0)  # Muon's two sweeps, and a table for each
 
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.model.aligned import product_dtype, with_zeros
 from unite_fast.model.attention import attend, attend_apart
+from unite_kernels.dispatch import aligned
 
 
 class Modulation(NamedTuple):
@@ -43,14 +45,28 @@ def swiglu_hidden(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
-def product_and_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(x Wᵀ, the bias that the operator behind it adds) on CUDA; elsewhere products add it free: (x Wᵀ + b, None).
+def _plain(linear: nn.Linear) -> bool:
+    """Whether its own forward need not run, as it must in FP8, or under ZeRO 3, which gathers its parameters there."""
+    return type(linear) is nn.Linear and not hasattr(linear.weight, "ds_id")
 
-    So, too, where the Linear's own forward must run: in FP8, or under ZeRO 3, which gathers its parameters there.
-    """
-    if x.is_cuda and type(linear) is nn.Linear and not hasattr(linear.weight, "ds_id"):
+
+def product_and_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(x Wᵀ, the bias that the operator behind it adds) on CUDA; elsewhere products add it free: (x Wᵀ + b, None)."""
+    if x.is_cuda and _plain(linear):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
+
+
+def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
+    """Linear, SwiGLU, Linear; on CUDA with `aligned` hidden rows."""
+    hidden = outward.in_features
+    if not (x.is_cuda and aligned(hidden) != hidden and _plain(inward) and _plain(outward)):
+        return outward(uk.swiglu(*product_and_bias(inward, x)))
+    # A gate of zero times zero is zero, and so are the rows and columns that it meets.
+    dtype = product_dtype(inward.weight)
+    product = F.linear(x, with_zeros(inward.weight, 0, pieces=2, dtype=dtype))
+    gated = uk.swiglu(product, with_zeros(inward.bias, 0, pieces=2, dtype=inward.bias.dtype))
+    return F.linear(gated, with_zeros(outward.weight, 1, dtype=dtype), outward.bias)
 
 
 class Block(nn.Module):
@@ -121,7 +137,7 @@ class Block(nn.Module):
             modulation.scale2,
             spans=spans,
         )
-        branch = self.mlp_out(uk.swiglu(*product_and_bias(self.mlp_in, h)))
+        branch = swiglu_mlp(self.mlp_in, self.mlp_out, h)
         x, h = uk.block_boundary(
             x, branch, modulation.gate2, self.norm3, self.next_norm, next_shift, next_scale, spans=spans
         )

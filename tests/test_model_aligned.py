@@ -1,0 +1,107 @@
+"""Weights with zeros between their rows: the same MLP and gradients, at widths that tensor cores can load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from kernel_testing import on_backend
+
+from unite_fast.model import blocks
+from unite_fast.model.aligned import product_dtype, with_zeros
+from unite_fast.model.blocks import swiglu_hidden, swiglu_mlp
+from unite_kernels.dispatch import aligned
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """Tensors say that they are on CUDA; plain PyTorch computes."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    with on_backend("torch"):
+        yield
+
+
+def mlp(width: int = 32) -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    hidden = swiglu_hidden(width)
+    return nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+
+def run(inward, outward, x):
+    """Result, and gradients of x, weights and biases."""
+    x = x.detach().requires_grad_()
+    found = swiglu_mlp(inward, outward, x)
+    wanted = (x, *inward.parameters(), *outward.parameters())
+    return [found, *torch.autograd.grad(found.float().square().sum(), wanted)]
+
+
+def test_the_published_widths():
+    assert [aligned(swiglu_hidden(c)) for c in (768, 1024, 1152, 256)] == [2048, 2736, 3072, 688]
+
+
+def test_the_same_result_and_gradients(pretended_cuda, monkeypatch):
+    pair, x, seen = mlp(), torch.randn(3, 5, 32), []
+    linear = blocks.F.linear
+
+    def watched(x, weight, bias=None):
+        seen.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(blocks.F, "linear", watched)
+    found = run(*pair, x)
+    assert seen == [(2 * 96, 32), (32, 96)]  # hidden width 85
+    monkeypatch.setattr(blocks, "aligned", lambda width: width)
+    expected = run(*pair, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.is_contiguous()
+        # Sums of up to 96 terms in another order: 1e-6 of their size.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_widths_that_fit_and_linears_of_another_kind_are_left_alone(pretended_cuda, monkeypatch):
+    def refused(*given, **named):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(blocks, "with_zeros", refused)
+    run(*mlp(48), torch.randn(2, 48))  # hidden width 128
+
+    class Other(nn.Linear):
+        pass
+
+    inward, outward = mlp()
+    outward.weight.ds_id = 1  # as under ZeRO 3
+    run(inward, outward, torch.randn(2, 32))
+    run(Other(32, 2 * 85), nn.Linear(85, 32), torch.randn(2, 32))
+    with pytest.raises(AssertionError, match="copied"):
+        run(*mlp(), torch.randn(2, 32))
+
+
+def test_elsewhere_nothing_is_copied(monkeypatch):
+    monkeypatch.setattr(blocks, "with_zeros", None)
+    run(*mlp(), torch.randn(2, 32))
+
+
+@pytest.mark.parametrize(("shape", "dim", "pieces"), [((10, 3), 0, 2), ((3, 5), 1, 1), ((34,), 0, 2), ((32, 2), 0, 2)])
+def test_zeros_behind_each_piece(shape, dim, pieces):
+    x = torch.randn(shape, requires_grad=True)
+    found = with_zeros(x, dim, pieces=pieces, dtype=torch.bfloat16)
+    each = found.chunk(pieces, dim)
+    for piece, original in zip(each, x.chunk(pieces, dim), strict=True):
+        width = original.shape[dim]
+        assert piece.shape[dim] == aligned(width)
+        assert torch.equal(piece.narrow(dim, 0, width), original.bfloat16())
+        assert not piece.narrow(dim, width, aligned(width) - width).any()
+    factor = torch.randn(found.shape).bfloat16()
+    (found * factor).sum().backward()
+    expected = torch.cat([f.narrow(dim, 0, shape[dim] // pieces) for f in factor.chunk(pieces, dim)], dim).float()
+    assert torch.equal(x.grad, expected) and x.grad.is_contiguous()
+
+
+def test_the_dtype_of_products_and_a_compiled_copy():
+    weight = torch.randn(10, 4)
+    assert product_dtype(weight) == torch.float32
+    compiled = torch.compile(
+        lambda w: with_zeros(w, 0, pieces=2, dtype=product_dtype(w)), fullgraph=True, backend="aot_eager"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(weight), with_zeros(weight, 0, pieces=2, dtype=torch.bfloat16))
