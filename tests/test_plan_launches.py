@@ -103,8 +103,8 @@ def test_the_command_says_where_the_host_limits(capsys, monkeypatch):
     options = ["plan", "--preset", "B", "--set", "objective.flow_draws=3"]
     assert run(*options) == 0
     printed = capsys.readouterr().out
-    assert "launches a step at 7.5 µs each (assumed, 5 to 10" in printed
-    assert "it limits 256 GPUs" in printed and "not counted" not in printed
+    assert "launches a step at 20 µs each (assumed, 10 to 30" in printed
+    assert "it limits 64, 128, 256, 512, 1024 GPUs" in printed and "not counted" not in printed
     assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8") == 0
     assert "it limits all of these steps" in capsys.readouterr().out
     assert run(*options, "--set", "train.compile=true") == 0

@@ -23,10 +23,11 @@ from unite_fast.modality import modality_of
 from unite_fast.model.blocks import swiglu_hidden
 from unite_kernels.dispatch import aligned
 
-# Assumed: what a launch costs the host in eager PyTorch, from an operator of ATen to one with autograd and autocast.
-HOST_SECONDS = (5e-6, 10e-6)
-# Where one number is needed: a step has both kinds, a quarter to a third of its launches are autocast's casts.
-LAUNCH_SECONDS = sum(HOST_SECONDS) / 2
+# Assumed: what a launch costs the host in eager PyTorch, with all that leads to it, from fast cores to slow ones. Steps of
+# B, mol_tiny and qm9_s took a core of a shared Xeon 18 to 35 µs a launch with a driver that launches nothing; a real one
+# takes 2 to 3 µs besides.
+HOST_SECONDS = (10e-6, 30e-6)
+LAUNCH_SECONDS = sum(HOST_SECONDS) / 2  # where one number is needed
 RECOMPUTED = 16  # by the forward that activation checkpointing repeats of a block
 # Casts of weight and bias: of a block's five Linears, its modulation among them (but of the bias that SwiGLU adds), and
 # of three outside the blocks.
