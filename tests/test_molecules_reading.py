@@ -396,6 +396,31 @@ def test_what_is_no_molecule_file(tmp_path):
         load_molecules(tmp_path / "notes")
 
 
+def test_a_folder_of_sdf_and_mol_files(tmp_path, molecules):
+    for name, row in (("b.mol", 1), ("a.sdf", 0), ("c.SDF", 2)):
+        (tmp_path / name).write_text(sdf_text(molecules, row, name))
+    (tmp_path / "a.sdf.csv").write_text("mol_id,gap\na.sdf,0.25\n")
+    (tmp_path / "readme.md").write_text("hello\n")
+    found = load_molecules(tmp_path, cache=tmp_path / "cache")
+    assert found.names == ("a.sdf", "b.mol", "c.SDF") and np.isfinite(found.gap).tolist() == [True, False, False]
+    (tmp_path / "a.sdf.csv").write_text("mol_id,gap\nnone,0.25\n")
+    (tmp_path / "b.mol.csv").write_text("mol_id,gap\nb.mol,0.25\n")
+    again = load_molecules(tmp_path, cache=tmp_path / "cache")
+    assert np.isfinite(again.gap).tolist() == [False, True, False]
+    (tmp_path / "d.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"not exactly one SDF, tar, .* \(a.sdf, b.mol, c.SDF, d.npz\): name one"):
+        load_molecules(tmp_path)
+
+
+def test_xyz_files_alone_are_read_where_there_are_others_too(tmp_path, molecules, caplog):
+    write_xyz(molecules, tmp_path / "a.xyz")
+    load_molecules(tmp_path)
+    assert not caplog.messages
+    (tmp_path / "b.sdf").write_text(sdf_text(molecules, 0, "b"))
+    assert len(load_molecules(tmp_path)) == len(molecules)
+    assert caplog.messages == [f"of {tmp_path} only the XYZ files are read, not b.sdf"]
+
+
 def test_a_folder_stands_for_its_only_file(tmp_path, molecules):
     write_npz(molecules, tmp_path / "set.npz")
     (tmp_path / "readme.md").write_text("about")

@@ -13,7 +13,7 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -50,8 +50,8 @@ def load_molecules(
 
     What is recognised, whatever it is called: a folder of .xyz or .extxyz files (`dsgdb9nsd_*.xyz` among them), a
     tar archive of such files (also gzip, bzip2 or xz), one such file, an SDF or MOL file (V2000; elements and
-    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). A folder that holds no XYZ file but exactly
-    one of the others stands for that one.
+    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). Of a folder with XYZ files these alone are
+    read, and a warning names the others; without them it stands for its SDF and MOL files, or for exactly one other.
 
     QM9's molecules, which are those named gdb_<index>, are put in the order of their indices, and those listed in an
     `uncharacterized.txt` in the same folder are left out. Their gaps come from the XYZ files, or for `gdb9.sdf` from
@@ -84,30 +84,44 @@ def load_molecules(
 
 
 def _one_file(path: Path) -> Path:
-    """The path itself, or the only molecule file in a folder without XYZ files."""
+    """The path itself, or the only molecule file of a folder."""
     try:
         if not path.is_dir():
             if not path.exists():
                 raise UserError(f"no file or folder {path}: docs/molecules.md says what can be read")
             return path
-        if _xyz_files(path):
+        ignored = (".txt", ".csv", *XYZ_NAMES)
+        found = [e for e in sorted(path.iterdir()) if e.is_file() and e.suffix.lower() not in ignored]
+        known = [entry for entry in found if not entry.name.startswith(".") and _kind(entry)]
+        if _named(path, XYZ_NAMES):
+            if known:
+                log.warning("of %s only the XYZ files are read, not %s", path, _listed(known))
             return path
-        found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and entry.suffix not in (".txt", ".csv")]
-        known = [entry for entry in found if _kind(entry)]
+        if known and known == _named(path, SDF_NAMES):
+            return path if len(known) > 1 else known[0]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
     if len(known) != 1:
-        what = ", ".join(entry.name for entry in known[:5]) if known else "none"
         raise UserError(
-            f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({what}): name one"
+            f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({_listed(known)}): name one"
         )
     return known[0]
 
 
-def _xyz_files(folder: Path) -> list[Path]:
+def _listed(files: list[Path]) -> str:
+    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+    return ", ".join(entry.name for entry in files[:5]) + more if files else "none"
+
+
+def _named(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(
-        entry for entry in folder.iterdir() if entry.suffix.lower() in XYZ_NAMES and not entry.name.startswith(".")
+        entry for entry in folder.iterdir() if entry.suffix.lower() in suffixes and not entry.name.startswith(".")
     )
+
+
+def _members(folder: Path) -> list[Path]:
+    """The files that a folder of molecule files stands for."""
+    return _named(folder, XYZ_NAMES) or _named(folder, SDF_NAMES)
 
 
 def _kind(path: Path) -> str | None:
@@ -151,7 +165,8 @@ def _read(path: Path, strict: bool) -> MoleculeSet:
     if kind == "xyz":
         return assemble(read_xyz(_lines(path), source), source, strict=strict)
     if kind == "sdf":
-        return assemble(_in_order(_sdf(path)), source, strict=strict)
+        with track("reading molecules", QM9_ALL) as advance:
+            return assemble(_in_order(_counted(_sdf(path), advance)), source, strict=strict)
     raise UserError(
         f"{path} is no molecule file: its first lines are neither XYZ (a number of atoms) nor SDF, and its first bytes "
         f"not those of a tar archive, NPZ or Parquet. Convert it to an SDF (V2000) in 3D with all hydrogens, for example "
@@ -169,11 +184,17 @@ def _in_order(molecules: Iterable[Molecule]) -> list[Molecule]:
     return [found[place] for place in by_index]
 
 
+def _counted(molecules: Iterable[Molecule], advance: Callable[[int], object]) -> Iterator[Molecule]:
+    for molecule in molecules:
+        yield molecule
+        advance(1)
+
+
 def _folder(folder: Path) -> Iterator[Molecule]:
-    files = _xyz_files(folder)
+    files = _members(folder)
     with track("reading molecules", len(files)) as advance:
         for path in files:
-            yield from read_xyz(_lines(path), str(path))
+            yield from _sdf(path) if path.suffix.lower() in SDF_NAMES else read_xyz(_lines(path), str(path))
             advance(1)
 
 
@@ -196,11 +217,10 @@ def _encoding(head: bytes) -> str:
 def _sdf(path: Path) -> Iterator[Molecule]:
     gaps = _csv_gaps(path.with_name(path.name + ".csv"))
     try:
-        with path.open("rb") as file, track("reading molecules", QM9_ALL) as advance:
+        with path.open("rb") as file:
             lines = io.TextIOWrapper(file, encoding=_encoding(file.peek(2)), errors="replace")
             for molecule in read_sdf(lines, str(path)):
                 yield molecule._replace(gap=gaps.get(molecule.name))
-                advance(1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -304,10 +324,11 @@ def _without_uncharacterized(molecules: MoleculeSet, path: Path) -> MoleculeSet:
 
 def _fingerprint(path: Path, order: Order, strict: bool) -> str:
     """Changes with the files' names, sizes and times, and with the way they are read."""
-    files = _xyz_files(path) if path.is_dir() else [path]
+    files = _members(path) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     text = [f"{VERSION} {order} {strict} {path.resolve()}"]
-    for file in [*files, folder / UNCHARACTERIZED, path.with_name(path.name + ".csv")]:
+    tables = [file.with_name(file.name + ".csv") for file in files if file.suffix.lower() not in XYZ_NAMES]
+    for file in [*files, folder / UNCHARACTERIZED, *tables]:
         if file.exists():
             status = file.stat()
             text.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
