@@ -337,16 +337,7 @@ def _packed(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: T
     return compute(qkv, q_weight, k_weight, cos, sin, unrotated, eps)
 
 
-def _check(
-    operator: str,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    unrotated: int,
-    eps: float,
-) -> None:
+def _check(operator, qkv, q_weight, k_weight, cos, sin, unrotated, eps) -> None:
     check_floats(operator, "qkv", qkv)
     check_eps(operator, eps)
     check_tensors(operator, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)

@@ -200,8 +200,11 @@ def aot_specialisations() -> list[Specialisation]:
             ("swiglu", "forward", _forward_kernel, 1, 40, ("x", "out")),
             ("swiglu", "backward", _backward_kernel, 1, 40, ("grad", "x", "grad_x")),
             ("bias_swiglu", "forward", _forward_kernel, FORWARD_STEPS, 64, ("x", "bias", "out")),
-            ("bias_swiglu", "backward", _backward_kernel, BACKWARD_STEPS, 80, ("grad", "x", "bias", "grad_x", "partials")),
-        ):
+            (
+                "bias_swiglu", "backward", _backward_kernel, BACKWARD_STEPS, 80,
+                ("grad", "x", "bias", "grad_x", "partials"),
+            ),
+        ):  # fmt: skip
             absent = {name: None for name in ("bias", "partials") if name in kernel.arg_names and name not in pointers}
             types = {pointer: "*fp32" if pointer in ("bias", "partials") else "*bf16" for pointer in pointers}
             found.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from unite_fast.data.molecules.molecule_set import SYMBOLS, MoleculeSet
@@ -32,6 +34,17 @@ def qm9_text(molecules: MoleculeSet, row: int, index: int, gap: float = 0.25, en
         lines.append("\t".join([SYMBOLS[code - 1], *map(mathematica, point), mathematica(-2.5e-5)]))
     lines += ["1341.307\t1562.6792\t3151.7060", f"C\t{smiles}\t", f"InChI=1S/{index}\tInChI=1S/{index}"]
     return end.join(lines) + end
+
+
+def qm9_folder(tmp_path: Path, molecules: MoleculeSet, end: str = "\n") -> Path:
+    """A folder of QM9's XYZ files, of every third index."""
+    folder = tmp_path / "xyz"
+    folder.mkdir()
+    for row in range(len(molecules)):
+        index = 3 * row + 1
+        text = qm9_text(molecules, row, index, 0.1 + row / 100, end)
+        (folder / f"dsgdb9nsd_{index:06d}.xyz").write_bytes(text.encode())
+    return folder
 
 
 def sdf_text(molecules: MoleculeSet, row: int, title: str, end: str = "\n") -> str:

@@ -70,8 +70,8 @@ RECOMPUTED = {"checkpoint_activations": True, "decoder": SMALL["decoder"] | {"de
 
 @pytest.mark.parametrize(("modality", "model"), [("images", {}), ("images", RECOMPUTED), ("molecules", {})])
 def test_the_neutral_chunk_costs_no_memory_and_the_next_one_does(gpu_memory, modality, model):
-    """Peaks of whole steps as the allocator saw them, within 4 %: the draws' times and labels are not counted, and Triton's
-    interpreter leaves tensors in reference cycles, up to 3 % of these peaks until Python collects them."""
+    """Peaks of whole steps as the allocator saw them, within 4 %: the draws' times and labels are not counted, and
+    Triton's interpreter leaves tensors in reference cycles, up to 3 % of these peaks until Python collects them."""
     config = small(modality, model=model, flow_draws=3)
     chunk = neutral(config, 1)
     larger = next(size for size in chunk_sizes(3) if size > chunk)

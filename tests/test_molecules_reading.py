@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import lzma
-import os
 import tarfile
 
 import numpy as np
@@ -13,10 +12,17 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 pytest.importorskip("rdkit")
 
-from molecule_files import METHANE, WATER, coordinates_close, qm9_text, sdf_text, uncharacterized_text
+from molecule_files import (
+    METHANE,
+    WATER,
+    coordinates_close,
+    qm9_folder,
+    qm9_text,
+    sdf_text,
+    uncharacterized_text,
+)
 from rdkit import Chem
 
-from unite_fast.data.molecules import reading
 from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, assemble, write_npz
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.sample import sample_set
@@ -37,16 +43,6 @@ def _small(*molecules):
     )
 
 
-def _folder(tmp_path, molecules, end="\n"):
-    folder = tmp_path / "xyz"
-    folder.mkdir()
-    for row in range(len(molecules)):
-        index = 3 * row + 1
-        text = qm9_text(molecules, row, index, 0.1 + row / 100, end)
-        (folder / f"dsgdb9nsd_{index:06d}.xyz").write_bytes(text.encode())
-    return folder
-
-
 def _tar(path, members, mode="w"):
     with tarfile.open(path, mode) as archive:
         for name, text in members:
@@ -58,7 +54,7 @@ def _tar(path, members, mode="w"):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_qm9_folder(tmp_path, molecules, end):
-    found = load_molecules(_folder(tmp_path, molecules, end))
+    found = load_molecules(qm9_folder(tmp_path, molecules, end))
     coordinates_close(found, molecules, 1e-6)
     assert found.names == tuple(f"gdb_{3 * row + 1}" for row in range(len(molecules)))
     assert_allclose(found.gap, (0.1 + np.arange(len(molecules)) / 100) * HARTREE, rtol=1e-6)
@@ -92,7 +88,7 @@ def test_mathematica_exponents(tmp_path):
     ("name", "mode"), [("a.tar", "w"), ("a.tar.bz2", "w:bz2"), ("3195389", "w:gz"), ("a.tar.xz", "w:xz")]
 )
 def test_archives_in_any_order_give_the_folders_set(tmp_path, molecules, name, mode):
-    folder = _folder(tmp_path, molecules)
+    folder = qm9_folder(tmp_path, molecules)
     members = [(f"./{path.name}", path.read_text()) for path in folder.iterdir()]
     members += [("readme.txt", "not a molecule"), ("._dsgdb9nsd_000001.xyz", "a resource fork")]
     archive = _tar(tmp_path / name, sorted(members, reverse=True), mode)
@@ -204,7 +200,7 @@ def test_sdf_takes_elements_and_coordinates_only(tmp_path, molecules):
 
 
 def test_uncharacterized_molecules_are_left_out_even_under_strict(tmp_path, molecules):
-    folder = _folder(tmp_path, molecules)
+    folder = qm9_folder(tmp_path, molecules)
     (folder / "uncharacterized.txt").write_text(uncharacterized_text([4, 10, 3054, 2014]))
     found = load_molecules(folder, strict=True)
     assert len(found) == 10 and not {"gdb_4", "gdb_10"} & set(found.names)
@@ -384,64 +380,6 @@ def test_what_we_write_we_read(tmp_path, molecules):
     assert (damaged.GetNumBonds(), damaged.GetProp("valid"), damaged.GetProp("fragments")) == (0, "0", "0")
     for molecule in Chem.SDMolSupplier(str(tmp_path / "b.sdf"), removeHs=False):  # as others read it
         assert sum(atom.GetNumImplicitHs() + atom.GetNumExplicitHs() for atom in molecule.GetAtoms()) == 0
-
-
-def test_what_is_no_molecule_file(tmp_path):
-    with pytest.raises(UserError, match="no file or folder"):
-        load_molecules(tmp_path / "none")
-    with pytest.raises(UserError, match="not exactly one SDF, tar, NPZ or Parquet file"):
-        load_molecules(tmp_path)
-    (tmp_path / "notes").write_text("hello\nworld\n")
-    with pytest.raises(UserError, match="notes is no molecule file: .* Convert it to an SDF"):
-        load_molecules(tmp_path / "notes")
-
-
-def test_a_folder_of_sdf_and_mol_files(tmp_path, molecules):
-    for name, row in (("b.mol", 1), ("a.sdf", 0), ("c.SDF", 2)):
-        (tmp_path / name).write_text(sdf_text(molecules, row, name))
-    (tmp_path / "a.sdf.csv").write_text("mol_id,gap\na.sdf,0.25\n")
-    (tmp_path / "readme.md").write_text("hello\n")
-    found = load_molecules(tmp_path, cache=tmp_path / "cache")
-    assert found.names == ("a.sdf", "b.mol", "c.SDF") and np.isfinite(found.gap).tolist() == [True, False, False]
-    (tmp_path / "a.sdf.csv").write_text("mol_id,gap\nnone,0.25\n")
-    (tmp_path / "b.mol.csv").write_text("mol_id,gap\nb.mol,0.25\n")
-    again = load_molecules(tmp_path, cache=tmp_path / "cache")
-    assert np.isfinite(again.gap).tolist() == [False, True, False]
-    (tmp_path / "d.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UserError, match=r"not exactly one SDF, tar, .* \(a.sdf, b.mol, c.SDF, d.npz\): name one"):
-        load_molecules(tmp_path)
-
-
-def test_xyz_files_alone_are_read_where_there_are_others_too(tmp_path, molecules, caplog):
-    write_xyz(molecules, tmp_path / "a.xyz")
-    load_molecules(tmp_path)
-    assert not caplog.messages
-    (tmp_path / "b.sdf").write_text(sdf_text(molecules, 0, "b"))
-    assert len(load_molecules(tmp_path)) == len(molecules)
-    assert caplog.messages == [f"of {tmp_path} only the XYZ files are read, not b.sdf"]
-
-
-def test_a_folder_stands_for_its_only_file(tmp_path, molecules):
-    write_npz(molecules, tmp_path / "set.npz")
-    (tmp_path / "readme.md").write_text("about")
-    coordinates_close(load_molecules(tmp_path), molecules, 0)
-    (tmp_path / "gdb9.sdf").write_text(sdf_text(molecules, 0, "a"))
-    with pytest.raises(UserError, match="gdb9.sdf, set.npz"):
-        load_molecules(tmp_path)
-
-
-def test_cache_follows_the_files(tmp_path, molecules, monkeypatch):
-    folder, cache = _folder(tmp_path, molecules), tmp_path / "cache"
-    first = load_molecules(folder, cache=cache)
-    with monkeypatch.context() as patched:
-        patched.setattr(reading, "_read", lambda *_: pytest.fail("read again"))
-        again = load_molecules(folder, cache=cache)
-    assert_array_equal(again.positions, first.positions)
-    assert (again.names, again.smiles, again.source) == (first.names, first.smiles, first.source)
-    next(iter(cache.iterdir())).write_bytes(b"damaged")
-    assert len(load_molecules(folder, cache=cache)) == 12
-    os.remove(folder / "dsgdb9nsd_000004.xyz")
-    assert len(load_molecules(folder, cache=cache)) == 11
 
 
 def test_canonical_order_does_not_depend_on_the_files(tmp_path, molecules):

@@ -23,17 +23,17 @@ from unite_fast.modality import modality_of
 from unite_fast.model.blocks import swiglu_hidden
 from unite_kernels.dispatch import aligned
 
-# Assumed: what a launch costs the host in eager PyTorch, with all that leads to it, from fast cores to slow ones. Steps of
-# B, mol_tiny and qm9_s took a core of a shared Xeon 18 to 35 µs a launch with a driver that launches nothing; a real one
-# takes 2 to 3 µs besides.
+# Assumed: what a launch costs the host in eager PyTorch, with all that leads to it, from fast cores to slow ones. Steps
+# of B, mol_tiny and qm9_s took a core of a shared Xeon 18 to 35 µs a launch with a driver that launches nothing; a real
+# one takes 2 to 3 µs besides.
 HOST_SECONDS = (10e-6, 30e-6)
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2  # where one number is needed
 RECOMPUTED = 16  # by the forward that activation checkpointing repeats of a block
 # Casts of weight and bias: of a block's five Linears, its modulation among them (but of the bias that SwiGLU adds), and
 # of three outside the blocks.
 BLOCK_CASTS, OTHER_CASTS = 9, 6
-# Where SwiGLU's rows are filled up (model/aligned.py): two copies of weights and one of a bias, each with its zeros, in every
-# forward, and the bias's gradient cut out; autocast has two weights less to cast.
+# Where SwiGLU's rows are filled up (model/aligned.py): two copies of weights and one of a bias, each with its zeros, in
+# every forward, and the bias's gradient cut out; autocast has two weights less to cast.
 FILLED, FILLED_BACKWARD, FILLED_CASTS = 6, 1, -2
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.

@@ -1,9 +1,9 @@
 """Products of weights whose rows end in the middle of what tensor cores load.
 
 SwiGLU's hidden width int(8C/3) is 2730 at C = 1024 (UNITE, arXiv 2603.22283, the block). Rows of 5460 bytes begin at
-addresses that TMA, which feeds Hopper's matrix units, cannot load. A copy of the weight with zeros between its rows' ends
-and the next address that it can gives the same product, and it costs little: the weight is copied anyway, into the
-products' dtype.
+addresses that TMA, which feeds Hopper's matrix units, cannot load. A copy of the weight with zeros between its rows'
+ends and the next address that it can gives the same product, and it costs little: the weight is copied anyway, into
+the products' dtype.
 """
 
 from __future__ import annotations
