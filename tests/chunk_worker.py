@@ -11,7 +11,7 @@ import torch
 from unite_fast.analysis.extent import Extent
 from unite_fast.config import Config
 from unite_fast.engine.fitting import fit
-from unite_fast.engine.world import join_world
+from unite_fast.engine.world import join_world, leave_world
 
 FITS = (14, 7)  # the largest chunk of each rank
 
@@ -27,7 +27,7 @@ def main() -> None:
     pretended = SimpleNamespace(device=torch.device("cuda"), size=world.size, all_true=world.all_true)
     batch, run = fit(config, pretended, Extent, try_step)
     (Path(sys.argv[1]) / str(world.rank)).write_text(f"{batch.micro_batch} {run.objective.chunk}")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from compile_toy import compile_config
 from engine_toy import toy_config
 from engine_unite import unite_engine, unite_step
 from safetensors.torch import save_file
 
 from unite_fast.engine import compiling
-from unite_fast.engine.world import init_world
+from unite_fast.engine.world import init_world, leave_world
 
 
 def main(folder: Path, option: str, stages: list[int]) -> None:
@@ -40,7 +39,7 @@ def main(folder: Path, option: str, stages: list[int]) -> None:
             "breaks": list(counters["graph_break"]),
         }
     (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from unite_fast.engine import checkpoint, deepspeed_backend, optim
 from unite_fast.engine.engine import Engine
-from unite_fast.engine.world import World, init_world
+from unite_fast.engine.world import World, init_world, leave_world
 
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce", "reduce_scatter",
@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
         keep(engine, folder, f"unite.{name}")
     (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
     refused_save(world, folder)
-    dist.destroy_process_group()
+    leave_world()
 
 
 def refused_save(world: World, folder: Path) -> None:

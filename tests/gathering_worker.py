@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from unite_fast.config import Config
 from unite_fast.engine import deepspeed_backend, optim
 from unite_fast.engine.gathering import WeightGather
-from unite_fast.engine.world import World, init_world
+from unite_fast.engine.world import World, init_world, leave_world
 
 BF16 = {"precision": "bf16"}
 STAGE_ELEMENTS = 1000  # the small model's matrices, too, are in several groups
@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
             save_file(weights, folder / f"{name}.safetensors")
             save_file(whole, folder / f"{name}.expected.safetensors")
     (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from engine_unite import unite_config, unite_engine, unite_step
 
 from unite_fast.config import Config
 from unite_fast.engine import deepspeed_backend, optim
-from unite_fast.engine.world import init_world
+from unite_fast.engine.world import init_world, leave_world
 
 # Whether the whole tensor of a collective is its first argument, or that of the name.
 WHOLE = {
@@ -114,7 +114,7 @@ def main(folder: Path) -> None:
             report[name if keeps else f"{name}.keeps nothing"] = {"sent": volume.take(), "held": held[-1]}
             del engine, update
     (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def reference(
     if out_file.suffix != ".npz":
         raise UserError(f"--out {out_file}: the name must end in .npz")
 
-    import torch.distributed as dist
-
-    from unite_fast.engine.world import join_world
+    from unite_fast.engine.world import join_world, leave_world
     from unite_fast.evaluation.frechet import frechet_caveat
     from unite_fast.evaluation.inception import FEATURES
     from unite_fast.evaluation.reference import folder_statistics, write_reference
@@ -72,8 +70,7 @@ def reference(
                 markup=False, soft_wrap=True,
             )  # fmt: skip
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
 
 
 def compare(

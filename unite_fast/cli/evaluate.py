@@ -134,9 +134,7 @@ def evaluate(
     if strengths and Search.guidance not in searches:
         raise UserError("--search-values are strengths for --search guidance: add that")
 
-    import torch.distributed as dist
-
-    from unite_fast.engine.world import join_world
+    from unite_fast.engine.world import join_world, leave_world
     from unite_fast.importing import open_trained
     from unite_fast.modality import modality
 
@@ -158,8 +156,7 @@ def evaluate(
         session = _Session(run, plan, world, chosen, weights.value, ema_decay)
         session.go(trained, searches, search_count, strengths, name)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
 
 
 @dataclass

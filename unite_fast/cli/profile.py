@@ -46,10 +46,9 @@ def profile(
 
     parsed = Config.load(config, overrides or ())
     share_cores()
-    import torch.distributed as dist
 
     from unite_fast.analysis.profiling import measure
-    from unite_fast.engine.world import init_world
+    from unite_fast.engine.world import init_world, leave_world
 
     world = init_world(parsed)
     try:
@@ -60,8 +59,7 @@ def profile(
 
             measured = measure(parsed, world, steps=steps, micro_batch=micro_batch, trace=trace, say=say)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
     if not world.is_main:
         return
     if as_json:

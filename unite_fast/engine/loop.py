@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-
 import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
@@ -26,7 +24,7 @@ from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, chec
 from unite_fast.engine.report import Due
 from unite_fast.engine.session import changed_classes, changed_samples, record_session
 from unite_fast.engine.stopping import Interrupted, StopSignals
-from unite_fast.engine.world import World, init_world
+from unite_fast.engine.world import World, init_world, leave_world
 from unite_fast.errors import UserError
 from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
@@ -60,8 +58,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             f"smaller number, or model.checkpoint_activations to true; what was saved continues with --resume"
         ) from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
 
 
 class Run:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from unite_fast.errors import UserError
 # A node that loads a cold file system can lag by minutes; a rank that died should still be noticed the same hour.
 TIMEOUT = timedelta(minutes=30)
 DEFAULT_PORT = "29500"  # torchrun's own default
+GLOO_THREADS = "pt_gloo_runloop"  # what PyTorch calls those that run gloo's collectives
+LOOK = 0.01  # seconds: twice what a thread that waits for the interpreter's lock lets pass before it asks for it again
+LAST_LOOK = 30.0  # seconds: those threads free tensors in milliseconds; one that is still busy is broken, not slow
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,39 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
             os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     return world
+
+
+def leave_world() -> None:
+    """Leave the process group, where there is one, so that the process can end.
+
+    A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
+    interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an active
+    exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    latest = time.monotonic() + LAST_LOOK
+    before = None
+    while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
+        if time.monotonic() > latest:
+            return
+        before = now
+        time.sleep(LOOK)
+
+
+def _gloo_threads() -> dict[str, list[str]]:
+    """The state and the counts of context switches of each of gloo's threads: one that waits for work has no more."""
+    found = {}
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            fields = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        if fields["Name"].strip() == GLOO_THREADS:
+            switches = [fields["voluntary_ctxt_switches"].strip(), fields["nonvoluntary_ctxt_switches"].strip()]
+            found[task.name] = [fields["State"].split()[0], *switches]
+    return found
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

@@ -1,0 +1,68 @@
+"""Leaving the process group: the interpreter must not end while gloo's threads still free tensors."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from unite_fast.engine import world
+from unite_fast.engine.world import leave_world
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at through /proc")
+
+
+@pytest.fixture
+def alone():
+    """A process group of one rank, which the test leaves."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.005], ids=["computes", "waits now and then"])
+def test_a_busy_thread_of_gloo_is_waited_for(alone, pause):
+    freed, ended = threading.Event(), threading.Event()
+
+    def free() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(world.GLOO_THREADS)
+        started.set()
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            time.sleep(pause) if pause else sum(range(1000))
+        freed.set()
+        ended.wait()
+
+    started = threading.Event()
+    thread = threading.Thread(target=free)
+    thread.start()
+    started.wait()
+    try:
+        leave_world()
+        assert freed.is_set() and thread.is_alive(), "an idle thread must not be waited for"
+        assert not dist.is_initialized()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_thread_that_never_rests_is_left(alone, monkeypatch):
+    monkeypatch.setattr(world, "LAST_LOOK", 0.1)
+    states = iter(range(10**6))
+    monkeypatch.setattr(world, "_gloo_threads", lambda: {"1": ["R", str(next(states)), "0"]})
+    leave_world()
+    assert not dist.is_initialized()
+
+
+def test_a_lone_process_has_nothing_to_leave():
+    leave_world()
+    assert not dist.is_initialized()
+
+
+def test_gloo_names_its_threads_as_we_look_for_them(alone):
+    assert world._gloo_threads(), f"no thread named {world.GLOO_THREADS}: PyTorch calls them otherwise now"
