@@ -150,8 +150,8 @@ def leave_world() -> None:
     """Leave the process group, where there is one, so that the process can end.
 
     A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
-    interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an active
-    exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
+    interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an
+    active exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
     """
     if not dist.is_initialized():
         return
