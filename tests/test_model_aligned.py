@@ -58,22 +58,38 @@ def test_the_same_result_and_gradients(pretended_cuda, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_widths_that_fit_and_linears_of_another_kind_are_left_alone(pretended_cuda, monkeypatch):
+def test_widths_that_fit_and_gathered_parameters_are_left_alone(pretended_cuda, monkeypatch):
     def refused(*given, **named):
         raise AssertionError("copied")
 
     monkeypatch.setattr(blocks, "with_zeros", refused)
     run(*mlp(48), torch.randn(2, 48))  # hidden width 128
-
-    class Other(nn.Linear):
-        pass
-
     inward, outward = mlp()
     outward.weight.ds_id = 1  # as under ZeRO 3
     run(inward, outward, torch.randn(2, 32))
-    run(Other(32, 2 * 85), nn.Linear(85, 32), torch.randn(2, 32))
     with pytest.raises(AssertionError, match="copied"):
         run(*mlp(), torch.randn(2, 32))
+
+
+class Other(nn.Linear):
+    """Has a way of its own to multiply, as a Linear in FP8 does."""
+
+    def forward(self, x):
+        self.seen = tuple(self.weight.shape), self.bias is not None
+        return (x @ self.weight.t() + (0 if self.bias is None else self.bias)) * 0.5
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(32, 96), (48, 128)])
+def test_linears_of_another_kind_multiply_in_their_own_way(width, hidden):
+    """On a CPU, too, as FP8 is emulated there; the bias in between is SwiGLU's in any case."""
+    torch.manual_seed(0)
+    inward, outward = Other(width, 2 * swiglu_hidden(width)), Other(swiglu_hidden(width), width)
+    parameters, x = [*inward.parameters(), *outward.parameters()], torch.randn(3, width)
+    gate, up = ((x @ inward.weight.t()) * 0.5 + inward.bias).chunk(2, -1)
+    expected = (torch.nn.functional.silu(gate) * up @ outward.weight.t() + outward.bias) * 0.5
+    torch.testing.assert_close(swiglu_mlp(inward, outward, x), expected)
+    assert inward.seen == ((2 * hidden, width), False) and outward.seen == ((width, hidden), True)
+    assert all(a is b for a, b in zip([*inward.parameters(), *outward.parameters()], parameters, strict=True))
 
 
 def test_elsewhere_nothing_is_copied(monkeypatch):

@@ -23,7 +23,8 @@ from unite_fast.errors import UserError
 
 MIN_CAPABILITY = (8, 9)  # Ada; H100 and H200 have 9.0
 MULTIPLE = 16  # of both sizes of a weight, what the FP8 products of cuBLASLt are made for
-LINEARS = ("qkv", "attention_out", "mlp_in", "mlp_out")  # of the blocks of encoder and decoder
+# Of the blocks of encoder and decoder. An MLP's hidden width is filled up to such a multiple (model/aligned.py).
+LINEARS = ("qkv", "attention_out", "mlp_in", "mlp_out")
 
 
 def torchao_float8() -> Any:
@@ -67,8 +68,9 @@ def check_fp8(config: Config, device: torch.device) -> None:
 
 
 def takes(linear: str, inputs: int, outputs: int) -> bool:
-    """Whether a block's Linear of that name and those sizes computes in FP8: both sizes multiples of 16."""
-    return linear in LINEARS and inputs % MULTIPLE == 0 and outputs % MULTIPLE == 0
+    """Whether a block's Linear of that name and those sizes computes in FP8: sizes but an MLP's hidden one decide."""
+    sizes = {"mlp_in": [inputs], "mlp_out": [outputs]}.get(linear, [inputs, outputs])
+    return linear in LINEARS and all(size % MULTIPLE == 0 for size in sizes)
 
 
 def eligible(name: str, linear: nn.Linear) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 import unite_kernels as uk
 from unite_fast.model.aligned import product_dtype, with_zeros
@@ -45,28 +46,27 @@ def swiglu_hidden(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
-def _plain(linear: nn.Linear) -> bool:
-    """Whether its own forward need not run, as it must in FP8, or under ZeRO 3, which gathers its parameters there."""
-    return type(linear) is nn.Linear and not hasattr(linear.weight, "ds_id")
-
-
-def product_and_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(x Wᵀ, the bias that the operator behind it adds) on CUDA; elsewhere products add it free: (x Wᵀ + b, None)."""
-    if x.is_cuda and _plain(linear):
-        return F.linear(x, linear.weight), linear.bias
-    return linear(x), None
+def _product(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b in the linear's own way, FP8 maybe, with these in place of its parameters."""
+    if type(linear) is nn.Linear:
+        return F.linear(x, weight, bias)
+    return functional_call(linear, {"weight": weight, "bias": bias}, (x,))
 
 
 def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
-    """Linear, SwiGLU, Linear; on CUDA with `aligned` hidden rows."""
+    """Linear, SwiGLU, Linear; on CUDA and in FP8 with `aligned` hidden rows, and the first bias added by SwiGLU."""
+    on_matrix_units = x.is_cuda or type(inward) is not nn.Linear
+    # ZeRO 3 gathers parameters in their linear's own forward. A CPU's products add a bias free.
+    if not on_matrix_units or any(hasattr(linear.weight, "ds_id") for linear in (inward, outward)):
+        return outward(uk.swiglu(inward(x)))
     hidden = outward.in_features
-    if not (x.is_cuda and aligned(hidden) != hidden and _plain(inward) and _plain(outward)):
-        return outward(uk.swiglu(*product_and_bias(inward, x)))
+    if aligned(hidden) == hidden:
+        return outward(uk.swiglu(_product(inward, x, inward.weight, None), inward.bias))
     # A gate of zero times zero is zero, and so are the rows and columns that it meets.
     dtype = product_dtype(inward.weight)
-    product = F.linear(x, with_zeros(inward.weight, 0, pieces=2, dtype=dtype))
+    product = _product(inward, x, with_zeros(inward.weight, 0, pieces=2, dtype=dtype), None)
     gated = uk.swiglu(product, with_zeros(inward.bias, 0, pieces=2, dtype=inward.bias.dtype))
-    return F.linear(gated, with_zeros(outward.weight, 1, dtype=dtype), outward.bias)
+    return _product(outward, gated, with_zeros(outward.weight, 1, dtype=dtype), outward.bias)
 
 
 class Block(nn.Module):
