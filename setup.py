@@ -30,7 +30,6 @@ DEEPSPEED = ["deepspeed>=0.19,<0.20", "ninja"]
 DALI = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 MOLECULES = ["rdkit>=2025.3", "pebble>=5.1"]
 PARQUET = ["pyarrow>=17"]
-FP8 = ["torchao>=0.17"]  # the first one for torch 2.11 and newer
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -74,9 +73,8 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "molecules": [*TRAIN, *MOLECULES],
         "parquet": PARQUET,
-        "fp8": [*TRAIN, *FP8],
         "wandb": ["wandb>=0.19"],
-        "test": [*TRAIN, *DEEPSPEED, *DALI, *MOLECULES, *PARQUET, *FP8, *TEST],
+        "test": [*TRAIN, *DEEPSPEED, *DALI, *MOLECULES, *PARQUET, *TEST],
     },
     entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
 )

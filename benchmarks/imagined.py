@@ -7,7 +7,8 @@ attention is PyTorch's FlashAttention operator, and autograd runs the backward p
 raises, as does an operator that mixes devices; a `Watch` counts the rest.
 
 Not followed: Apex and the flash-attn packages, `torch.compile`, and whatever asks for `torch.cuda` itself (streams,
-events, sizes of memory). That a host copy is pinned cannot be seen either: each counts as a wait.
+events, sizes of memory) but for the compute capability, which is Hopper's. That a host copy is pinned cannot be seen
+either: each counts as a wait.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def imagined() -> Iterator[torch.device]:
         mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == NAME)),
         mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 16, create=True),
         mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda _: (9, 0)),
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(torch, "clear_autocast_cache", _CASTS.clear),
         mock.patch.object(F, "scaled_dot_product_attention", functools.partial(_attention, attend)),

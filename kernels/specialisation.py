@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
 # Modules of this package that define aot_specialisations().
-FAMILIES = ("adaln_kernels", "flow", "latent", "muon", "philox", "pixels", "qk_rope", "rectify", "resample", "swiglu")
+FAMILIES = (
+    "adaln_kernels", "flow", "fp8", "latent", "muon", "philox", "pixels", "qk_rope", "rectify", "resample", "swiglu",
+)  # fmt: skip
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 
 
@@ -35,6 +37,7 @@ class Specialisation:
         max_registers: a thread's cap, from which follows how many programs a multiprocessor holds.
         load_bytes, store_bytes: least width of the widest global load and store; below 16 only where the shape forbids
             more or the bytes do not matter.
+        capabilities: those whose instructions it needs.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Specialisation:
     max_registers: int
     load_bytes: int = 16
     store_bytes: int = 16
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 def specialisations() -> list[Specialisation]:

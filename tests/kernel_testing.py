@@ -19,11 +19,17 @@ from unite_kernels.dispatch import INTERPRETED
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
+ROUNDED = {
+    tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16),
+    tl.float8e4nv: (torch.float8_e4m3fn, torch.int8, np.uint8),
+    tl.float8e5: (torch.float8_e5m2, torch.int8, np.uint8),
+}
+
 
 def _mend_interpreter() -> None:
     """Two faults of Triton's interpreter.
 
-    It cuts float32 off to make bfloat16, where compiled code rounds to nearest. And before 3.9 a loop bound is a NumPy
+    It cuts float32 off to make bfloat16 and FP8, where compiled code rounds to nearest. And before 3.9 a loop bound is a NumPy
     array of shape [1], which NumPy 2.4 does not turn into an integer.
     """
     from triton.runtime import interpreter
@@ -31,9 +37,9 @@ def _mend_interpreter() -> None:
     convert, patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def convert_float(data, source, target, rounding):
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.array(data, np.float32)).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.float32 and target in ROUNDED:
+            dtype, bits, kept = ROUNDED[target]
+            return torch.from_numpy(np.array(data, np.float32)).to(dtype).view(bits).numpy().view(kept)
         return convert(data, source, target, rounding)
 
     def patch_lang_tensor(tensor, scope):

@@ -55,5 +55,6 @@ def report(entry, capability: int) -> dict:
 
 if __name__ == "__main__":
     capability, first, workers = map(int, sys.argv[1:])
-    for entry in specialisations()[first::workers]:
+    entries = [entry for entry in specialisations() if capability in entry.capabilities]
+    for entry in entries[first::workers]:
         print(json.dumps(report(entry, capability)), flush=True)

@@ -12,7 +12,7 @@ from cli_toy import mistake, run
 from unite_fast.analysis import profiling
 from unite_fast.analysis.devices import GPUS, Network, find_gpu
 from unite_fast.analysis.extent import Extent
-from unite_fast.analysis.parts import Rates
+from unite_fast.analysis.parts import Part, Rates, linear_op
 from unite_fast.analysis.planning import compute_time, fp8_share, plan
 from unite_fast.analysis.update import network_of
 from unite_fast.config import Config
@@ -61,8 +61,24 @@ def test_floors_take_the_rate_for_what_runs_at_it(name):
     assert compute_time(off, compute, size) == compute_time(off, compute._replace(fp8=None), size)
     # Emulated, as on a CPU, it takes what it takes without.
     assert compute_time(on, compute._replace(fp8=None), size) == compute_time(off, compute, size)
-    moving = Rates(1e30, 1e9, 2e30)
-    assert compute_time(on, moving, size) == compute_time(off, moving, size)
+
+
+def test_moved_bytes_are_those_of_the_operands():
+    """One Linear of a block: its casts, and what its products read of eight bits."""
+    rows, inputs, outputs, weights = 64, 768, 2304, 768 * 2304
+    part = Part("tokenize", (linear_op("qkv", rows, inputs, outputs, 2),), False, 2, fp8=True)
+    x, y = 3 * rows * inputs, 3 * rows * outputs  # numbers of three images
+    forward, backward = part.forward_bytes(3), part.backward_bytes(3)
+    assert forward == (2 + 2 + 1 + 1) * x + (4 + 4 + 1 + 1) * weights + x + weights + 2 * y
+    # The gradient of the output is cast once, both products read it; those of the input and of the weight are written.
+    assert backward == (2 + 2 + 1 + 1) * y + 2 * y + weights + 2 * x + x + 2 * 4 * weights
+    assert part.floor(3, Rates(1e30, 1.0, 2e30)) == pytest.approx((forward, backward))
+    # Products beside casts: where operations limit, both take their time.
+    products, casts = part.ops[0].forward * 3 / 1e12, (6 * x + 10 * weights) / 1e12
+    assert part.floor(3, Rates(0.5e12, 1e12, 1e12))[0] == pytest.approx(products + casts)
+    plain = Part("tokenize", part.ops, False, 2)
+    assert plain.forward_bytes(3) == 2 * (x + y + weights)
+    assert part.floor(3, Rates(1e30, 1.0)) == plain.floor(3, Rates(1e30, 1.0)), "emulated"
 
 
 def test_gpus_have_the_rate_or_none():
@@ -84,7 +100,7 @@ def test_a_plan_is_faster_by_it_and_mfu_with_it():
         plans[flag] = {stage: plan(config, H100, NODES, ranks=8, stage=stage) for stage in (1, 3)}
     with_it, without = plans[True][1], plans[False][1]
     assert with_it.micro_batch == without.micro_batch
-    assert 0.6 < with_it.seconds.total / without.seconds.total < 0.85
+    assert 0.9 < with_it.seconds.total / without.seconds.total < 1  # on an H100, see docs/performance.md
     assert with_it.mfu / without.mfu == pytest.approx(without.seconds.total / with_it.seconds.total)
     assert plans[True][3] == plans[False][3], "ZeRO 3 refuses FP8"
 

@@ -72,4 +72,6 @@ def test_machine_code(kernels, capsys):
 
 
 def test_every_kernel_is_there(kernels):
-    assert [k["name"] for k in kernels] == sorted(entry.name for entry in specialisations())
+    capability = kernels[0]["capability"]
+    named = sorted(entry.name for entry in specialisations() if capability in entry.capabilities)
+    assert [k["name"] for k in kernels] == named

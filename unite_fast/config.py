@@ -267,7 +267,7 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
     compile: bool = Field(False, description="training passes under torch.compile: the first step takes minutes, the others less; needs a C++ compiler, not for ZeRO 3")
-    fp8: bool = Field(False, description="matrix products of the blocks in FP8 (extra `fp8`, GPU of capability 8.9 or newer; a CPU emulates it, slowly); not for ZeRO 3")
+    fp8: bool = Field(False, description="matrix products of the blocks in FP8 (GPU of capability 8.9 or newer; a CPU emulates it); not for ZeRO 3")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
 
     @model_validator(mode="after")

@@ -163,16 +163,14 @@ def _compile() -> str:
 
 
 def _fp8() -> str:
-    from unite_fast.engine.fp8 import MIN_CAPABILITY, torchao_float8
+    torch = _import("torch")
+    from unite_kernels.fp8 import MIN_CAPABILITY
 
-    _import("torchao")
-    torchao_float8()
-    version, torch = metadata.version("torchao"), _import("torch")
     if not torch.cuda.is_available():
-        raise Missing(f"torchao {version} only emulates FP8 on a CPU, and that is slow: needs a CUDA device")
+        raise Missing("a CPU only emulates FP8, and that is slow: needs a CUDA device")
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
-        raise Missing(f"torchao {version} is installed but idle: the device has no FP8 products")
-    return f"torchao {version}, for train.fp8"
+        raise Missing("the device has no FP8 products")
+    return "the device has FP8 products, for train.fp8"
 
 
 def _flash() -> str:
@@ -294,7 +292,7 @@ PARTS = (
         "FP8",
         _fp8,
         "matrix products run in bfloat16; train.fp8 is refused, or emulated on a CPU",
-        "pip install 'unite_fast[fp8]' and a GPU of capability 8.9 or newer (RTX 40, H100, H200)",
+        "a GPU of capability 8.9 or newer (RTX 40, H100, H200)",
     ),
     Part(
         "FlashAttention",

@@ -3,9 +3,8 @@
 A multiply-add counts as two operations, and only matrix products, attention and convolutions count; a backward pass
 costs one more product for each gradient that is really taken (Linears that read data take none for their input).
 Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
-Under `train.fp8` the products that it takes count at the FP8 rate, with the bytes of bfloat16: the casts to eight bits
-(a pass over each operand for its scale, one that writes it) cost more than that, narrower operands less, and neither is
-counted.
+Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an operand is read
+twice and written twice, once along either of its sides (kernels/fp8.py). Memory counts as without it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,20 @@ class Rates(NamedTuple):
     fp8: float | None = None  # operations a second of products in FP8; None: `matmul` stands for them, too
 
 
+class Eight(NamedTuple):
+    """What a Linear moves under `train.fp8` where it moves `forward_bytes` and `backward_bytes` without, for one image.
+
+    Attributes:
+        forward, backward: by its products.
+        forward_casts, backward_casts: by what makes their operands: its input, and the gradient of its output.
+    """
+
+    forward: int
+    backward: int
+    forward_casts: int
+    backward_casts: int
+
+
 class Op(NamedTuple):
     """One operator of a pass, for one image or draw.
 
@@ -38,7 +51,7 @@ class Op(NamedTuple):
         trained: whether its backward adds a gradient of the weights.
         block: belongs to a transformer block of the encoder, which activation checkpointing recomputes.
         wide: computes in float32 whatever the compute dtype, so its weights are not cast.
-        fp8: all its products are what `train.fp8` computes in FP8.
+        fp8: where `train.fp8` computes its products in FP8, what they move then.
     """
 
     name: str
@@ -51,7 +64,7 @@ class Op(NamedTuple):
     trained: bool = True
     block: int | None = None
     wide: bool = False
-    fp8: bool = False
+    fp8: Eight | None = None
 
 
 @dataclass(frozen=True)
@@ -104,11 +117,11 @@ class Part:
 
     def forward_bytes(self, images: int) -> int:
         """Bytes that one forward pass on a number of images (draws) must move, weights included."""
-        return sum(images * op.forward_bytes + self.width * op.weights for op in self.ops)
+        return sum(products + casts for products, casts in (self._forward(op, images, self.fp8) for op in self.ops))
 
     def backward_bytes(self, images: int) -> int:
         """Bytes that one backward pass must move: a gradient of a weight is read and written in float32."""
-        return sum(images * op.backward_bytes + self._weight_bytes(op) for op in self.ops)
+        return sum(products + casts for products, casts in (self._backward(op, images, self.fp8) for op in self.ops))
 
     def floor(self, images: float, rates: Rates) -> tuple[float, float]:
         """Seconds that forward and backward take at least: every operator at the slower of its two limits.
@@ -119,22 +132,30 @@ class Part:
         """
         forward = backward = 0.0
         for op in self.ops:
-            rate = rates.fp8 if self.fp8 and op.fp8 and rates.fp8 is not None else rates.matmul
-            once = max(
-                images * op.forward / rate,
-                (images * op.forward_bytes + self.width * op.weights) / rates.copy,
-            )
+            fp8 = self.fp8 and rates.fp8 is not None
+            rate = rates.fp8 if fp8 and op.fp8 else rates.matmul
+            moved, casts = self._forward(op, images, fp8)
+            once = max(images * op.forward / rate, moved / rates.copy) + casts / rates.copy
             forward += once
-            backward += max(
-                images * op.backward / rate,
-                (images * op.backward_bytes + self._weight_bytes(op)) / rates.copy,
-            )
+            moved, casts = self._backward(op, images, fp8)
+            backward += max(images * op.backward / rate, moved / rates.copy) + casts / rates.copy
             if self.recomputes and op.block is not None:
                 backward += once
         return forward, backward
 
-    def _weight_bytes(self, op: Op) -> int:
-        return op.weights * (self.width + (8 if op.trained else 0))
+    def _forward(self, op: Op, images: float, fp8: bool) -> tuple[float, float]:
+        """Bytes that an operator moves in one forward pass, and those of casts to eight bits before it."""
+        if not (fp8 and op.fp8):
+            return images * op.forward_bytes + self.width * op.weights, 0.0
+        casts = images * op.fp8.forward_casts + op.weights * (2 * DTYPE_BYTES["fp32"] + 2)
+        return images * op.fp8.forward + op.weights, casts
+
+    def _backward(self, op: Op, images: float, fp8: bool) -> tuple[float, float]:
+        """Those of its backward pass; a gradient of a weight is read and written in float32."""
+        summed = 2 * DTYPE_BYTES["fp32"] * op.weights if op.trained else 0
+        if not (fp8 and op.fp8):
+            return images * op.backward_bytes + self.width * op.weights + summed, 0.0
+        return images * op.fp8.backward + op.weights + summed, images * op.fp8.backward_casts
 
 
 def linear_op(
@@ -146,6 +167,13 @@ def linear_op(
     Its name is that of the Linear with a space for an underscore; outside the blocks none is called as one of theirs.
     """
     product = 2 * rows * inputs * outputs
+    casts = 2 * width + 2  # a number read twice and written twice
+    eight = Eight(
+        forward=rows * (inputs + width * outputs),
+        backward=rows * (outputs + inputs + input_grad * (outputs + width * inputs)),
+        forward_casts=casts * rows * inputs,
+        backward_casts=casts * rows * outputs,
+    )
     return Op(
         name,
         forward=product,
@@ -156,7 +184,7 @@ def linear_op(
         weights=inputs * outputs,
         block=block,
         wide=width == DTYPE_BYTES["fp32"],
-        fp8=takes(name.replace(" ", "_"), inputs, outputs),
+        fp8=eight if takes(name.replace(" ", "_"), inputs, outputs) else None,
     )
 
 

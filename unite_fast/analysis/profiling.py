@@ -124,7 +124,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, *, fp8: bool = False
 
 
 def fp8_rate(device: torch.device) -> float:
-    """Operations a second of a large product in E4M3 as torchao calls it in a forward pass, without the casts."""
+    """Operations a second of a large product in E4M3 as a forward pass calls it, without the casts."""
     side = MATMUL_SIDE[device.type]
     a = torch.randn(side, side, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones((), device=device)
@@ -185,7 +185,7 @@ def measure(
     torch.manual_seed(config.train.seed)
     model = modality.network(config.model).to(device)
     if config.train.fp8:
-        use_fp8(model, device)
+        use_fp8(model)
     feed = Feed(config, world, batch, modality)
     try:
         first = ", after compiling each" if config.train.compile else ""

@@ -63,7 +63,7 @@ class Engine:
         self.steps_per_epoch, self.global_batch = steps_per_epoch, global_batch
         self.model = model.to(world.device)
         if config.train.fp8:
-            use_fp8(model, world.device)
+            use_fp8(model)
         self.step_count = self.samples_seen = 0
         self.last_lr = 0.0
         self.peak_lr = peak_lr(config.optimizer, global_batch)
