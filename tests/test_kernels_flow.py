@@ -1,4 +1,4 @@
-"""Random streams, flow noise, the latent norm with noise and the flow loss: statistics, kernels against equations."""
+"""Flow noise, the latent norm with noise and the flow loss: statistics, kernels against equations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 import unite_kernels as uk
 from unite_kernels.flow import _flow_noise, _flow_noise_backward
 from unite_kernels.latent import _flow_loss, _mix, _mix_backward
-from unite_kernels.philox import _philox, philox
+from unite_kernels.philox import _philox
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 33, 32), (2, 3, 100)]  # [B, K, D]; the model's D is 32
 LAWS = ("logit_normal", "uniform")
@@ -21,56 +21,6 @@ LAWS = ("logit_normal", "uniform")
 def tensors(*shapes, dtype=torch.float32, seed=0):
     """Normal tensors of these shapes, each from a seed of its own."""
     return [normal(*shape, dtype=dtype, seed=10 * seed + index) for index, shape in enumerate(shapes)]
-
-
-def philox_by_hand(counter, key):
-    """Philox 4x32-10 on Python integers, as Salmon et al. 2011 print it."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b % 2**32, (a >> 32) ^ c3 ^ k1, a % 2**32
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
-
-
-def test_philox_known_answers():
-    # Random123's kat_vectors.
-    assert philox_by_hand((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert philox_by_hand((2**32 - 1,) * 4, (2**32 - 1,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    assert philox_by_hand(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-
-    seed, step, stream = (0x299F31D0 << 32) | 0xA4093822, 0x13198A2E, 0x83707344
-    words = philox(5, torch.tensor([0x85A308D3, 7]), seed, step, stream)
-    for row, draw in enumerate((0x85A308D3, 7)):
-        for counter in range(5):
-            expected = philox_by_hand((counter, draw, step, stream), (seed & 0xFFFFFFFF, seed >> 32))
-            assert tuple(int(word[row, counter]) for word in words) == expected
-
-
-@pytest.mark.parametrize("law, numbers", [("norm", uk.philox_normal), ("uniform", uk.philox_uniform)])
-def test_streams_have_their_law_and_no_correlation(law, numbers):
-    count = 2**16
-    x = numbers((count,), 1, 2, 3, draws=4).double()
-    mean, deviation = (0.0, 1.0) if law == "norm" else (0.5, math.sqrt(1 / 12))
-    kurtosis = 3.0 if law == "norm" else 1.8
-    n = x.numel()
-    # Each statistic within 5 of its standard errors.
-    assert abs(x.mean() - mean) < 5 * deviation / math.sqrt(n)
-    assert abs(x.var() / deviation**2 - 1) < 5 * math.sqrt((kurtosis - 1) / n)
-    assert stats.kstest(x.flatten().numpy(), law).pvalue > 1e-4
-
-    def correlated(a, b):
-        return abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) > 5 / math.sqrt(a.numel())
-
-    for lag in (1, 2, 3, 4, 8, 1024):
-        assert not correlated(x[:, :-lag], x[:, lag:]), f"elements {lag} apart"
-    assert not correlated(x[0], x[1]), "draws"
-    for neighbour in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
-        assert not correlated(x[0], numbers((count,), *neighbour).double()), f"(seed, step, stream) {neighbour}"
-    if law == "norm":  # Box–Muller's two outputs share a radius: their squares must not correlate either
-        assert not correlated(x[:, ::2].square(), x[:, 1::2].square())
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -82,6 +32,9 @@ def test_times_have_their_law(law, shift):
     assert stats.kstest(u.flatten().double().numpy(), expected).pvalue > 1e-4
     assert t.min() >= 0 and t.max() <= 1
     assert abs(torch.corrcoef(t)[0, 1]) < 5 / math.sqrt(20_000)
+    # The noise has words of its own.
+    numbers = uk.philox_uniform if law == "uniform" else uk.philox_normal
+    assert abs(torch.corrcoef(torch.stack((u[0], numbers((20_000,), 5, 0, 0))))[0, 1]) < 5 / math.sqrt(20_000)
 
 
 def test_flow_noise_is_its_equation_and_an_address():
@@ -100,18 +53,6 @@ def test_flow_noise_is_its_equation_and_an_address():
         assert not torch.isclose(uk.flow_noise(z, 5, seed, step, stream=stream)[1], t).any()
 
 
-@pytest.mark.parametrize("normal", [True, False])
-def test_philox_kernel_makes_the_reference_numbers(normal):
-    function = uk.philox_normal if normal else uk.philox_uniform
-    arguments = (3, 683), 2**62 + 12345, 2**31 + 7, 2**31 - 1
-    with on_backend("torch"):
-        expected = function(*arguments, draws=2, first_draw=2**31 - 2, device=DEVICE)
-    with on_backend("triton"):
-        made = function(*arguments, draws=2, first_draw=2**31 - 2, device=DEVICE)
-    # Uniforms are the integers themselves. Of a normal, angle and logarithm are rounded: 1e-6 at a radius of up to 6.8.
-    torch.testing.assert_close(made, expected, rtol=0, atol=4e-6 if normal else 0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("law", LAWS)
@@ -128,11 +69,11 @@ def test_flow_noise_kernel(dtype, shape, law):
     assert_twice_as_good(run(z, "triton"), run(z), run(z.float()))
 
 
-def mix_truth(z, weight, bias, mask, t, noise):
+def mix_truth(z, weight, bias, mask, t, noise, eps=1e-5):
     """(z0, decoder input) from the equations, in float64."""
     z, weight, bias, t, noise = (x.double() for x in (z, weight, bias, t, noise))
     centred = z - z.mean(-1, keepdim=True)
-    z0 = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+    z0 = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
     chosen = mask[:, None, None].double()
     t = t[:, None, None]
     return z0, chosen * (t * z0 + (1 - t) * noise) + (1 - chosen) * z0
@@ -159,12 +100,12 @@ def test_latent_norm_mix_kernel(dtype, shape):
     assert_twice_as_good(fused, eager, run(mix_truth, torch.Tensor.double))
 
 
-def loss_truth(pred, z1, t, weight, bias, weighting):
+def loss_truth(pred, z1, t, weight, bias, weighting=True, floor=0.05, eps=1e-5):
     """The flow loss from its equation, in float64."""
     pred, z1, t, weight, bias = (x.double() for x in (pred, z1, t, weight, bias))
     centred = pred - pred.mean(-1, keepdim=True)
-    normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-    divisor = (1 - t).clamp(min=0.05) if weighting else torch.ones_like(t)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    divisor = (1 - t).clamp(min=floor) if weighting else torch.ones_like(t)
     error = (z1 - normalised) / divisor[..., None, None]
     return error.square().flatten(-3).mean(-1).sum()
 
@@ -190,6 +131,51 @@ def test_latent_norm_flow_loss_kernel(dtype, draws, shape, weighting):
         with torch.no_grad():
             assert torch.equal(uk.latent_norm_flow_loss(pred, z1, t, weight, bias, weighting=weighting), fused[0])
     assert_twice_as_good(fused, eager, run(loss_truth, torch.Tensor.double))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("eps, floor", [({}, {}), ({"eps": 0.7}, {"floor": 0.3})], ids=["defaults", "others"])
+def test_eps_and_the_floor_count(backend, eps, floor):
+    """Of rows whose variance is not far from the default eps, at times on both sides of either floor."""
+    pred, z1, noise, weight, bias = tensors((2, 3, 5, 8), (3, 5, 8), (3, 5, 8), (8,), (8,))
+    t, mask = torch.linspace(0.5, 1, 6, device=DEVICE).view(2, 3), torch.tensor([True, False, True], device=DEVICE)
+    small = 1e-3 * pred
+
+    def run(mix, loss, cast=lambda x: x):
+        leaves = [cast(x).detach().requires_grad_() for x in (small, weight, bias)]
+        x, *affine = leaves
+        outputs = [*mix(x[0], *affine, mask=mask, t=t[0], noise=noise, **eps), loss(x, z1, t, *affine, **eps, **floor)]
+        return *outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)
+
+    with on_backend(backend):
+        found = run(uk.latent_norm_mix, uk.latent_norm_flow_loss)
+    truth = run(mix_truth, loss_truth, torch.Tensor.double)
+    for ours, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5 * true.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("chosen", [0, 1, 3, 4])
+def test_the_loss_has_a_gradient_for_each_tensor_alone(backend, chosen):
+    given = tensors((3, 2, 5, 8), (2, 5, 8), (3, 2), (8,), (8,))
+    given[2] = given[2].sigmoid()
+    found = []
+    for function, cast in ((uk.latent_norm_flow_loss, lambda x: x), (loss_truth, torch.Tensor.double)):
+        inputs = [cast(x).clone() for x in given]
+        leaf = inputs[chosen].requires_grad_()
+        with on_backend(backend):
+            found.append(torch.autograd.grad(function(*inputs), leaf)[0].double())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_draws_take_no_gradient(backend):
+    z, z1, noise, weight, bias = (x.requires_grad_() for x in tensors((2, 5, 8), (2, 5, 8), (2, 5, 8), (8,), (8,)))
+    t, mask = torch.rand(2, device=DEVICE).requires_grad_(), torch.tensor([True, False], device=DEVICE)
+    with on_backend(backend):
+        _, mixed = uk.latent_norm_mix(z, weight, bias, mask=mask, t=t, noise=noise)
+        (mixed.sum() + uk.latent_norm_flow_loss(z, z1, t, weight, bias)).backward()
+    assert z.grad.any() and z1.grad.any() and t.grad is None and noise.grad is None
 
 
 def test_draws_are_summed_and_z1_may_be_constant():
@@ -364,7 +350,11 @@ def test_wrong_input_is_refused():
         (lambda: uk.flow_noise(z, 1, -1, 0), ValueError, "seed is -1"),
         (lambda: uk.flow_noise(z, 1, 0, -1), ValueError, "step is -1"),
         (lambda: uk.flow_noise(z, 1, 0, torch.tensor(0.0)), ValueError, "0-dim int64"),
+        (lambda: uk.flow_noise(z, 1, 0, torch.zeros(1, dtype=torch.int64)), ValueError, "0-dim int64"),
+        (lambda: uk.flow_noise(z, 1, 0, torch.tensor(0, device="meta")), ValueError, "0-dim int64 on"),
+        (lambda: uk.flow_noise(z, 1, 2**63, 0), ValueError, "seed is 9223372036854775808; it must lie in"),
         (lambda: uk.flow_noise(z, 1, 0, 0, stream=2**31), ValueError, "stream is 2147483648"),
+        (lambda: uk.flow_noise(z, 1, 0, 0, first_draw=2**31), ValueError, "first_draw is 2147483648"),
         (lambda: uk.philox_normal((2,), 0, 0, 0, first_draw=-1), ValueError, "first_draw is -1"),
         (lambda: uk.flow_noise(z, 1, 0, 2**63), ValueError, r"step is 9223372036854775808; it must lie in"),
         (lambda: uk.flow_noise(z, 1, 0, 1.5), TypeError, "step is 1.5; it must be an integer"),
