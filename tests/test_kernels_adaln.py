@@ -111,6 +111,37 @@ def test_a_single_number(form):
     torch.testing.assert_close(run("triton", function, inputs), run("torch", function, inputs), rtol=1e-6, atol=2e-4)
 
 
+def faint(names):
+    """Inputs of which the mean square of x and the branch is near the default eps."""
+    inputs = zip(names.split(), inputs_of(names, (2, 5, 24), torch.float32), strict=True)
+    return [1e-3 * x if name in STREAMS else x for name, x in inputs]
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.7])
+@pytest.mark.parametrize("form", FORMS)
+def test_eps_is_added_to_the_mean_square(form, eps, monkeypatch):
+    monkeypatch.setitem(globals(), "EPS", eps)
+    function, names = FORMS[form]
+    inputs = faint(names)
+    truth = outputs_and_gradients(EQUATIONS[function], inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(EQUATIONS[function], inputs)
+    given = function if eps == 1e-6 else functools.partial(function, eps=eps)
+    for backend in ("torch", "triton"):
+        assert_twice_as_good(run(backend, given, inputs), naive, truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["gated rms", "gated layer", "residual layer"])
+def test_the_norm_reads_the_stream_as_it_is_stored(form, backend):
+    function, names = FORMS[form]
+    norm = uk.layer_norm if form == "residual layer" else uk.layer_norm_modulate if "layer" in form else None
+    inputs = inputs_of(names, (2, 5, 24), torch.bfloat16)
+    with on_backend(backend):
+        residual, normed = function(*inputs)
+        again = (norm or uk.rms_norm_modulate)(residual, *inputs[2 if norm is uk.layer_norm else 3 :])
+    assert torch.equal(normed, again)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_modulation_and_weights_of_another_dtype(form):
     function, names = FORMS[form]
@@ -122,13 +153,18 @@ def test_modulation_and_weights_of_another_dtype(form):
         assert_twice_as_good(fused, plain, truth)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_one_modulation_for_all_samples(backend):
-    x, weight, shift, scale = inputs_of(FORMS["rms"][1], (3, 5, 16), torch.float32)
-    row = shift[:1]
-    with on_backend(backend):
-        expanded = uk.rms_norm_modulate(x, weight, row.expand(3, -1), scale)
-        assert torch.equal(expanded, uk.rms_norm_modulate(x, weight, row.repeat(3, 1), scale))
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("expanded", TERMS)
+@pytest.mark.parametrize("form", ["boundary", "gated layer"])
+def test_each_term_has_strides_of_its_own(form, expanded, backend):
+    """One is the same for all samples, one dense, and one a part of a wider tensor."""
+    function, names = FORMS[form]
+    given = dict(zip(names.split(), inputs_of(names, (3, 5, 16), torch.float32), strict=True))
+    given[expanded] = given[expanded][:1].expand(3, -1)
+    dense = next(name for name in TERMS if name != expanded)
+    given[dense] = given[dense].contiguous()
+    copies = [x.contiguous() for x in given.values()]
+    assert all(map(torch.equal, run(backend, function, given.values()), run(backend, function, copies)))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -312,6 +348,7 @@ REFUSED = {
     "scale dtype": (TypeError, "scale is torch.bfloat16", {"scale": normal(2, 8).bfloat16()}),
     "scale strides": (ValueError, "scale has strides", {"scale": normal(8, 2).T}),
     "weight shape": (ValueError, "weight has shape", {"weight": normal(7)}),
+    "closing shape": (ValueError, "closing_weight has shape", {"closing_weight": normal(7)}),
     "weight device": (ValueError, "weight is on meta", {"weight": torch.ones(8, device="meta")}),
 }
 
@@ -321,6 +358,12 @@ def test_refuses(case):
     error, sentence, changes = REFUSED[case]
     with pytest.raises(error, match=f"block_boundary: {sentence}"):
         call(**changes)()
+
+
+def test_a_bias_of_another_shape_is_refused():
+    for bias in (normal(7), normal(1), normal(2, 8)):
+        with pytest.raises(ValueError, match=r"layer_norm: bias has shape .* must be \(8,\)"):
+            uk.layer_norm(normal(2, 3, 8), normal(8), bias)
 
 
 def test_backend_names():

@@ -77,6 +77,26 @@ def test_adaptive_norms_against_the_equation(library, served, form, shape):
     assert served == ["adaln"]
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.7])
+def test_eps_is_added_to_the_mean_square(library, served, eps, monkeypatch):
+    monkeypatch.setattr(adaln, "EPS", eps)
+    monkeypatch.setattr(rope, "EPS", eps)
+    options = {"eps": eps}
+    for form in RMS:
+        function, names = adaln.FORMS[form]
+        inputs = adaln.faint(names)
+        truth = outputs_and_gradients(adaln.EQUATIONS[function], inputs, lambda x: torch.float64)
+        naive = outputs_and_gradients(adaln.EQUATIONS[function], inputs)
+        assert_twice_as_good(adaln.run("auto", lambda *given: function(*given, **options), inputs), naive, truth)
+    qkv, *weights = rope.inputs_of((2, 5, 3, 16), torch.float32)
+    inputs, rotary = [1e-3 * qkv, *weights], (*rope.tables(5, 16), 1)
+    truth = outputs_and_gradients(rope.equation(*rotary), inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(rope.equation(*rotary), inputs)
+    found = outputs_and_gradients(lambda *given: uk.qk_norm_rope(*given, *rotary, **options), inputs)
+    assert_twice_as_good(found, naive, truth)
+    assert served == ["adaln"] * len(RMS) + ["qk_norm_rope"]
+
+
 @pytest.mark.parametrize("lengths", [(5, 1, 70, 3), (2, 0, 4), (1,)])
 @pytest.mark.parametrize("form", ["rms", "gated rms", "boundary"])
 def test_spans_are_the_samples_one_by_one(library, form, lengths):
@@ -126,6 +146,13 @@ def test_attention_against_the_equation(library, served, shape):
     for other in (heads_first, strided):
         assert all(map(torch.equal, outputs_and_gradients(attend, [other]), outputs_and_gradients(attend, [qkv])))
     assert served == ["attention"] * 5
+
+
+def test_attention_with_scores_that_the_exponential_does_not_hold(library):
+    qkv = 30 * normal(2, 12, 3, 2, 16)
+    truth = outputs_and_gradients(test_attention.equation, [qkv], lambda x: torch.float64)
+    naive = outputs_and_gradients(test_attention.equation, [qkv])
+    assert_twice_as_good(outputs_and_gradients(attend, [qkv]), naive, truth)
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 64, 3), (2, 0, 29), (1,)])
@@ -248,6 +275,7 @@ def test_other_tensors_are_left_to_pytorch(served):
     uk.layer_norm_modulate(x, None, None, None, normal(2, 8))
     attend(normal(1, 65, 3, 1, 16))
     attend(normal(1, 5, 3, 1, 8))
+    attend(normal(1, 5, 3, 1, 272))
     assert served == []
 
 

@@ -53,6 +53,15 @@ def test_newton_schulz_is_its_equation(shape):
     torch.testing.assert_close(uk.newton_schulz(g).double(), torch.stack(expected), rtol=0, atol=100 * ROUNDING)
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 0.25}])
+def test_newton_schulz_divides_by_no_less_than_eps(options):
+    eps = options.get("eps", 1e-7)
+    g = normal(3, 4, 6)
+    g *= eps * torch.tensor([0.5, 1.0, 2.0], device=DEVICE)[:, None, None] / g.norm(dim=(1, 2), keepdim=True)
+    norms = uk.newton_schulz(g, 0, **options).norm(dim=(1, 2))
+    torch.testing.assert_close(norms, torch.tensor([0.5, 1.0, 1.0], device=DEVICE), rtol=4 * ROUNDING, atol=0)
+
+
 def test_newton_schulz_brings_singular_values_near_one():
     g = torch.linalg.qr(normal(2, 32, 32))[0] * torch.logspace(-2, 0, 32, device=DEVICE)
     values = torch.linalg.svdvals(uk.newton_schulz(g).float())

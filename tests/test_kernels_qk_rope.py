@@ -44,9 +44,9 @@ def run(backend, inputs, *rest):
         return outputs_and_gradients(lambda *given: uk.qk_norm_rope(*given, *rest), inputs)
 
 
-def apart(*given):
+def apart(*given, **options):
     """`qk_norm_rope_apart`, packed again."""
-    return torch.stack(uk.qk_norm_rope_apart(*given), dim=2)
+    return torch.stack(uk.qk_norm_rope_apart(*given, **options), dim=2)
 
 
 def inputs_of(shape, dtype, weight_dtype=torch.float32):
@@ -64,6 +64,21 @@ def test_against_the_equation(dtype, shape, unrotated):
     naive = outputs_and_gradients(equation(*rotary), inputs)
     assert_twice_as_good(run("torch", inputs, *rotary), naive, truth)
     assert_twice_as_good(run("triton", inputs, *rotary), naive, truth)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.7])
+def test_eps_is_added_to_the_mean_square(eps, monkeypatch):
+    monkeypatch.setitem(globals(), "EPS", eps)
+    qkv, *weights = inputs_of((2, 5, 3, 16), torch.float32)
+    inputs, rotary = [1e-3 * qkv, *weights], (*tables(5, 16), 1)
+    truth = outputs_and_gradients(equation(*rotary), inputs, lambda x: torch.float64)
+    naive = outputs_and_gradients(equation(*rotary), inputs)
+    options = {} if eps == 1e-6 else {"eps": eps}
+    for backend in ("torch", "triton"):
+        for form in (uk.qk_norm_rope, apart):
+            with on_backend(backend):
+                found = outputs_and_gradients(lambda *given: form(*given, *rotary, **options), inputs)
+            assert_twice_as_good(found, naive, truth)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
