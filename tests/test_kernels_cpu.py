@@ -132,6 +132,12 @@ def test_a_gradient_in_any_order_of_memory(library):
     first, *others = (torch.autograd.grad(out, inputs, order, retain_graph=True) for order in orders)
     for other in others:
         assert all(map(torch.equal, first, other))
+    qkv = inputs[0]
+    out = attend(qkv)
+    grad = normal(*out.shape, seed=6)
+    orders = [grad, grad.mT.contiguous().mT, grad.transpose(0, 1).contiguous().transpose(0, 1)]
+    first, *others = (torch.autograd.grad(out, qkv, order, retain_graph=True)[0] for order in orders)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 2, 16), (2, 28, 4, 32), (1, 1, 3, 48), (2, 64, 1, 256), (0, 5, 2, 16)])

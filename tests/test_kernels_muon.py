@@ -208,7 +208,16 @@ def given(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[
         (lambda: uk.muon_momentum_(given(A), given(A), [], 0.9), ValueError, "means has 0 tensors"),
         (lambda: uk.muon_momentum_(given(A), given(B), given(A), 0.9), ValueError, r"gradients\[0\] has shape \(4,\)"),
         (lambda: uk.muon_momentum_(given(A), given(A), given(B), 0.9), ValueError, "must have 15 elements"),
+        (lambda: uk.muon_momentum_(given(B), given(B), given(A), 0.9), ValueError, "must have 4 elements"),
+        (
+            lambda: uk.muon_momentum_(given(A), given(A), [given(A[::-1])[0].T], 0.9),
+            ValueError, r"means\[0\] has strides",
+        ),
         (lambda: uk.muon_momentum_(given(A), given(A), given(A), 1.5), ValueError, "momentum is 1.5"),
+        (
+            lambda: uk.muon_momentum_(given(A), given(A), given(A), 0.9, torch.ones((), device="meta")),
+            ValueError, "coefficient is on meta",
+        ),
         (lambda: uk.muon_momentum_(given(A), given(A, dtype=torch.bfloat16), given(A), 0.9), TypeError, "bfloat16"),
         (lambda: uk.muon_momentum_(given(A), given(A), given(A, dtype=torch.float64), 0.9), TypeError, "float64"),
         (

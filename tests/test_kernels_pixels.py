@@ -101,6 +101,15 @@ def test_lpips_gradient_goes_where_it_is_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_targets_and_weights_take_no_gradient(backend):
+    tokens, images = normal(2, 4, 12).requires_grad_(), normal(2, 3, 4, 4).requires_grad_()
+    a, b, weight = maps(2, 7, 3, 5).requires_grad_(), maps(2, 7, 3, 5, seed=1), torch.rand(7, device=DEVICE)
+    with on_backend(backend):
+        (uk.patch_l1(tokens, images, 2)[0] + uk.lpips_distance(a, b, weight.requires_grad_()).sum()).backward()
+    assert tokens.grad.any() and a.grad.any() and images.grad is None and weight.grad is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_lpips_gradient_at_a_dark_pixel_is_finite(backend):
     a, b, weight = maps(1, 5, 2, 2), maps(1, 5, 2, 2, seed=1), torch.rand(5, device=DEVICE)
     a[0, :, 1, 0] = 0
