@@ -248,18 +248,20 @@ for code in (
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 1, 1, 768, 770, f(1)),  # stride
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 2**31 - 1, 64, 768, 768, f(1)),
     u.unite_philox_normal(p(0x10), p(0x100), p(0x200), 1, ctypes.c_int64(0), 0, 0, 17),  # a size that must be aligned
+    u.unite_patch_l1_forward_bf16(p(0x10), p(16), p(32), p(48), p(64), 65536),  # programs along the second axis
     launch(p(0x10), p(0), p(0), 0),          # nothing to do
     launch(p(0), p(0x100), p(0x200), 1),     # no current context
     launch(p(0x10), p(0x100), p(0x200), 1),
+    launch(p(0x10), p(0x100), p(0x200), 1),  # what was not loaded is not kept
 ):
     print(code, u.unite_error_string(code).decode())
 """
     lines = call(library, code, LD_LIBRARY_PATH=driver(), CAPABILITY="75")
     codes = [int(line.split()[0]) for line in lines]
-    assert codes == [-4, -4, -4, -4, -4, -4, 0, 201, -3]
+    assert codes == [-4, -4, -4, -4, -4, -4, -4, 0, 201, -3, -3]
     assert "an address is 0" in lines[1] and "a size is no multiple of 16" in lines[5]
-    assert lines[7] == "201 words of the driver"
-    assert "architecture" in lines[8]
+    assert lines[8] == "201 words of the driver"
+    assert "architecture" in lines[9]
 
 
 @needs_build
