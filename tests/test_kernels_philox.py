@@ -86,6 +86,15 @@ def test_of_a_step_the_low_32_bits_count(backend, numbers):
     assert torch.equal(first, again) and not torch.isclose(first, other).any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("numbers", [uk.philox_normal, uk.philox_uniform])
+def test_numbers_of_another_dtype_are_those_of_float32_rounded(numbers, dtype, backend):
+    with on_backend(backend):
+        found, plain = (numbers((5, 7), 1, 2, 3, draws=2, device=DEVICE, dtype=kind) for kind in (dtype, torch.float32))
+    assert found.dtype == dtype and torch.equal(found, plain.to(dtype))
+
+
 @triton.jit
 def _numbers_kernel(words, first, second, uniform, COUNT: tl.constexpr):
     element = tl.arange(0, COUNT)
