@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unite_fast.config import LpipsConfig, ObjectiveConfig
 from unite_fast.engine.backend import AutocastForward
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_step
+from unite_fast.objective.two_pass import Objective, StepLosses, one_graph_loss, two_pass_step
 
 BATCH = 3
 
@@ -71,6 +71,27 @@ def test_gradients_equal_those_of_one_graph(stop_gradient, sizes, chunk):
     assert torch.allclose(losses.total, one.detach(), rtol=1e-5)
     assert engine.lasts == [False] * (len(engine.lasts) - 1) + [True]
     assert len(engine.lasts) == -(-5 // chunk) + 1
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_a_micro_batch_before_the_last_communicates_nothing(stop_gradient):
+    model = tiny()
+    goal = objective(model, flow_draws=2, stop_gradient=stop_gradient)
+    images, labels, shape = batch(model)
+    engine = Accumulating(model)
+    for last in (False, True):
+        two_pass_step(engine, goal, images, labels, draws(goal.config), shape=shape, last=last)
+    assert engine.lasts == [False] * 5 + [True]
+
+
+def test_losses_of_micro_batches_add_up_by_their_weights():
+    def losses(factor):
+        terms = {"l1": torch.tensor(1.0 * factor), "lpips": torch.tensor(2.0 * factor)}
+        return StepLosses(torch.tensor(7.0 * factor), terms, torch.tensor(4.0 * factor), torch.tensor(factor), None)
+
+    whole = StepLosses.sum([losses(1).scaled(0.25), losses(3).scaled(0.75)])
+    assert (whole.total, whole.flow, whole.z0) == (17.5, 10.0, 3)
+    assert whole.terms == {"l1": 2.5, "lpips": 5.0}
 
 
 def peak_saved_bytes(model, goal, run) -> int:
@@ -169,15 +190,19 @@ def test_draws_depend_on_seed_step_and_stream_alone():
 
 
 def test_no_two_draws_of_a_step_are_the_same_numbers():
-    config = ObjectiveConfig()
-    shape = torch.Size((4, 6, 4))
-    noise, _, (_, _, decoder_noise), _ = draws(config).tokenize(shape)
-    flow = draws(config).flow(torch.zeros(shape), 0, 2)
-    flow_noise = flow.z_t / (1 - flow.t)[:, :, None, None]
-    series = [noise, decoder_noise, *flow_noise, draws(config, stream=1).tokenize(shape).noise]
-    for i, a in enumerate(series):
-        for b in series[:i]:
-            assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.4  # 96 numbers: 4 σ
+    """Nor do its micro-batches share any: a mask made of the numbers of its times would choose certain times."""
+    config = ObjectiveConfig(label_drop=0.5)
+    shape = torch.Size((4000, 1, 4))
+    series = []
+    for stream in (0, 1, 2):
+        made = draws(config, stream=stream)
+        noise, t, (mask, mix_t, decoder_noise), _ = made.tokenize(shape)
+        flow = made.flow(torch.zeros(shape), 0, 2)
+        flow_noise = flow.z_t / (1 - flow.t)[:, :, None, None]
+        series += [noise[:, 0, 0], decoder_noise[:, 0, 0], *flow_noise[:, :, 0, 0]]
+        series += [t, mask, mix_t, *flow.t, *flow.drop]
+    together = torch.corrcoef(torch.stack([one.double() for one in series]))
+    assert (together - torch.eye(len(series))).abs().max() < 0.08  # 4,000 numbers each: 5 σ
 
 
 def test_laws_of_the_draws():
