@@ -75,6 +75,23 @@ def test_distance_and_gradient(files, rescale):
     assert float(model(a, a)) == 0
 
 
+def test_the_objective_weighs_it_and_moves_the_reconstruction(files):
+    torch.manual_seed(0)
+    lpips = LpipsConfig(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"), weight=0.3)
+    objective = Objective(ObjectiveConfig(lpips=lpips, l1_weight=2.0), null_label=3)
+    images, image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32, requires_grad=True)
+
+    def run(phase: str, noise: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return noise, (image - images).abs().mean(), image
+
+    draws = SeededDraws(objective.config, seed=0, step=0, stream=0, device=torch.device("cpu"))
+    loss, terms, _ = objective.reconstruction(run, images, draws, torch.Size((1, 4, 4)))
+    expected = 2 * (image - images).abs().mean() + 0.3 * straightforward(images, image)
+    assert terms["lpips"] > 0.01 and torch.allclose(loss, expected, rtol=1e-4)
+    (found,), (truth,) = torch.autograd.grad(loss, image), torch.autograd.grad(expected, image)
+    assert float((found - truth).norm() / truth.norm()) < 1e-3
+
+
 def test_fused_operators_compute_the_same_maps(files):
     """Bias, ReLU and pool behind a convolution that leaves them out, as on CUDA; in float32 but for rounding."""
     model = configured(files).to(DEVICE)
