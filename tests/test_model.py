@@ -6,7 +6,7 @@ import torch
 
 from unite_fast import ModelConfig, Unite, generate
 from unite_fast.config import ENCODER_PRESETS
-from unite_fast.model.conditioning import rotary_tables
+from unite_fast.model.conditioning import rotary_tables, sincos_1d, sincos_2d
 
 TINY = dict(
     image_size=16, patch_size=4, registers=16, latent_dim=4, depth=3, width=16, heads=2, num_classes=3,
@@ -76,6 +76,52 @@ def test_context_changes_denoising_and_tables_match_their_formula():
     cos, sin = rotary_tables(7, 6)
     assert torch.allclose(cos[3], torch.cos(3 * 10_000.0 ** (-torch.tensor([0.0, 2.0, 4.0]) / 6)))
     assert torch.allclose(cos**2 + sin**2, torch.ones_like(cos))
+
+
+def test_times_stay_float32_under_autocast():
+    time, t = tiny().encoder.time, torch.rand(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = time(t)
+    assert torch.equal(found, time(t))
+    phase = 2 * torch.pi * t[:, None] * time.frequencies
+    features = torch.cat([phase.sin(), phase.cos()], 1)
+    assert torch.allclose(found, time.project(torch.nn.functional.silu(time.lift(features))), atol=1e-5)
+
+
+def test_fixed_positions_follow_their_formulas():
+    omega = 10_000.0 ** (-torch.tensor([0.0, 1.0, 2.0, 3.0]) / 4)
+    angle = torch.arange(3.0)[:, None] * omega
+    assert torch.allclose(sincos_1d(torch.arange(3), 8), torch.cat([angle.sin(), angle.cos()], 1), atol=1e-6)
+    grid = sincos_2d(3, 16).view(3, 3, 16)
+    line = sincos_1d(torch.arange(3), 8)
+    assert torch.equal(grid[..., :8], line.expand(3, 3, 8)) and torch.equal(grid[..., 8:], line[:, None].expand(3, 3, 8))
+    # The extra token of the decoder has none; registers that are no patches stand on a line before the grid.
+    same, other = tiny().decoder.position[0], tiny(registers=5).decoder.position[0]
+    assert not same[0].any() and torch.equal(same[1:], sincos_2d(4, 16))
+    expected = torch.cat([torch.zeros(1, 16), sincos_1d(torch.arange(5), 16), sincos_2d(4, 16)])
+    assert torch.equal(other, expected)
+
+
+@torch.no_grad()
+def test_weights_begin_as_published():
+    torch.manual_seed(0)
+    model = Unite(ModelConfig(**{**TINY, "width": 64, "num_classes": 30, "context_len": 16}))
+    encoder = model.encoder
+    zero = [encoder.final, encoder.final_modulation, *encoder.modulation]
+    normal = [encoder.time.lift, encoder.time.project]
+    for linear in (module for module in encoder.modules() if isinstance(module, torch.nn.Linear)):
+        assert not linear.bias.any()
+        if linear in zero:
+            assert not linear.weight.any()
+        elif linear not in normal:  # Xavier's uniform law
+            bound = (6 / sum(linear.weight.shape)) ** 0.5
+            assert 0.9 * bound < linear.weight.abs().max() <= bound
+            assert float(linear.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.15)
+    for weight in (*(linear.weight for linear in normal), encoder.label.weight, encoder.context):
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.1) and abs(float(weight.mean())) < 0.002
+    assert float(encoder.time.frequencies.std()) == pytest.approx(1, rel=0.2)
+    assert torch.equal(encoder.register_position[0], sincos_1d(torch.arange(16), 64))
+    assert not model.decoder.token.any()
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -150,6 +196,44 @@ def test_labels_of_any_integer_type_are_taken(kind):
 def test_generate_refuses(options, word):
     with pytest.raises(ValueError, match=word):
         generate(tiny(), **{"labels": torch.tensor([0]), **options})
+
+
+def euler(denoise, z, labels, null, *, guidance=1.0, interval=(0.1, 1.0), steps=9, time_shift=0.5):
+    """Latents of Euler's method, one prediction after the other."""
+    u = torch.linspace(0, 1, steps)
+    times = time_shift * u / (1 + (time_shift - 1) * u)
+    for t, following in zip(times[:-1], times[1:]):
+        clean = denoise(z, t.expand(len(z)), labels)
+        if interval[0] < t < interval[1]:
+            of_none = denoise(z, t.expand(len(z)), torch.full_like(labels, null))
+            clean = of_none + guidance * (clean - of_none)
+        z = z + (following - t) * (clean - z) / max(1 - float(t), 0.05)
+    return z
+
+
+SAMPLING = [
+    dict(),
+    dict(steps=60),  # the last steps begin where 1 − t is below its floor
+    dict(guidance=2.5),
+    dict(guidance=0.0),
+    dict(guidance=2.5, steps=5, time_shift=1.0, interval=(0.25, 0.75)),  # times on both ends, which lie outside
+    dict(guidance=2.5, interval=(0.3, 0.6), time_shift=0.7),
+    dict(time_shift=2.0),
+]
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("options", SAMPLING)
+@torch.no_grad()
+def test_samples_are_those_of_the_equation(options, normalise):
+    model, labels, noise = tiny(), torch.tensor([0, 1, 2]), torch.randn(3, 16, 4)
+    options = {"steps": 9, **options}
+    images, found = generate(
+        model, labels, noise=noise, solver="euler", normalise=normalise, return_latents=True, **options
+    )
+    expected = euler(lambda *z: model.denoise(*z, normalise=normalise), noise, labels, model.null_label, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(images, model.decode(found).clamp(0, 1)) and images.min() == 0
 
 
 def test_solvers_agree_on_a_smooth_field_and_guidance_one_is_the_class_prediction():

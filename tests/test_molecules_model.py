@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from test_model import SAMPLING, euler
 
 import unite_fast
 from unite_fast.model.packing import Packed
 from unite_fast.molecules.config import DECODER_PRESETS, MoleculeModelConfig, MoleculeObjectiveConfig
 from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, rotation_matrices
-from unite_fast.molecules.sampling import ENCODE_STREAM, draw_counts, encode, generate, noise, reconstruct
+from unite_fast.molecules.sampling import ENCODE_STREAM, NOISE_STREAM, draw_counts, encode, generate, noise, reconstruct
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
 
@@ -218,6 +219,12 @@ def test_rotations_are_uniform_and_one_a_molecule():
     trace = matrices.diagonal(dim1=1, dim2=2).sum(1)
     assert abs(float(trace.square().mean()) - 1) < 0.1
     assert len({tuple(row.round(decimals=3).tolist()) for row in images[:, 0]}) > 3900
+    # Nor are they made of the numbers of another draw of their micro-batch.
+    drawn = SeededDraws(MoleculeObjectiveConfig(), seed=0, step=3, stream=0, device=torch.device("cpu"))
+    first, turns = drawn.tokenize(torch.Size((4000, 1, 4))), rotate(data, seed=0, step=3, stream=0).positions
+    for other in (first.noise, first.mix[2]):
+        same = (rotation_matrices(other[:, 0])[data.packed.sequence] * data.positions[:, None]).sum(2)
+        assert (turns - same).abs().mean() > 0.1
     again = rotate(data, seed=0, step=3, stream=1)
     assert torch.equal(again.positions, turned.positions)
     for other in (dict(seed=1, step=3, stream=1), dict(seed=0, step=4, stream=1), dict(seed=0, step=3, stream=2)):
@@ -292,6 +299,31 @@ ZEROS = dict(elements=torch.ones(4, 9, dtype=torch.int64), positions=torch.zeros
 def test_arguments_that_do_not_fit_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call(model(), Packed.of(COUNTS))
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+@torch.no_grad()
+def test_samples_are_those_of_the_equation(options):
+    network, labels, packed = model(num_classes=3), torch.tensor([0, 1, 2, 3]), Packed.of(COUNTS)
+    options = {"steps": 9, **options}
+    start = noise(network, packed, seed=4, first=0, stream=NOISE_STREAM) * packed.mask[..., None]
+    latents = euler(lambda *z: network.denoise(*z, packed), start, labels, network.null_label, **options)
+    elements, positions = network.decode(latents, packed)
+    found = generate(network, COUNTS, labels, seed=4, **options)
+    assert torch.equal(found.elements, elements)
+    torch.testing.assert_close(found.positions, positions, rtol=1e-3, atol=1e-3)
+
+
+def test_coordinates_and_what_predicts_them_stay_float32_under_autocast():
+    network, data = model(), batch()
+    atoms = data.elements, data.positions, data.packed.position
+    latents = torch.randn(17, 4, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        patches, heads = network.patches(*atoms), network.decoder(latents, data.packed)
+    assert torch.equal(patches, network.patches(*atoms))
+    assert all(head.dtype == torch.float32 for head in heads)
+    # A rounding to bfloat16 would leave 1e-3 of a mean.
+    assert data.packed.mean(heads[1]).abs().max() < 1e-5
 
 
 def test_guidance_towards_no_class_costs_nothing(monkeypatch):
