@@ -254,6 +254,19 @@ def test_published_naming_round_trip(suffix, tmp_path, capsys):
         assert (again.made_by["weights"], again.made_by["step"]) == ("ema", 5)
 
 
+def test_fixed_tables_of_a_published_file():
+    published, rope = _published(EMA), "encoder.feat_rope"
+    angle = torch.arange(32.0)[:, None] * 10_000.0 ** (-torch.arange(0, 8, 2) / 8)  # 16 registers and 16 patches
+    angle = angle.repeat_interleave(2, dim=1)
+    for name, table, still in (("cos", angle.cos(), 1.0), ("sin", angle.sin(), 0.0)):
+        assert torch.allclose(published[f"{rope}.freqs_{name}"], table, atol=1e-5)
+        with_context = published[f"{rope}_incontext.freqs_{name}"]
+        assert (with_context[:2] == still).all() and torch.allclose(with_context[2:], table, atol=1e-5)
+    assert published["patch_embed.position_embeddings"].shape == (1, 17, 16)
+    assert not published["patch_embed.position_embeddings"].any()
+    assert torch.equal(published["decoder.decoder_pos_embed"], EMA.decoder.position)
+
+
 def test_what_the_published_naming_cannot_hold(tmp_path, capsys):
     save_toy(tmp_path / "model", config=CONFIG.model_copy(update={"registers": 8}))
     base = ["export", tmp_path / "model", "--published"]

@@ -128,7 +128,9 @@ def test_a_round_trip_changes_no_bit(folder, file):
 
 def test_what_is_exported_after_more_steps(folder, file, capsys):
     assert _import(folder, file, "more") == 0
-    run_folder = train(config(folder, name="more", train={"steps": STEPS + 2, "checkpoint_every": 2}), resume=True)
+    rates = {"lr": 5e-4, "warmup_epochs": 100}
+    longer = config(folder, name="more", train={"steps": STEPS + 2, "checkpoint_every": 2}, optimizer=rates)
+    run_folder = train(longer, resume=True)
     capsys.readouterr()
     out = folder / "more.pt"
     assert run("export", run_folder, "--published", out, "--with-optimizer") == 0
@@ -137,6 +139,9 @@ def test_what_is_exported_after_more_steps(folder, file, capsys):
     assert set(before) - set(after) == {"scheduler", "scheduler_muon", "epoch"} and after["step"] == STEPS + 2
     assert list(after["model"]) == list(before["model"])  # wrappers, tables and LPIPS weights as they were
     assert {float(entry["step"]) for entry in after["optimizer"]["state"].values()} == {STEPS + 2}
+    last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    rates = {after[key]["param_groups"][0]["lr"] for key in ("optimizer", "optimizer_muon")}
+    assert last["step"] == STEPS + 2 and rates == {last["lr"]} and 0 < last["lr"] < 1e-4
     assert not torch.equal(after["ema"]["latent_tokens"], before["ema"]["latent_tokens"])
     assert torch.equal(after["ema"]["encoder.pos_embed"], before["ema"]["encoder.pos_embed"])
     assert read_published(out, context_start=1).config == read_published(file, context_start=1).config
@@ -149,6 +154,11 @@ def test_the_form_is_that_of_torchs_own_optimizers(trained, file):
     ours = our_names((name.replace("._orig_mod", "") for name in content["model"]), model)
     plain = {name.replace("._orig_mod", ""): tensor for name, tensor in content["model"].items()}
     tensors = {ours[name]: tensor for name, tensor in plain.items() if name in ours}
+    saved = load_file(checkpoint.latest(trained) / "model.safetensors")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in saved.items())
+    averages = load_file(checkpoint.latest(trained) / "ema.safetensors")
+    assert torch.equal(content["ema"]["latent_tokens"], averages["encoder.register_position"])
+    assert not torch.equal(content["ema"]["latent_tokens"], content["model"]["latent_tokens"])
     for key, kind in (("optimizer", torch.optim.AdamW), ("optimizer_muon", torch.optim.Muon)):
         names = parameter_order(content["model"], model)[key]
         parameters = [torch.nn.Parameter(tensors[name].clone()) for name in names]
@@ -167,6 +177,22 @@ def test_the_form_is_that_of_torchs_own_optimizers(trained, file):
             if name != UNUSED and key == "optimizer_muon":
                 expected = torch.lerp(moments[f"momentum_buffer/{name}"], torch.ones_like(parameter), 0.05)
                 assert torch.allclose(optimizer.state[parameter]["momentum_buffer"], expected)
+
+
+def test_exported_groups_have_what_the_run_trained_with(trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other")
+    path = checkpoint.latest(other) / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["optimizer"] |= {
+        "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.1, "momentum": 0.9, "newton_schulz_steps": 4
+    }  # fmt: skip
+    path.write_text(json.dumps(state))
+    assert run("export", other, "--published", tmp_path / "p.pt", "--with-optimizer") == 0
+    content = torch.load(tmp_path / "p.pt", weights_only=True)
+    adamw, muon = (content[key]["param_groups"][0] for key in ("optimizer", "optimizer_muon"))
+    assert (tuple(adamw["betas"]), adamw["eps"], adamw["weight_decay"]) == ((0.8, 0.95), 1e-7, 0.1)
+    assert (muon["momentum"], muon["weight_decay"], muon["ns_steps"], muon["nesterov"]) == (0.9, 0.1, 4, True)
+    assert adamw["lr"] == muon["lr"] == 1e-3
 
 
 def test_an_imported_run_is_a_run(folder, file):
