@@ -4,9 +4,10 @@ import os
 import pickle
 import stat
 
+import numpy as np
 import pytest
 import torch
-from cli_toy import CONFIG, toy_model
+from cli_toy import CONFIG, small_disk, toy_model
 from data_trees import tree
 from engine_toy import toy_config
 from engine_toy import toy_model as toy_network
@@ -17,8 +18,9 @@ from unite_fast.engine import checkpoint
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import join_world
 from unite_fast.errors import UserError
+from unite_fast.importing import write_pickle
 from unite_fast.model.io import save_model
-from unite_fast.weights import read_file
+from unite_fast.weights import read_file, write_arrays, write_tensors, write_text
 
 
 def _checkpoint(folder):
@@ -46,6 +48,22 @@ def test_tensors_have_the_permissions_of_the_files_beside_them(write, umask, tmp
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
     assert {".safetensors"} < {os.path.splitext(name)[1] for name in modes}
     assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_tensors({"a": torch.zeros(3000)}, path),
+    lambda path: write_arrays({"a": np.zeros(3000)}, path),
+    lambda path: write_pickle({"a": torch.zeros(3000)}, path),
+    lambda path: write_text(3000 * "a", path),
+], ids=["tensors", "arrays", "pickle", "text"])  # fmt: skip
+def test_a_disk_that_fills_up_leaves_the_former_file(write, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"former")
+    with small_disk(2000), pytest.raises(UserError, match="cannot write .*file: "):
+        write(path)
+    assert path.read_bytes() == b"former" and list(tmp_path.iterdir()) == [path]
+    write(path)
+    assert path.stat().st_size >= 3000 and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("write", [
