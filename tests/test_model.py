@@ -170,6 +170,16 @@ def test_images_of_another_precision_are_taken():
     assert torch.equal(model.tokenize(images.double(), noise=noise, t=t), model.tokenize(images, noise=noise, t=t))
 
 
+@torch.no_grad()
+def test_times_that_are_not_given_are_drawn_up_to_the_maximum_of_the_training():
+    model, images, noise = tiny(), torch.rand(2, 3, 16, 16), torch.randn(2, 16, 4)
+    model.tokenize_t_max = 0.0
+    assert torch.equal(model.tokenize(images, noise=noise), model.tokenize(images, noise=noise, t=torch.zeros(2)))
+    model.tokenize_t_max = 0.5
+    found = [model.tokenize(images, noise=noise) for _ in range(2)]
+    assert not torch.allclose(*found)
+
+
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
 def test_labels_of_any_integer_type_are_taken(kind):
     options = dict(solver="euler", steps=2, guidance=2.0, noise=torch.zeros(2, 16, 4))

@@ -189,11 +189,17 @@ def test_other_forms_of_the_objective(options):
     network = model()
     objective, data, labels, draws, shape = step_parts(network, batch(), flow_draws=1, **options)
     losses = two_pass_step(Accumulating(network), objective, data, labels, draws, shape=shape)
-    plain, *_ = two_pass_step(Accumulating(network), *step_parts(network, batch(), flow_draws=1)[:4], shape=shape)[1:]
-    if "position_loss" in options:  # nm²: an error of a few Å is about 0.1
-        assert 0 < losses.terms["position"] < plain["position"] ** 2
-    else:
-        assert losses.terms["position"] != plain["position"]
+    noise_, t, mix, added = draws.tokenize(shape)
+    atoms = data.elements, data.positions, data.packed
+    with torch.no_grad():
+        z0, read = network.latents(*atoms, noise_, t, mix)
+        read = read if added is None else z0 + data.packed.pack(added)
+        logits, found = network.decoder(read, data.packed)
+    distance = found - data.positions
+    position = (distance / 10).square().mean() if "position_loss" in options else distance.abs().mean()  # nm², or Å
+    assert torch.allclose(losses.terms["position"], position, rtol=1e-4)
+    element = torch.nn.functional.cross_entropy(logits, data.elements - 1)
+    assert torch.allclose(losses.terms["element"], element, rtol=1e-4)
 
 
 def test_rotations_are_uniform_and_one_a_molecule():
@@ -250,7 +256,8 @@ def test_presets():
     assert sum(p.numel() for p in network.parameters()) == 54_062_648
     with torch.device("meta"):
         tiny = MoleculeUnite(MoleculeModelConfig(preset="mol_tiny"))
-    assert tiny.config.decoder.depth == 4 and "decoder.positions.weight" not in tiny.matrix_parameters()
+    assert tiny.config.decoder.depth == 4
+    assert tiny.matrix_parameters().isdisjoint({"decoder.positions.weight", "decoder.elements.weight"})
 
 
 def test_sampling_depends_on_seed_and_number_alone():

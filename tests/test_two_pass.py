@@ -232,6 +232,13 @@ def test_the_papers_forms():
         goal = objective(model, flow_draws=2, **options)
         losses = two_pass_step(Accumulating(model), goal, images, labels, draws(goal.config), shape=shape)
         assert torch.isfinite(losses.total)
+    for options in (dict(decoder_noise="additive", additive_sigma=0.7), dict(decoder_noise="none")):
+        goal = objective(model, **options)
+        noise, t, _, added = draws(goal.config).tokenize(shape)
+        z0 = model.tokenize(images, noise=noise, t=t)
+        _, terms, found = goal.reconstruction(model, images, draws(goal.config), shape)
+        l1 = (model.decode(z0 if added is None else z0 + added) - images).abs().mean()
+        assert torch.allclose(found, z0, atol=1e-5) and torch.allclose(terms["l1"], l1, rtol=1e-4), options
     goal = objective(model, flow_draws=1, weighting="none", label_drop=0.0)
     z1 = torch.randn(shape)
     z_t, t, _ = draws(goal.config).flow(z1, 0, 1)
@@ -246,7 +253,8 @@ def test_stop_gradient_decides_whether_flow_reaches_the_tokenizer():
         images, labels, shape = batch(model)
         two_pass_step(Accumulating(model), goal, images, labels, draws(goal.config), shape=shape)
         assert bool(model.encoder.final.weight.grad.abs().max() > 0) is reached
-        assert model.denoiser.final.weight.grad.abs().max() > 0
+        assert model.denoiser.final.weight.grad.abs().max() > 0 and model.denoiser_norm.weight.grad.abs().max() > 0
+        assert bool(model.latent_norm.weight.grad.abs().max() > 0) is reached
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisation is a matter of CUDA")
