@@ -4,22 +4,88 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cli_toy import mistake, run
 from ranks import torchrun
 
 pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fast[molecules]'")
 
 from molecule_runs import config, small_set
+from test_molecules_model import model
 
 from unite_fast.data.molecules.molecule_set import write_npz
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.engine.loop import train
+from unite_fast.engine.world import World
 from unite_fast.evaluation.molecules import MoleculeJudge
+from unite_fast.evaluation.work import digest
 from unite_fast.molecules import evaluation as evaluation_module
-from unite_fast.molecules.evaluation import PICTURES
+from unite_fast.molecules.evaluation import PICTURES, Drawing, MoleculeEvaluator, Plan
+from unite_fast.molecules.sampling import draw_counts, generate
+from unite_fast.molecules.stream import Parts
+
+
+class Pieces:
+    """Stands for `Work`: makes all pieces anew, and keeps the keys under which they would be found again."""
+
+    def __init__(self):
+        self.keys, self.made = [], []
+
+    def gather(self, what, key, count, batch, make):
+        self.keys.append(digest(key))
+        pieces = [make(first, min(first + batch, count)) for first in range(0, count, batch)]
+        self.made.append({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
+
+
+DRAWING = Drawing({"steps": 3, "guidance": 1.5, "interval": (0.1, 1.0)}, [0, 0, 0, 1, 2, 3], ("low", "middle", "high"))
+
+
+def pieces(*, drawing=DRAWING, sha256="a", t_max=0.01, held_out=None, **plan):
+    """What an evaluation asks for: held-out molecules again, and generated ones."""
+    network, molecules, found = model(num_classes=3), small_set(1), Pieces()
+    network.tokenize_t_max = t_max
+    held_out = molecules.select(range(9, 16)) if held_out is None else held_out
+    parts = Parts(molecules.select(range(9)), held_out)
+    plan = Plan(**{"samples": 7, "seed": 3, "batch": 7} | plan)
+    evaluator = MoleculeEvaluator(plan, parts, World(1, 2, 0, torch.device("cpu")))
+    evaluator.measure(network, {"sha256": sha256}, drawing, found)
+    return found
+
+
+def test_molecules_depend_on_their_numbers_and_not_on_the_pieces():
+    whole, parts = pieces(), pieces(batch=4)
+    for one, other in zip(whole.made, parts.made, strict=True):
+        assert torch.equal(one["elements"], other["elements"])
+        torch.testing.assert_close(one["positions"], other["positions"], rtol=1e-3, atol=1e-4)
+    # From the seed behind the plan's, whose own numbers training draws; classes in turn.
+    counts = torch.from_numpy(draw_counts(DRAWING.histogram, 7, seed=4))
+    expected = generate(model(num_classes=3), counts, torch.arange(7) % 3, seed=4, **DRAWING.sampling)
+    length = int(counts.max())
+    torch.testing.assert_close(whole.made[1]["positions"][:, :length], expected.positions, rtol=1e-3, atol=1e-4)
+
+
+def test_pieces_are_found_again_by_all_that_made_them():
+    held_out = small_set(1).select(range(9, 16))
+    other = {
+        "both": [dict(seed=4), dict(batch=3), dict(sha256="b")],
+        "held-out": [dict(t_max=0.5), dict(held_out=replace(held_out, positions=1.01 * held_out.positions))],
+        "generated": [
+            dict(drawing=replace(DRAWING, **change))
+            for change in (
+                {"sampling": DRAWING.sampling | {"guidance": 2.0}}, {"histogram": [0, 0, 1, 2]}, {"classes": ("all",)},
+            )
+        ],
+    }  # fmt: skip
+    base = pieces().keys
+    assert pieces().keys == base
+    for what, changes in other.items():
+        for change in changes:
+            differ = [a != b for a, b in zip(base, pieces(**change).keys, strict=True)]
+            assert differ == [what != "generated", what != "held-out"], (what, change)
 
 
 @pytest.fixture(scope="module")

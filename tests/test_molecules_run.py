@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -28,6 +29,7 @@ from unite_fast.engine.loop import train
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.world import World
 from unite_fast.importing import open_trained
+from unite_fast.molecules.modality import Molecular
 from unite_fast.molecules.report import MoleculeReport
 from unite_fast.molecules.stream import MoleculeStream, PropertyBins, load_for_all, load_parts
 
@@ -126,6 +128,24 @@ def test_the_stream_is_one_order_for_every_number_of_ranks(tmp_path):
             assert piece.elements.shape[1] == int(piece.counts.max())
     later = stream(tmp_path, batch=Batch(12, 1, 12), start=4)
     assert torch.equal(next(whole).positions, next(later).positions)
+
+
+def test_every_micro_batch_of_every_rank_has_rotations_of_its_own(tmp_path):
+    batch = Batch(4, 2, 16)
+    given = next(stream(tmp_path, batch=batch, ranks=2))._replace(weight=0.75)
+
+    def inputs(orientation="random", rank=0, **place):
+        settled = config(tmp_path, data={"orientation": orientation})
+        return Molecular().inputs(settled, given._replace(**place), batch, World(rank, 2, 0, CPU))
+
+    places = [dict(rank=r, step=s, micro_batch=m) for r in (0, 1) for s in (0, 1) for m in (0, 1)]
+    found = [inputs(**place).data.positions for place in places]
+    for a, b in combinations(found, 2):
+        assert (a - b).abs().mean() > 0.1
+    assert torch.equal(inputs(**places[-1]).data.positions, found[-1])
+    still = inputs("aligned")
+    assert torch.equal(still.data.packed.pad(still.data.positions), given.positions)
+    assert still.weight == 0.75 and torch.equal(still.labels, given.labels)
 
 
 def test_a_property_labels_molecules_by_bins_of_equal_share(tmp_path):
