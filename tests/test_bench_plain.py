@@ -30,7 +30,7 @@ BATCH = 3
 
 def settings(tmp_path, model, **objective):
     sizes = model.config.model_dump()
-    losses = {"flow_draws": 4, "draws_per_chunk": 1, "l1_weight": 2.0, "flow_weight": 0.7, "t_floor": 0.3, "lpips": {"weight": 0.0}, **objective}
+    losses = {"flow_draws": 4, "draws_per_chunk": 1, "l1_weight": 2.0, "flow_weight": 0.7, "t_floor": 0.8, "lpips": {"weight": 0.0}, **objective}
     return config(tmp_path, model=sizes, objective=losses, optimizer={"clip_norm": 0.5})
 
 
