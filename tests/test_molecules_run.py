@@ -21,7 +21,7 @@ pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fa
 from molecule_runs import config, settings, small_set
 
 from unite_fast import Config, UserError, load
-from unite_fast.data.molecules.molecule_set import Molecule, assemble, write_npz
+from unite_fast.data.molecules.molecule_set import Molecule, assemble, split, write_npz
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.writing import write_sdf, write_xyz
 from unite_fast.engine.batch import Batch
@@ -126,8 +126,26 @@ def test_the_stream_is_one_order_for_every_number_of_ranks(tmp_path):
         for piece in pieces:
             assert piece.weight / 2 == pytest.approx(int(piece.counts.sum()) / int(expected.counts.sum()))
             assert piece.elements.shape[1] == int(piece.counts.max())
+    assert whole.steps_per_epoch == parts[0].steps_per_epoch == 26 / 12
     later = stream(tmp_path, batch=Batch(12, 1, 12), start=4)
     assert torch.equal(next(whole).positions, next(later).positions)
+
+
+def test_the_seed_of_the_split_decides_who_is_held_out(tmp_path):
+    whole = small_set()
+    for seed in (0, 1):
+        parts, expected = load_parts(config(tmp_path, data={"split_seed": seed}).data), split(len(whole), seed)
+        assert parts.train.names == whole.select(expected.train).names
+        assert parts.held_out.names == whole.select(expected.validation).names
+
+
+def test_a_resumed_run_can_tell_other_training_molecules(tmp_path):
+    made = stream(tmp_path, batch=Batch(12, 1, 12))
+    train, known = made.parts.train, Molecular().samples(made)
+    assert known["count"] == 26 and Molecular().samples(made) == known
+    for other in (replace(train, names=train.names[::-1]), replace(train, elements=train.elements[::-1])):
+        made.parts = made.parts._replace(train=other)
+        assert Molecular().samples(made)["digest"] != known["digest"]
 
 
 def test_every_micro_batch_of_every_rank_has_rotations_of_its_own(tmp_path):
