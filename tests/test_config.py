@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.config import Config, ModelConfig
+from unite_fast.config import Config, ModelConfig, TwoPassConfig
 from unite_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,29 @@ def refusal(data) -> str:
 def test_shipped_configurations_are_valid(path):
     config = Config.load(path)
     assert Config.parse(json.loads(config.to_json())) == config
+
+
+PUBLISHED = {  # UNITE, arXiv 2603.22283
+    "model": dict(image_size=256, patch_size=16, registers=256, latent_dim=32, num_classes=1000, context_len=32,
+                  context_start=4, shared=True),
+    "objective": dict(l1_weight=1, flow_weight=1, stop_gradient=True, tokenize_t_max=0.01, label_drop=0.1,
+                      time_law="logit_normal", time_shift=0.5, weighting="velocity", t_floor=0.05, decoder_noise="mix",
+                      mix_probability=0.5, mix_t_min=0.7, additive_sigma=0.7),
+    "optimizer": dict(kind="muon", lr=1e-4, lr_batch=384, momentum=0.95, newton_schulz_steps=5, betas=(0.9, 0.999),
+                      eps=1e-6, weight_decay=0, clip_norm=3, ema_decay=0.9978, warmup_epochs=40, hold_until_epoch=60,
+                      cosine_until_epoch=100, final_ratio=0.5),
+}  # fmt: skip
+
+
+def test_what_is_not_given_is_the_published_recipe():
+    """The configuration of its B gives sizes, S, the schedule and paths alone."""
+    config = Config.load(ROOT / "configs" / "b_h100.json")
+    for section, values in PUBLISHED.items():
+        found = getattr(config, section).model_dump()
+        assert {key: found[key] for key in values} == values
+    lpips = config.objective.lpips
+    assert (lpips.weight, lpips.rescale, lpips.dropout, config.model.decoder.inner) == (1, False, False, 768)
+    assert TwoPassConfig().flow_draws == 3
 
 
 @pytest.mark.parametrize(
@@ -52,6 +75,7 @@ def test_shipped_configurations_are_valid(path):
         (merged(train={"accumulation": None}), ["two of global_batch, micro_batch and accumulation"]),
         (merged(train={"zero_stage": 3}), ["Muon", "ZeRO 3", "adamw"]),
         (merged(optimizer={"hold_until_epoch": 5, "cosine_until_epoch": 2}), ["cosine_until_epoch 2"]),
+        (merged(optimizer={"warmup_epochs": 5, "cosine_until_epoch": 2}), ["cosine_until_epoch 2", "(5"]),
         (merged(optimizer={"lr": float("nan")}), ["optimizer.lr"]),
         (merged(optimizer={"ema_decays": [0.9, 0.9978]}), ["ema_decays [0.9, 0.9978]", "ema_decay 0.9978"]),
         (merged(optimizer={"betas": [0.9, 1.0]}), ["optimizer.betas.1", "less than 1"]),

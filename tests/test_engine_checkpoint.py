@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -71,6 +72,17 @@ def test_resume_is_exact_bit_for_bit(tmp_path, kind):
     assert second.last_lr == whole.last_lr != whole.peak_lr
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_step_moves_by_the_learning_rate_of_its_own(kind):
+    """Updates are proportional to it, and the first step of a warm-up of four has a quarter of the peak."""
+    changes = (0, {}), (1, {}), (1, {"warmup_epochs": 0.4})
+    start, whole, warming = (engine_at(steps, kind=kind, weight_decay=0, **options) for steps, options in changes)
+    assert warming.last_lr == pytest.approx(whole.last_lr / 4)
+    for name, parameter in start.parameters.items():
+        moved = (whole.parameters[name] - parameter) / 4
+        torch.testing.assert_close(warming.parameters[name] - parameter, moved, rtol=1e-3, atol=1e-7)
+
+
 def test_several_averages_are_kept_at_once(tmp_path):
     engine, alone = engine_at(4, ema_decays=[0.5, 0.99]), engine_at(4, ema_decay=0.5, ema_decays=[])
     saved = checkpoint.save(engine, tmp_path, {})
@@ -130,17 +142,31 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.parametrize("again", [False, True], ids=["next-step", "same-step"])
-@pytest.mark.parametrize("point", range(7))
-def test_a_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path, point, again):
+def test_a_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path, again):
     """kill -9 at each flush to disk and each rename of a save, in a forked process."""
-    engine = engine_at(1)
-    checkpoint.save(engine, tmp_path, {})
-    before = everything(engine)
-    if not again:
-        advance(engine, 1)
+    first, second = engine_at(1), engine_at(1 if again else 2)
+    for point in itertools.count():
+        folder = tmp_path / str(point)
+        checkpoint.save(first, folder, {"saved": "before"})
+        killed = killed_save(second, folder, point)
+        restored = engine_at(0)
+        kept = checkpoint.load(restored, checkpoint.latest(folder))
+        assert_identical(restored, first if kept == {"saved": "before"} else second)
+        # Once the new folder has its name it counts, whether or not the former one is still there.
+        assert (kept == {"saved": "after"}) == (len(whole_folders(folder)) == 2 or not killed)
+        saved = checkpoint.save(second, folder, {})
+        assert checkpoint.latest(folder) == saved
+        assert [name for name in os.listdir(folder / "checkpoints") if name.startswith(".") or "old" in name] == []
+        if not killed:
+            break
+    assert point == len(FILES) + 4 + again  # flushes of the files, state.json and both folders, and the renames
+
+
+def killed_save(engine: Engine, folder: Path, point: int) -> bool:
+    """Save in a forked process that is killed at its flush or rename of this number; False where it has fewer."""
     child = os.fork()
     if child == 0:
-        calls = iter(range(100))
+        calls = itertools.count()
 
         def deadly(original):
             def call(*args, **kwargs):
@@ -152,18 +178,13 @@ def test_a_kill_in_mid_save_leaves_a_whole_checkpoint(tmp_path, point, again):
 
         os.fsync, Path.replace = deadly(os.fsync), deadly(Path.replace)
         with contextlib.suppress(BaseException):
-            checkpoint.save(engine, tmp_path, {})
+            checkpoint.save(engine, folder, {"saved": "after"})
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the save ended before the kill: it has fewer flushes than this test thinks"
-    restored = engine_at(0)
-    checkpoint.load(restored, checkpoint.latest(tmp_path))
-    if restored.step_count == 1:
-        after = everything(restored)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-    saved = checkpoint.save(engine, tmp_path, {})
-    assert checkpoint.latest(tmp_path) == saved
-    assert [name for name in os.listdir(tmp_path / "checkpoints") if name.startswith(".") or "old" in name] == []
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def whole_folders(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder / "checkpoints") if not name.startswith(".")]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
+from unite_fast.objective.two_pass import StepLosses
 from unite_fast.records import open_run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
@@ -99,6 +101,28 @@ def test_the_loss_falls(folder):
     run = train(config(folder, train={"steps": 120, "global_batch": 12}, optimizer={"lr": 3e-3}))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["loss_l1"] < 0.6 * records[0]["loss_l1"]
+
+
+def test_every_micro_batch_of_a_run_has_draws_of_its_own(folder, monkeypatch):
+    """Of each step, rank and seed; the losses on record are the means over them."""
+    noises, one = [], torch.tensor(1.0)
+
+    def step(engine, objective, data, labels, draws, *, shape, weight, last):
+        noises.append(draws.tokenize(shape).noise)
+        return StepLosses(one, {"l1": one}, one, torch.zeros(shape), None)
+
+    monkeypatch.setattr("unite_fast.engine.loop.two_pass_step", step)
+    for seed in (0, 1):
+        settings = config(folder, name=f"seed{seed}", train={"global_batch": 6, "accumulation": 2, "seed": seed})
+        run = Run(settings, init_world(settings), resume=False)
+        for rank in (0, 1):
+            run.world = replace(run.world, rank=rank)
+            for run.engine.step_count in (0, 1):
+                losses = run._micro_batches(MagicMock())
+                assert (losses.total, losses.terms["l1"], losses.flow) == (1, 1, 1)
+        run.stream.close()
+    assert len(noises) == 2 * 2 * 2 * 2
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
 
 
 # 24 images and a batch of 5: step 10 lies in the middle of an epoch.
