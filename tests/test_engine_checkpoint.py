@@ -83,6 +83,14 @@ def test_a_step_moves_by_the_learning_rate_of_its_own(kind):
         torch.testing.assert_close(warming.parameters[name] - parameter, moved, rtol=1e-3, atol=1e-7)
 
 
+def test_steps_of_another_batch_count_by_their_share(tmp_path):
+    engine = engine_at(3, warmup_epochs=1)
+    checkpoint.load(engine, checkpoint.save(engine, tmp_path, {"images": 20}))
+    assert engine.progress == 2.5  # steps of today's 8, of ten an epoch
+    advance(engine, 1)
+    assert engine.last_lr == pytest.approx(engine.peak_lr * 3.5 / 10) and engine.samples_seen == 28
+
+
 def test_several_averages_are_kept_at_once(tmp_path):
     engine, alone = engine_at(4, ema_decays=[0.5, 0.99]), engine_at(4, ema_decay=0.5, ema_decays=[])
     saved = checkpoint.save(engine, tmp_path, {})

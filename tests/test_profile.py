@@ -106,6 +106,15 @@ def test_rates_are_of_random_numbers(monkeypatch):
     assert len({id(a) for a in seen}) >= 3 and all(0.5 < a[:64, :64].std() < 1.5 for a in seen)
 
 
+def test_rates_count_what_was_done(monkeypatch):
+    """A multiply-add is two operations, and a copy reads its bytes and writes them."""
+    monkeypatch.setattr(profiling, "times", lambda run, device, repeats: [4.0, 2.0, 3.0])
+    rates = measure_rates(CPU, torch.float32)
+    assert rates.matmul == 2 * profiling.MATMUL_SIDE["cpu"] ** 3 / 2
+    assert rates.copy == 2 * profiling.COPY_BYTES["cpu"] / 2 and rates.fp8 is None
+    assert profiling.fp8_rate(CPU) == rates.matmul
+
+
 def test_what_is_measured():
     rates = measure_rates(CPU, torch.float32)
     assert rates.matmul > 1e8 and rates.copy > 1e7
@@ -211,6 +220,34 @@ def test_records_hold_mfu_where_the_peak_is_known_and_memory(capsys):
     assert "mfu" not in unknown
     line.advance(1, unknown)
     assert "MFU" not in capsys.readouterr().err
+
+
+def test_a_record_is_of_its_own_steps_alone_and_pauses_are_not_in_it(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter(World(0, 1, 0, CPU), Batch(4, 2, 8), 10.0)
+
+    def step(loss: float) -> None:
+        """Two seconds, a quarter of them spent waiting for data."""
+        value = torch.tensor(loss)
+        meter.begin()
+        with meter.waiting():
+            clock[0] += 0.5
+        with meter.paused():
+            clock[0] += 100.0
+        clock[0] += 1.5
+        meter.add(StepLosses(value, {"l1": 2 * value}, 3 * value, torch.randn(4, 2, 3), None), 4 * value)
+
+    with meter.paused():
+        clock[0] += 50.0
+    numbers = ("loss", "loss_l1", "loss_flow", "grad_norm", "epoch", "images", "images_per_second", "data_wait")
+    step(1.0), step(3.0)
+    record = meter.read(20, 160, 0.1)
+    assert [record[name] for name in numbers] == pytest.approx([2, 4, 6, 8, 2, 160, 4, 0.25])
+    step(5.0)
+    record = meter.read(21, 168, 0.1)
+    assert [record[name] for name in numbers] == pytest.approx([5, 10, 15, 20, 2.1, 168, 4, 0.25])
+    assert meter.seconds == pytest.approx(6)
 
 
 def test_a_share_keeps_to_six_characters():

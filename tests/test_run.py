@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
 
@@ -25,6 +26,7 @@ from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
+from unite_fast.evaluation.generation import draw
 from unite_fast.objective.two_pass import StepLosses
 from unite_fast.records import open_run
 
@@ -87,6 +89,24 @@ def test_reconstructions_of_training_images_say_so(folder, capsys, monkeypatch):
     protocol = json.loads(next((own / "evaluations").glob("*.json")).read_text())["protocol"]
     assert "training_images" not in protocol["held_out"] and not protocol["warnings"]
     assert [call.kwargs["label"] for call in sheet.call_args_list] == ["training image", "original"]
+
+
+def test_sheets_show_the_averaged_weights_under_the_configured_sampling(folder, monkeypatch):
+    """The images of one seed, whatever the batch that draws them; on the way and at the end."""
+    monkeypatch.setattr(report, "sample_sheet", sheet := Mock(wraps=report.sample_sheet))
+    settings = config(
+        folder, train={"steps": 6}, optimizer={"lr": 0.03}, objective={"time_shift": 0.9},
+        evaluation={"every": 3, "batch": 3, "sheet_columns": 2},
+    )  # fmt: skip
+    run = train(settings)
+    model, labels = load(run), torch.tensor([0, 0, 1, 1])
+    sampling = settings.sampling.model_dump() | {"time_shift": 0.9}
+    assert len(sheet.call_args_list) == 2
+    for step, call in zip((3, 6), sheet.call_args_list):
+        model.load_state_dict(load_file(run / "checkpoints" / f"step_{step:08d}" / "ema.safetensors"))
+        expected = draw(model, labels, sampling, seed=0, first=0)
+        torch.testing.assert_close(call.args[0], expected, rtol=0, atol=1e-5)
+        assert min(torch.dist(a, b) for a, b in combinations(expected, 2)) > 1e-2
 
 
 def test_bf16_autocast_keeps_float32_masters_and_trains(folder):
