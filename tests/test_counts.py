@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast.analysis.counts import image_operations, repeats, step_parts
-from unite_fast.analysis.parts import Rates
+from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
@@ -168,3 +168,17 @@ def test_a_floor_is_the_slower_of_two_limits():
     both, moving, computing = sum(part.floor(4, Rates(1e9, 1e9))), sum(part.floor(4, fast)), 4 * part.operations / 1e9
     assert max(moving, computing) < both < moving + computing
     assert repeats("denoise", ObjectiveConfig(flow_draws=5)) == 5 and repeats("decode", ObjectiveConfig()) == 1
+
+
+def test_a_floor_reads_weights_adds_float32_gradients_and_repeats_what_is_recomputed():
+    op = Op("product", forward=6, backward=12, forward_bytes=4, backward_bytes=8, weights=10, block=0)
+    moving, computing = Rates(1e30, 1.0), Rates(1.0, 1e30)
+
+    def floor(rates, recomputes=False, **changes):
+        return Part("denoise", (op._replace(**changes),), recomputes, 2).floor(3, rates)
+
+    assert floor(moving) == (3 * 4 + 10 * 2, 3 * 8 + 10 * 2 + 10 * (4 + 4))
+    assert floor(moving, trained=False) == (3 * 4 + 10 * 2, 3 * 8 + 10 * 2)
+    assert floor(computing) == (18, 36)
+    assert floor(computing, recomputes=True) == (18, 36 + 18)
+    assert floor(computing, recomputes=True, block=None) == (18, 36)

@@ -279,6 +279,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.isfinite(tensor).all() for tensor in tensors(kept).values())
 
 
+def test_a_step_whose_gradients_are_not_finite_is_not_saved(folder, monkeypatch):
+    run = Run(settings := config(folder, train={"checkpoint_every": 5}), init_world(settings), resume=False)
+    healthy = run.engine.step
+    monkeypatch.setattr(run.engine, "step", lambda: healthy() + (math.inf if run.engine.step_count == 10 else 0))
+    with pytest.raises(UserError, match="^grad_norm became not finite .* and 10; the last good .*step_00000005"):
+        run.go()
+    assert checkpoint.latest_step(folder / "runs" / "run") == 5
+
+
 def test_a_learning_rate_that_explodes_is_reported_as_such(folder):
     with pytest.raises(UserError, match="not finite.*no checkpoint had been saved yet.*optimizer.lr"):
         train(config(folder, optimizer={"lr": 1e30}))
@@ -342,8 +351,26 @@ def test_missing_data_are_said_before_memory_is_measured(folder, monkeypatch):
 
 
 def test_micro_batch_auto_runs(folder):
-    run = train(config(folder, train={"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}))
+    """And what was tried changes no number of the run."""
+    auto = {"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}
+    run = train(config(folder, train=auto))
     assert checkpoint.latest_step(run) == 2
+    found, given = tensors(checkpoint.latest(run)), train(config(folder, name="given", train=auto | {"micro_batch": 6}))
+    expected = tensors(checkpoint.latest(given))
+    assert all(torch.equal(found[name], expected[name]) for name in found | expected)
+
+
+def test_seconds_of_training_are_those_of_all_sessions(folder):
+    run = train(config(folder, train={"steps": 1}))
+    file = checkpoint.latest(run) / "state.json"
+    state = json.loads(file.read_text())
+    assert 0 < state["extra"]["training_seconds"] < 1000
+    state["extra"]["training_seconds"] = 5000.0
+    file.write_text(json.dumps(state))
+    train(config(folder, train={"steps": 2}), resume=True)
+    summary = json.loads((run / "summary.json").read_text())["training_seconds"]
+    kept = checkpoint.read_state(checkpoint.latest(run))["extra"]["training_seconds"]
+    assert 5000 < kept < 6000 and summary == pytest.approx(kept, abs=0.1)
 
 
 def test_a_minute_that_is_left_is_not_sixty_seconds(capsys, monkeypatch):
