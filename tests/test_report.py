@@ -246,8 +246,11 @@ def test_length_and_state_of_a_run(tmp_path):
 
     assert made(steps=60).total == 60 and made(epochs=4).total == 100 and made(epochs=1.99).total == 50
     assert made(epochs=2).state(now=9e9) == "finished" and made(steps=60).state(now=1200.0) == "training"
+    assert made(steps=60).state(now=1900.0) == "training"  # ten times as long as between two records: 1,000 seconds
     assert made(steps=60).state(now=3000.0) == "stopped"
     assert RunFolder(None, {"train": {"epochs": 3}}).total is None
+    # 70 · 10 / 0.35 is 2000.0000000000002.
+    assert RunFolder(None, {"train": {"epochs": 10}}, [{"step": 70, "epoch": 0.35}]).total == 2000
 
 
 def _points(chart, kind):

@@ -28,7 +28,7 @@ from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import draw
 from unite_fast.objective.two_pass import StepLosses
-from unite_fast.records import open_run
+from unite_fast.records import SESSIONS, open_run, read_lines
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
 
@@ -161,6 +161,9 @@ def test_resume_is_exact_to_the_bit(folder, options):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     records = [json.loads(line) for line in (halves.parents[1] / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 5, 10, 11, 15, 20]
+    sessions = read_lines(halves.parents[1] / SESSIONS)
+    assert [session["first_step"] for session in sessions] == [0, 10]
+    assert all(session["micro_batch"] * session["accumulation"] == session["global_batch"] for session in sessions)
 
 
 def test_tensorboard_keeps_what_was_written_at_the_step_that_a_run_continues_from(folder):

@@ -16,6 +16,7 @@ from unite_fast import load
 from unite_fast.engine import checkpoint
 from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
+from unite_fast.evaluation.protocol import weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,9 @@ def test_training_measures_itself_and_evaluate_reproduces_it(trained):
     """40 images and batches of 4: an epoch ends at step 10."""
     own = records(trained)
     assert sorted(name.split("-")[0] for name in own) == ["step_00000010", "step_00000011"]
+    for name, record in own.items():
+        averages = load_file(trained / "checkpoints" / name[:13] / "ema.safetensors")
+        assert record["protocol"]["model"]["sha256"] == weights_hash(averages), name
     last = next(record for name, record in own.items() if "11" in name[:13])
     summary = json.loads((trained / "summary.json").read_text())
     assert {"is", "class_accuracy", "frechet_pca", "psnr", "ssim", "l1"} <= set(last["metrics"])

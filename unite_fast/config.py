@@ -149,8 +149,6 @@ class ModelConfig(Sizes):
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if (self.width // self.heads) % 2:
             raise ValueError(f"head width {self.width // self.heads} is odd; rotary embedding rotates pairs")
-        if self.width % 2:
-            raise ValueError(f"width {self.width} is odd; sin-cos register positions need an even width")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.context_len and self.context_start >= self.depth:
