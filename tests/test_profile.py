@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cli_toy import mistake, run
+from kernel_testing import on_backend
 from runs import config, config_file, image_tree
 
+import unite_kernels
 from unite_fast import doctor
 from unite_fast.analysis import profiling
 from unite_fast.analysis.allocation import peak_allocated
@@ -25,6 +27,7 @@ from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import ProgressLine
 from unite_fast.engine.world import World
+from unite_fast.errors import UserError
 from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import StepLosses
 
@@ -92,6 +95,16 @@ def test_profile_explains_mistakes(tmp_path, capsys):
     says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1")
     assert "objective.lpips.vgg is not set" in says
     assert "No such file" in mistake(capsys, "profile", "--config", tmp_path / "absent.json")
+
+
+def test_a_profile_computes_with_the_kernels_that_the_run_names(tmp_path, monkeypatch):
+    def rates(*_, **__):
+        raise UserError(unite_kernels.get_backend())
+
+    monkeypatch.setattr(profiling, "measure_rates", rates)
+    for name in ("torch", "auto"):
+        with on_backend("auto"), pytest.raises(UserError, match=f"^{name}$"):
+            profiling.measure(config(tmp_path, train={"kernels": name}), World(0, 1, 0, CPU), steps=1)
 
 
 def test_rates_are_of_random_numbers(monkeypatch):

@@ -15,10 +15,12 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+from kernel_testing import on_backend
 from runs import config, config_file, image_tree
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import unite_kernels
 from unite_fast import load
 from unite_fast.engine import checkpoint, report
 from unite_fast.engine.loop import Run, train
@@ -143,6 +145,14 @@ def test_every_micro_batch_of_a_run_has_draws_of_its_own(folder, monkeypatch):
         run.stream.close()
     assert len(noises) == 2 * 2 * 2 * 2
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
+
+
+def test_a_run_computes_with_the_kernels_that_it_names(folder):
+    with on_backend("auto"):
+        for name in ("torch", "auto"):
+            settings = config(folder, name=name, train={"kernels": name})
+            Run(settings, init_world(settings), resume=False).stream.close()
+            assert unite_kernels.get_backend() == name
 
 
 # 24 images and a batch of 5: step 10 lies in the middle of an epoch.
