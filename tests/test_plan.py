@@ -96,6 +96,9 @@ def test_published_sizes_of_the_optimizer():
     optimizer = published("B").optimizer
     alone, shared = (update_part(ModelConfig(preset="B"), optimizer, stage=s, ranks=n) for s, n in ((0, 1), (1, 64)))
     assert shared.forward < alone.forward / 20  # each matrix on one rank only
+    # An average is read and written in Muon's sweep; AdamW's reads the weight for it.
+    more = update_part(ModelConfig(preset="B"), optimizer.model_copy(update={"ema_decays": (0.5, 0.9)}))
+    assert more.forward_bytes(1) - alone.forward_bytes(1) == 2 * 4 * (2 * weights.muon + 3 * weights.adamw)
     # 115 matrices on 64 ranks: the largest alone is the least the busiest rank has to do.
     assert shared.forward >= max(newton_schulz_operations(*shape, 5) for shape in weights.matrices)
 

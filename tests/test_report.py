@@ -19,7 +19,7 @@ from unite_fast.engine import checkpoint
 from unite_fast.evaluation.generation import SAMPLE_STREAM, register_noise
 from unite_fast.flow.sampling import generate
 from unite_fast.importing import open_trained
-from unite_fast.records import RunFolder, open_run
+from unite_fast.records import RunFolder, duration, open_run
 from unite_fast.report import write_report
 from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
 from unite_fast.report.metrics import headline
@@ -251,6 +251,11 @@ def test_length_and_state_of_a_run(tmp_path):
     assert RunFolder(None, {"train": {"epochs": 3}}).total is None
     # 70 · 10 / 0.35 is 2000.0000000000002.
     assert RunFolder(None, {"train": {"epochs": 10}}, [{"step": 70, "epoch": 0.35}]).total == 2000
+
+
+def test_a_duration_has_two_units_at_most():
+    seconds = {48: "48 s", 300: "5 min", 312: "5 min 12 s", 12_000: "3 h 20 min", 187_200: "2 d 4 h"}
+    assert {number: duration(number) for number in seconds} == seconds
 
 
 def _points(chart, kind):

@@ -393,6 +393,10 @@ def test_a_minute_that_is_left_is_not_sixty_seconds(capsys, monkeypatch):
     now[0] = 119.7
     line.advance(1, {"images_per_second": 8.0})
     assert "left 2:00" in capsys.readouterr().err
+    resumed = ProgressLine(20, 10, enabled=True)
+    now[0] += 30.0
+    resumed.advance(11, {"images_per_second": 8.0})
+    assert "left 4:30" in capsys.readouterr().err  # nine steps of 30 seconds, however long the ten before took
 
 
 def test_latent_statistics_and_the_collapse_watch():
