@@ -152,11 +152,11 @@ def _record(step, **values):
 
 def test_read_metrics_survives_cuts_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [_record(10), _record(20, loss=9.0), _record(30), '{"step": 4', _record(20, loss=0.5), "7", '{"loss": 1}']
-    path.write_text("\n".join([*lines, _record(40)[:25]]))
+    lines = [_record(10), _record(20, loss=9.0), _record(30), '{"step": 4', _record(15), _record(20, loss=0.5), "7"]
+    path.write_text("\n".join([*lines, '{"loss": 1}', _record(40)[:25]]))
     records = pictures.read_metrics(path)
-    assert [record["step"] for record in records] == [10, 20, 30]
-    assert records[1]["loss"] == 0.5
+    assert [record["step"] for record in records] == [10, 15, 20, 30]
+    assert records[2]["loss"] == 0.5
 
 
 def test_metrics_without_records_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.chunks import with_chunk
-from unite_fast.analysis.counts import step_parts
+from unite_fast.analysis.counts import image_operations, step_parts
 from unite_fast.analysis.devices import GPUS, Network, find_gpu, recognise, stated_peak
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.memory import pass_activations, predict
@@ -153,6 +153,10 @@ def test_a_ring_and_a_tree_cost_what_they_must():
     tiny = Collective("all_reduce", "norm", 1, 1)
     assert collective_time(tiny, 4, flat) == pytest.approx(2 * 2 * 1e-6, rel=0.1)  # a tree has fewer hops
     assert collective_time(whole, 1, flat) == 0
+    # Over two nodes a ring for each of four adapters side by side, and one hop in four leaves its node.
+    nodes = flat._replace(link=1e8, latency=5e-6)
+    assert collective_time(whole, 8, nodes) == pytest.approx(7 * (2e-6 + 4e6 / 8 / 4e8))
+    assert collective_time(whole, 8, nodes._replace(link=1e9)) == pytest.approx(7 * (2e-6 + 4e6 / 8 / 1e9))
 
 
 def test_more_hardware_is_never_slower():
@@ -164,6 +168,8 @@ def test_more_hardware_is_never_slower():
     assert base.memory.peak > plan(config, H100, NODES, ranks=64, stage=1).memory.state
     small = plan(config, find_gpu("rtx4090"), NODES, ranks=8, stage=0)
     assert small.accumulation > 1 and small.memory.peak < find_gpu("rtx4090").memory
+    operations = image_operations(config.model, config.objective) * 1024 / 8
+    assert small.mfu == pytest.approx(operations / small.seconds.total / find_gpu("rtx4090").matmul)
     huge = published("XL").model_copy(update={"model": ModelConfig(preset="XL", width=8192, heads=64)})
     assert not plan(huge, find_gpu("rtx4090"), NODES, ranks=8, stage=0).fits
     weak = published("L", global_batch=None, accumulation=2)
