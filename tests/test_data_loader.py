@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +152,8 @@ def test_broken_file_is_replaced_and_named_once(tmp_path, caplog, kind):
     assert 2 not in indices
     assert torch.equal(torch.cat([batch.images[:, 1, 0, 0] for batch in batches]).long(), indices)
     assert torch.equal(torch.cat([batch.labels for batch in batches]), (indices > 4).long() + (indices > 8))
+    mirrored = torch.cat([batch.images[:, 0, 0, 0] == 7 for batch in batches])
+    assert mirrored.tolist() == flips(7, np.arange(len(indices)) // COUNT, indices.numpy()).tolist()
     # Every other image is still served in each epoch, and the place is taken by changing substitutes.
     epochs = indices.view(-1, COUNT).tolist()
     extra = {next(index for index in epoch if epoch.count(index) == 2) for epoch in epochs}
@@ -187,6 +190,9 @@ def test_too_many_broken_files_stop_the_run(tmp_path):
     assert "data.max_bad_share 0.05" in message
     assert message.count("c1/00") == 5
     assert len(take(stream(root, share=7 / 120), 60)) == 60
+    with pytest.raises(UserError, match="^7 unusable images among the first 120 read of 120"):
+        stream(root, share=0.05, cache=True)  # before the first step
+    assert len(stream(root, share=7 / 120, cache=True).bad_files) == 7
 
 
 def test_bad_share_is_seen_long_before_the_end_of_an_epoch(tmp_path):
@@ -246,6 +252,16 @@ def test_cache_larger_than_memory(tmp_path):
 def test_too_little_shared_memory(tmp_path):
     with pytest.raises(UserError, match=r"data.prefetch.*--shm-size"):
         stream(tree(tmp_path / "d"), workers=2, prefetch=10**12)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="this system has no /dev/shm")
+def test_shared_memory_is_asked_for_what_all_workers_keep_ready(tmp_path, monkeypatch):
+    root, need = tree(tmp_path / "d"), 2 * 3 * 4 * (3 * 8 * 8)  # workers, prefetch, micro-batch, bytes of an image
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=need - 1, f_frsize=1))
+    with pytest.raises(UserError, match=r"--shm-size"):
+        stream(root, workers=2, prefetch=3)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=need, f_frsize=1))
+    stream(root, workers=2, prefetch=3).close()
 
 
 def test_closed_stream(tmp_path):

@@ -41,6 +41,24 @@ def test_global_batches_do_not_depend_on_ranks(world_size, accumulation):
         assert sorted(together) == sorted(alone[step, 0])
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_micro_batches_of_all_ranks_do_not_depend_on_their_number(world_size):
+    """What all ranks take at one micro-batch is one stretch of the stream, which one rank alone would take at once."""
+    alone = Sampler(31, 7, 48, 24, 2)
+    ranks = [Sampler(31, 7, 48, 24 // world_size, 2, rank, world_size) for rank in range(world_size)]
+    for step, micro_batch in itertools.product(range(3), range(2)):
+        together = np.concatenate([rank.draw(step, micro_batch).indices for rank in ranks])
+        assert np.array_equal(together, alone.draw(step, micro_batch).indices)
+
+
+def test_orders_of_past_epochs_are_not_kept():
+    """ImageNet's would take 10 MB an epoch."""
+    sampler = Sampler(10, 7, 5, 5, 1)
+    for step in range(8):
+        sampler.draw(step, 0)
+        assert list(sampler._orders) == [step // 2]
+
+
 @pytest.mark.parametrize("start", [1, 5, 11, 10**6])
 def test_start_at_any_step(start):
     sampler = Sampler(53, 7, 24, 4, 2, 1, 3)

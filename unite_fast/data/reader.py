@@ -227,7 +227,7 @@ class BadFiles:
             UserError: the bad files exceed `max_share` of the data set, or of what was read so far by more than chance
                 explains: five standard deviations of a Poisson count, and never fewer than six files.
         """
-        total, before = len(self._folder), len(self.reasons)
+        total = len(self._folder)
         self._seen += served
         for problem in problems:
             self._seen += 1
@@ -238,7 +238,7 @@ class BadFiles:
         self._seen = min(self._seen, total)
         bad = len(self.reasons)
         expected = self._max_share * self._seen
-        if bad > before and (bad > self._max_share * total or bad > expected + 5 * math.sqrt(expected) + 5):
+        if bad > self._max_share * total or bad > expected + 5 * math.sqrt(expected) + 5:
             some = "; ".join(f"{path} ({reason})" for path, reason in list(self.reasons.items())[:5])
             raise UserError(
                 f"{bad} unusable images among the first {self._seen} read of {total} in {self._folder.root}, more than "
