@@ -322,11 +322,32 @@ def test_a_record_of_an_unknown_commit_is_no_record_for_a_baseline(tmp_path, mon
         monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.source() == {"commit": None, "uncommitted_changes": None}
     unknown = [record(Machine(3).run(), day) | measure.source() for day in range(1, BASELINE_RUNS + 1)]
-    with pytest.raises(UserError, match="commit of the newest record is not known"):
-        gate.write_baseline(unknown)
+    for newest in (unknown[-1], unknown[-1] | {"commit": "c"}):
+        with pytest.raises(UserError, match="commit of the newest record is not known"):
+            gate.write_baseline([*unknown[:-1], newest])
 
 
 ROW = {"operator": "a", "direction": "step", "shape": "s", "dtype": "f", "times_faster_than": {"plain": 1.25}}
+
+
+@pytest.mark.parametrize(
+    "band, old, new, word",
+    [
+        (None, 0.0, 0.0, gate.SLOWER), (None, 0.03, 0.0, gate.WITHIN), (None, 0.0, 0.03, gate.WITHIN),
+        (0.1, 0.0, 0.0, gate.WITHIN), (0.05, 0.0, 0.0, gate.SLOWER), (0.05, 0.03, 0.0, gate.WITHIN),
+    ],
+)  # fmt: skip
+def test_records_are_compared_by_the_noise_of_their_class_and_by_their_own(tmp_path, monkeypatch, band, old, new, word):
+    """Of 8 % fewer: ln(1.25 / 1.15) = 0.083, and an error counts three times."""
+    monkeypatch.setattr(gate, "BASELINES", tmp_path)
+    if band is not None:
+        entries = {"a step s f vs plain": {"ratio": 9.0, "band": band}}  # its ratio does not count
+        (tmp_path / "cpu-test.json").write_text(json.dumps({"entries": entries}))
+    before, after = (
+        record([ROW | {"times_faster_than": {"plain": ratio}, "ratio_error": {"plain": error}}], 1)
+        for ratio, error in ((1.25, old), (1.15, new))
+    )
+    assert [verdict.word for verdict in gate.compare(before, after)] == [word]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +357,7 @@ ROW = {"operator": "a", "direction": "step", "shape": "s", "dtype": "f", "times_
         {"results": [{"operator": "a"}]}, {"results": [ROW | {"direction": None}]},
         {"results": [ROW | {"times_faster_than": {"plain": 0}}]},
         {"results": [ROW | {"times_faster_than": {"plain": math.nan}}]},
+        {"results": [ROW | {"times_faster_than": {"plain": math.inf}}]},
         {"results": [ROW | {"ratio_error": {"plain": -0.1}}]},
     ],
 )  # fmt: skip

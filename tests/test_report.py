@@ -16,13 +16,13 @@ from report_run import HOSTILE, LONG, trained_run
 from runs import config, image_tree
 
 from unite_fast.engine import checkpoint
-from unite_fast.evaluation.generation import SAMPLE_STREAM, register_noise
+from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, register_noise
 from unite_fast.flow.sampling import generate
 from unite_fast.importing import open_trained
 from unite_fast.records import RunFolder, duration, open_run
 from unite_fast.report import write_report
 from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
-from unite_fast.report.metrics import headline
+from unite_fast.report.metrics import headline, result_tables, trends
 from unite_fast.report.neighbours import find_neighbours
 from unite_fast.report.probe import Options, _statistics, probe, silent
 from unite_fast.report.tiles import BUDGET, Tiles
@@ -239,6 +239,23 @@ def test_the_first_numbers_are_of_the_latest_step_and_its_most_images():
     assert first(whole, again, trial) == first(again, whole, {"metrics": {}, "protocol": {"generation": 3}}) == "2.25"
 
 
+def test_a_trend_joins_evaluations_of_one_protocol_at_several_steps():
+    def made(step, gfid, weights="ema", decay=0.9, guidance=1.5):
+        model = {"step": step, "weights": weights, "ema_decay": decay, "sha256": f"{step}"}
+        apart = {"environment": {"date": step}, "warnings": [f"{step}"]}
+        return {"metrics": {"gfid": gfid}, "protocol": {"model": model, "generation": {"guidance": guidance}} | apart}
+
+    alike = [made(30, 3.0), made(10, 9.0), made(20, 5.0)]
+    others = [made(40, 50.0, decay=0.5), made(50, 60.0, weights="model"), made(60, 70.0, guidance=2.0)]
+    run = RunFolder(None, {}, evaluations=dict(zip("abcdef", alike + others)))
+    ((title, curve),) = trends(run)
+    assert (title, curve.x.tolist(), curve.y.tolist()) == ("gFID", [10, 20, 30], [9, 5, 3])
+    assert trends(RunFolder(None, {}, evaluations=dict(zip("abcd", [*others, alike[0]])))) == []
+    assert [(result.name, result.older) for result in result_tables(run)] == [
+        ("f", False), *((name, True) for name in "edacb"),
+    ]  # fmt: skip
+
+
 def test_length_and_state_of_a_run(tmp_path):
     def made(**train):
         records = [{"step": 10, "epoch": 0.4, "time": 1000.0}, {"step": 50, "epoch": 2.0, "time": 1100.0}]
@@ -312,10 +329,13 @@ def test_copies_are_found(flip, data):
     names = ["class_0", "class_1"]
     copy, mirrored = train[3] / 255, train[5].flip(-1) / 255
     noise = torch.randint(-30, 30, train.shape, generator=torch.Generator().manual_seed(0))
-    held_out = ((train + noise).clamp(0, 255).byte(), torch.ones(12, dtype=torch.int64))
+    held_out = ((train + noise).clamp(0, 255).byte(), torch.tensor([1] * 9 + [0] * 3))  # three are of another class
     settings = config(folder, data={"flip": flip})
     found = find_neighbours({1: torch.stack([copy, mirrored])}, names, settings, held_out, silent)
-    assert (found.searched, found.classes, found.held_out, found.whole) == (12, 1, 12, True)
+    assert (found.searched, found.classes, found.held_out, found.whole) == (12, 1, 9, True)
+    known = torch.cat([train, train.flip(-1)]) if flip else train
+    apart = (held_out[0][:9, None].double() / 255 - known[None] / 255).square().mean((2, 3, 4)).sqrt().amin(1)
+    assert found.median == pytest.approx(float(apart.quantile(0.5)), rel=1e-4)
     # cdist by matrix products loses half of float32's digits
     assert found.matches[0].distances[0] < 1e-3 and found.matches[0].share == 0
     assert np.array_equal(found.matches[0].nearest[0], train[3].permute(1, 2, 0).numpy())
@@ -355,7 +375,7 @@ def test_a_trajectory_ends_in_the_sample(finished):
         parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     result = probe(trained, model, config(finished.parents[1], **{
         name: settings[name] for name in ("data", "evaluation", "sampling")
-    }), Options(columns=2, held_out=8))  # fmt: skip
+    }), Options(columns=2, held_out=8, batch=3))  # fmt: skip
     assert result.times[0] == 0 and result.times[-1] == 1 and result.times == sorted(result.times)
     options, first = result.sampling, dict(seed=0, stream=SAMPLE_STREAM, first=0)
     with torch.no_grad():
@@ -368,6 +388,15 @@ def test_a_trajectory_ends_in_the_sample(finished):
     shown = np.concatenate([row.images for row in result.samples])
     assert np.abs(shown - samples.mul(255).permute(0, 2, 3, 1).numpy()).max() < 1.5
     assert result.latents.count == 8 and len(result.psnr) == len(result.originals) == 8
+    originals = torch.from_numpy(result.originals).permute(0, 3, 1, 2) / 255
+    noise, t = register_noise(model, 8, seed=0, stream=TOKENIZE_STREAM, first=0), torch.full((8,), model.tokenize_time)
+    with torch.no_grad():
+        latents = model.tokenize(originals, noise=noise, t=t)
+        rebuilt = model.decode(latents).clamp(0, 1)
+    assert np.abs(result.reconstructions - rebuilt.mul(255).permute(0, 2, 3, 1).numpy()).max() < 1.5
+    expected = -10 * (rebuilt - originals).double().square().mean((1, 2, 3)).log10()
+    assert result.psnr == pytest.approx(expected.tolist(), rel=1e-3)
+    assert result.latents.mean == pytest.approx(latents.mean((0, 1)).numpy(), abs=1e-4)
 
 
 def test_hundreds_of_large_pictures_stay_within_five_megabytes():
