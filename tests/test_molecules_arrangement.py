@@ -87,6 +87,18 @@ def test_molecules_of_few_atoms(elements, positions):
     distances = [np.linalg.norm(m.positions[0, :count, None] - m.positions[0, None, :count], axis=-1) for m in (found, small)]
     assert_allclose(distances[0], distances[1], atol=1e-5)
     assert_allclose(aligned(turned(small))[0].positions, found.positions, atol=1e-5)
+    # x points from one anchor to the next: heavy atoms in their order, then hydrogens.
+    anchors = sorted(range(count), key=lambda atom: (elements[atom] == H, atom))[:2]
+    if count > 2:
+        assert_allclose(np.diff(found.positions[0, anchors], axis=0)[0, 1:], 0, atol=1e-5)
+
+
+def test_an_atom_that_is_hardly_off_the_axis_does_not_turn_the_frame():
+    """A chain bent by what a force field leaves of it: the hydrogen shows where y is."""
+    chain = Molecule("chain", np.uint8([C, C, C, H]), np.float64([[0, 0, 0], [1.3, 0, 0], [2.6, 0.3, 0], [3, 0, 0.9]]))
+    found = aligned(assemble([chain], "chain"))[0].positions[0] - aligned(assemble([chain], "chain"))[0].positions[0, 0]
+    assert_allclose(found[3], [3, 0.9, 0], atol=1e-5)
+    assert_allclose(found[2], [2.6, 0, -0.3], atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["file", "canonical"])

@@ -11,6 +11,7 @@ pytest.importorskip("rdkit")
 from molecule_files import METHANE, WATER
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+from scipy.spatial.transform import Rotation
 
 from unite_fast.data.molecules import perception
 from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, CODE_OF_SYMBOL, from_arrays
@@ -114,11 +115,35 @@ def test_edm_margins_at_the_limit():
     assert edm.bond_orders(*_padded(("CF", [[0, 0, 0], [1.1, 0, 0]])))[0, 0, 1] == 1
 
 
+# EDM's typical lengths in pm of single, double and triple bonds, by pair of elements.
+TYPICAL = {
+    "HH": [74], "HC": [109], "HN": [101], "HO": [96], "HF": [92], "CC": [154, 134, 120], "CN": [147, 129, 116],
+    "CO": [143, 120, 113], "CF": [135], "NN": [145, 125, 110], "NO": [140, 121], "NF": [136], "OO": [148, 121],
+    "OF": [142], "FF": [142],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", TYPICAL)
+def test_edm_table(pair):
+    assert sum(map(len, TYPICAL.values())) == 15 + 6 + 4
+    limits = [(length + margin) / 100 for length, margin in zip(TYPICAL[pair], (10, 5, 3))]
+    for count, limit in enumerate(limits):
+        for symbols in (pair, pair[::-1]):
+            longer, shorter = (
+                edm.bond_orders(*_padded((symbols, [[0, 0, 0], [limit + step, 0, 0]])))[0, 0, 1]
+                for step in (1e-3, -1e-3)
+            )
+            assert (longer, shorter) == (count, count + 1)
+
+
 def test_edm_stability_and_validity():
-    molecules = _set(WATER, METHANE, METHYL, CRUSHED, ETHENE, ETHYNE, _joined(WATER, METHANE, 8.0))
+    fluoride, nitrogen = ("HF", [[0, 0, 0], [0.92, 0, 0]]), ("NN", [[0, 0, 0], [1.1, 0, 0]])
+    molecules = _set(
+        WATER, METHANE, METHYL, CRUSHED, ETHENE, ETHYNE, _joined(WATER, METHANE, 8.0), fluoride, nitrogen
+    )
     stable = edm.stable_atoms(molecules)
-    assert stable.sum(1).tolist() == [3, 5, 3, 0, 6, 4, 8]
-    assert edm.valid(molecules, processes=1).tolist() == [True, True, True, False, True, True, True]
+    assert stable.sum(1).tolist() == [3, 5, 3, 0, 6, 4, 8, 2, 2]
+    assert edm.valid(molecules, processes=1).tolist() == [True, True, True, False, True, True, True, True, True]
 
 
 def _padded(*molecules):
@@ -139,6 +164,11 @@ def test_held_out_molecules_as_generated_ones_reach_their_own_ceiling(judge):
     assert figures["rdkit/valid"] > 0.9 and figures["edm/atom_stable"] > 0.9 and figures["rdkit/novel"] == 1
     assert figures["distance/atoms"] == figures["distance/elements"] == figures["distance/bond_lengths"] == 0
     assert figures["distance/atoms_real"] > 0 and 0 < figures["distance/bond_lengths_real"] < 0.05
+    # The floor is that of as many training molecules as there are held-out ones.
+    some = judge.train.select(np.random.RandomState(0).permutation(40)[:20])
+    floor = judge.generation(some).metrics
+    for name in ("distance/atoms", "distance/elements", "distance/bond_lengths"):
+        assert floor[name] == figures[f"{name}_real"]
     assert figures["molecules"] == 20 and figures["rdkit/timeouts"] == 0
     assert json.loads(json.dumps(figures)) == figures
 
@@ -156,6 +186,7 @@ def test_shares_count_what_they_say(judge):
     assert figures["rdkit/valid"] == pytest.approx(4 / 5)
     assert figures["rdkit/connected"] == pytest.approx(3 / 5)
     assert figures["rdkit/unique"] == pytest.approx(3 / 4) and figures["rdkit/charged"] == 0
+    assert figures["rdkit/novel"] == 1 and figures["rdkit/timeouts"] == 0
     assert figures["rdkit/valid_unique"] == pytest.approx(3 / 5)
     assert (
         figures["rdkit/valid_connected_unique"] == figures["rdkit/valid_connected_unique_novel"] == pytest.approx(2 / 5)
@@ -177,6 +208,13 @@ def test_distances_by_hand(judge):
     assert figures["distance/bond_lengths"] == pytest.approx(expected, rel=0.05)
     assert figures["distance/atoms"] == figures["distance/elements"] == 0
     water = judge.generation(_set(WATER)).metrics
+    # The only pair of water may be common or not; all other common ones count as bonds of length 0.
+    away = {pair: values.mean() for pair, values in common.items()}
+    if "H-O" in common:
+        away["H-O"] = np.abs(common["H-O"] - bond_lengths(_set(WATER))["H-O"].mean()).mean()
+    assert 1 < len(common) < len(lengths)
+    expected = sum(away[pair] * len(values) for pair, values in common.items()) / sum(map(len, common.values()))
+    assert water["distance/bond_lengths"] == pytest.approx(expected, rel=1e-6)
     assert water["distance/atoms"] == pytest.approx(1) and 0.3 < water["distance/elements"] < 1
 
 
@@ -214,6 +252,9 @@ def test_perfect_reconstruction_matches_and_rotation_does_not_matter(judge):
     assert figures["reconstruction/rmsd"] < 1e-5
     assert figures["reconstruction/match"] == figures["reconstruction/match_real"] > 0.9
     assert verdict.match.sum() == round(20 * figures["reconstruction/match"])
+    turned.positions[0] *= 0.9  # one molecule of twenty is no longer right
+    figures = judge.reconstruction(turned).metrics
+    assert figures["reconstruction/rmsd"] > 0.005 and figures["reconstruction/rmsd_median"] < 1e-5
 
 
 def test_wrong_elements_and_mirrored_or_permuted_atoms_do_not_match(judge):
@@ -232,7 +273,9 @@ def test_wrong_elements_and_mirrored_or_permuted_atoms_do_not_match(judge):
     other = MoleculeJudge(judge.train, chiral, processes=1)
     verdict = other.reconstruction(mirrored)
     assert verdict.match.tolist() == [False, True]
-    assert verdict.rmsd[0] > 0.1
+    points, onto = (part.atoms(0)[1].astype(float) for part in (mirrored, chiral))
+    closest = Rotation.align_vectors(onto, points)[1] / np.sqrt(len(points))  # SciPy's, of proper rotations too
+    assert verdict.rmsd[0] == pytest.approx(closest, rel=1e-4) and closest > 0.1
     swapped = chiral.positions.copy()
     swapped[1, [3, 8]] = swapped[1, [8, 3]]  # two hydrogens change places: same molecule, wrong index
     verdict = other.reconstruction(from_arrays(chiral.elements, swapped, source="swapped"))

@@ -8,7 +8,7 @@ from numpy.testing import assert_array_equal
 
 pytest.importorskip("rdkit")
 
-from molecule_files import coordinates_close, qm9_folder, sdf_text
+from molecule_files import METHANE, coordinates_close, qm9_folder, sdf_text, uncharacterized_text
 
 from unite_fast.data.molecules import reading
 from unite_fast.data.molecules.molecule_set import write_npz
@@ -79,3 +79,30 @@ def test_cache_follows_the_files(tmp_path, molecules, monkeypatch):
     assert len(load_molecules(folder, cache=cache)) == 12
     os.remove(folder / "dsgdb9nsd_000004.xyz")
     assert len(load_molecules(folder, cache=cache)) == 11
+
+
+def test_cache_follows_how_the_files_are_read_and_what_lies_beside_them(tmp_path, molecules):
+    cache = tmp_path / "cache"
+    folder = qm9_folder(tmp_path, molecules)
+    (folder / "salt.xyz").write_text("2\nsalt\nNa 0 0 0\nCl 0 0 2.4\n")
+    load_molecules(folder, cache=cache)
+    with pytest.raises(UserError, match="an element other than"):
+        load_molecules(folder, cache=cache, strict=True)
+    (folder / "salt.xyz").unlink()
+    assert len(load_molecules(folder, cache=cache)) == 12
+    (folder / "uncharacterized.txt").write_text(uncharacterized_text([4, 10, 3054, 2014]))
+    assert len(load_molecules(folder, cache=cache)) == 10
+
+    symbols, points = METHANE[0][::-1], METHANE[1][::-1]
+    lines = [f"{symbol} {x} {y} {z}" for symbol, (x, y, z) in zip(symbols, points)]
+    (tmp_path / "b.xyz").write_text("\n".join(["5", "", *lines]))
+    for order, first in (("file", 1), ("canonical", 2)):
+        assert load_molecules(tmp_path / "b.xyz", cache=cache, order=order).elements[0, 0] == first
+
+    sdf, table = tmp_path / "a.sdf", tmp_path / "a.sdf.csv"
+    sdf.write_text(sdf_text(molecules, 0, "a"))
+    assert load_molecules(sdf, cache=cache).gap is None
+    for gap in (0.25, 0.35):  # of the same length
+        table.write_text(f"mol_id,gap\na,{gap}\n")
+        os.utime(table, ns=(0, round(gap * 1e9)))
+        assert load_molecules(sdf, cache=cache).gap[0] == pytest.approx(gap * 27.2114, rel=1e-4)

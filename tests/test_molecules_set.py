@@ -197,3 +197,5 @@ def test_other_sizes_hold_out_a_fifth():
     assert [len(part) for part in parts] == [10, 2, 0]
     assert_array_equal(np.sort(np.concatenate(parts)), np.arange(12))
     assert not np.array_equal(split(12, 1).train, parts.train)
+    # Another division would evaluate existing models on molecules they were trained on.
+    assert_array_equal(parts.validation, np.random.RandomState(0).permutation(12)[:2])
