@@ -23,6 +23,7 @@ from test_perceptual import weights as lpips_weights
 
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation import held_out as held_out_module
+from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
 from unite_fast.evaluation.inception import Inception
@@ -74,6 +75,12 @@ def held_out(files):
     return torch.stack([torch.tensor(read(path)) for path in paths]).permute(0, 3, 1, 2)
 
 
+@pytest.fixture(scope="module")
+def features(inception, held_out):
+    """Of the held-out pictures and of the images drawn; the latter's logits."""
+    return inception(held_out)[0], *inception(to_bytes(drawn()))
+
+
 def drawn(count=COUNT, **changes):
     """The same images one by one, through the library alone."""
     model, images = toy_model(), []
@@ -94,9 +101,9 @@ def distance(a, b):
     return offset + (x**2).sum() + (y**2).sum() - 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum()
 
 
-def test_reference_is_the_pictures_mean_and_covariance(files, inception, held_out):
+def test_reference_is_the_pictures_mean_and_covariance(files, features):
     with np.load(files / "ref.npz") as found:
-        mean, covariance = gaussian_statistics(inception(held_out)[0].numpy())
+        mean, covariance = gaussian_statistics(features[0].numpy())
         np.testing.assert_allclose(found["mu"], mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["sigma"], covariance, rtol=1e-2, atol=1e-4 * np.trace(covariance) / 2048)
         assert (found["count"], found["crop"], found["image_size"], found["skipped"]) == (HELD_OUT, "adm", SIDE, 1)
@@ -114,14 +121,13 @@ def test_where_a_reference_goes_is_asked_before_pictures_are_read(files, capsys,
     assert "no Inception-v3 weights" in ask(tmp_path / "new" / "r.npz")
 
 
-def test_generation_metrics_and_their_protocol(files, inception, held_out, capsys):
+def test_generation_metrics_and_their_protocol(files, features, capsys):
     record = evaluate(files)
     printed = capsys.readouterr()
     assert "12 images determine 11 of the 2048 directions" in printed.err
     assert "not the published weights" in printed.err and "12 images, 4 a class; heun, 4 steps" in printed.out
-    expected = distance(inception(to_bytes(drawn()))[0], inception(held_out)[0])
-    assert apart(record["metrics"]["gfid"], expected) < 1e-3
-    assert 1 <= record["metrics"]["is"] < 12
+    assert apart(record["metrics"]["gfid"], distance(features[1], features[0])) < 1e-3
+    assert record["metrics"]["is"] == pytest.approx(inception_score(features[2], seed=0)["is"], rel=1e-3)
     protocol = record["protocol"]
     assert protocol["generation"] == {
         "count": 12, "classes": 3, "per_class": 4, "seed": 0, "precision": "fp32", "normalised": True,
@@ -151,7 +157,7 @@ def similarity_by_hand(a, b):
     return float(value.mean())
 
 
-def test_held_out_metrics(files, inception, held_out, capsys, monkeypatch):
+def test_held_out_metrics(files, inception, held_out, features, capsys, monkeypatch):
     similarity, tf32 = held_out_module.structural_similarity_index_measure, []
 
     def watched(*images, **options):
@@ -177,11 +183,12 @@ def test_held_out_metrics(files, inception, held_out, capsys, monkeypatch):
     lpips.load_vgg(lpips_weights()[0])
     lpips.load_linear(lpips_weights()[1])
     assert found["lpips"] == pytest.approx(float(lpips(exact, rebuilt)), rel=1e-3)
-    assert apart(found["rfid"], distance(inception(held_out)[0], inception(to_bytes(rebuilt))[0])) < 1e-3
+    assert apart(found["rfid"], distance(features[0], inception(to_bytes(rebuilt))[0])) < 1e-3
     assert tf32 and not any(tf32), "a GPU would round the pixels that SSIM takes differences of"
     assert found["ssim"] == pytest.approx(similarity_by_hand(exact, rebuilt), abs=1e-5)
-    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
-    assert math.isfinite(found["kid"]) and found["kid_subset_size"] == HELD_OUT
+    assert {name: found[name] for name in ("precision", "recall")} == precision_recall(*features[:2])
+    assert found["kid"] == pytest.approx(kernel_distance(*features[:2], seed=0)["kid"], rel=1e-3)
+    assert found["kid_subset_size"] == HELD_OUT
     section = record["protocol"]["held_out"]
     assert (section["count"], section["skipped"], section["crop"]) == (HELD_OUT, 1, "adm")
     assert record["protocol"]["lpips"]["vgg"] == file_hash(files / "vgg.pth")
@@ -211,6 +218,17 @@ def test_images_are_kept_if_asked_for(files, tmp_path):
     kept = np.stack([read(path) for path in pictures])
     expected = to_bytes(drawn(6, guidance=3.0)).permute(0, 2, 3, 1).numpy()
     assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
+
+
+def test_images_are_drawn_again_for_a_folder_that_lacks_them(files, tmp_path):
+    """An evaluation that was killed before its record, then begun again with another folder for its images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator_module.Work, "discard", lambda self: None)
+        for name in ("first", "second"):
+            assert run("evaluate", files / "model", "--metrics", "psnr", "--count", 6, "--name", "kept", "--data",
+                       files / "val", "--save-images", tmp_path / name) == 0  # fmt: skip
+            assert len(list((tmp_path / name).glob("*.png"))) == 6
+    shutil.rmtree(files / "model" / "evaluations" / ".work")
 
 
 def test_dopri5_names_its_batch(files):

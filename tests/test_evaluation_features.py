@@ -70,6 +70,15 @@ def test_kid_is_the_unbiased_polynomial_mmd():
         kernel_distance(real[:1], generated, seed=0)
 
 
+def test_kid_is_of_a_hundred_subsets_of_a_thousand(monkeypatch):
+    drawn, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: drawn.append(a[0]) or randperm(*a, **k))
+    kernel_distance(normal(5), normal(4), seed=0)
+    assert drawn == [5, 4] * 100
+    monkeypatch.setattr("unite_fast.evaluation.features.SUBSETS", 1)
+    assert kernel_distance(normal(1001, 2), normal(1002, 2, seed=1), seed=0)["kid_subset_size"] == 1000
+
+
 def straightforward(queries, points, k=3):
     """Share of queries inside a ball that reaches to a point's k-th nearest other point."""
     among = torch.cdist(points.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")

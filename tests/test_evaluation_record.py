@@ -10,7 +10,7 @@ from cli_toy import mistake, run
 
 from unite_fast.engine.world import World
 from unite_fast.evaluation.protocol import environment, git_state, weights_hash
-from unite_fast.evaluation.record import default_name, ranking, read_records, write_record
+from unite_fast.evaluation.record import about_model, default_name, ranking, read_records, write_record
 
 PROTOCOL = {
     "model": {"origin": "a", "step": 7, "sha256": "11" * 32, "weights": "ema"},
@@ -47,21 +47,23 @@ def test_equal_protocols_are_ranked(runs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "says", "untouched"),
+    ("section", "change", "says", "touched", "untouched"),
     [
-        ("generation", {"guidance": 1.5}, "generation.guidance: 2.4 / 1.5", "psnr"),
-        ("generation", {"count": 10000}, "generation.count: 50000 / 10000", "psnr"),
-        ("reference", {"sha256": "55" * 32}, "reference.sha256: 33333333… / 55555555…", "is"),
-        ("held_out", {"names_sha256": "66" * 32}, "held_out.names_sha256: 44444444… / 66666666…", "gfid"),
-        ("definitions", {"psnr": "pooled"}, "definitions.psnr: of each image / pooled", "gfid"),
+        ("generation", {"guidance": 1.5}, "generation.guidance: 2.4 / 1.5", "gfid", "psnr"),
+        ("generation", {"count": 10000}, "generation.count: 50000 / 10000", "gfid", "psnr"),
+        ("reference", {"sha256": "55" * 32}, "reference.sha256: 33333333… / 55555555…", "gfid", "is"),
+        ("held_out", {"names_sha256": "66" * 32}, "held_out.names_sha256: 44444444… / 66666666…", "psnr", "gfid"),
+        ("definitions", {"psnr": "pooled"}, "definitions.psnr: of each image / pooled", "psnr", "gfid"),
     ],
 )
-def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change, says, untouched):
+def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change, says, touched, untouched):
     record(runs / "three", "c", {"gfid": 1.0, "is": 300.0, "psnr": 30.0}, **{section: change})
     assert run("compare", runs / "one", runs / "three") == 0
     printed = capsys.readouterr().out
     assert says in printed and "not ranked, protocols differ" in printed
-    assert ranking(read_records(runs / "one") + read_records(runs / "three"), untouched)[0] == [1]
+    one, two, three = (read_records(runs / name) for name in ("one", "two", "three"))
+    assert ranking(one + three, untouched)[0] == [1]
+    assert ranking(one + two + three, touched) == ([], [says]), "of three, two that are alike are not enough"
     assert run("compare", runs / "one", runs / "three", "--anyway") == 0
     printed = capsys.readouterr().out
     assert "ranked all the same, --anyway" in printed and says in printed
@@ -105,10 +107,21 @@ def test_what_is_no_record(runs, capsys):
 
 
 def test_numbers_that_are_none_are_named_and_left_out(tmp_path):
-    write_record(tmp_path / "r.json", {"psnr": 20.0, "spread": float("nan")}, {"warnings": ["a"]})
+    figures = {"psnr": 20.0, "spread": float("nan"), "density": float("inf")}
+    write_record(tmp_path / "r.json", figures, {"warnings": ["a"]})
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["metrics"] == {"psnr": 20.0}
-    assert found["protocol"]["warnings"] == ["a", "spread: no finite number, what the model makes is degenerate"]
+    says = "spread, density: no finite number, what the model makes is degenerate"
+    assert found["protocol"]["warnings"] == ["a", says]
+
+
+def test_the_model_is_known_by_its_weights_and_which_they_are():
+    state = {"a": torch.zeros(2)}
+    found = about_model(state, "runs/a", {"run": "a", "step": 7, "weights": "model", "class_names": ["x"]})
+    assert found == {
+        "origin": "runs/a", "run": "a", "step": 7, "weights": "model", "sha256": weights_hash(state)
+    }  # fmt: skip
+    assert about_model(state, "a", {})["weights"] == "ema"
 
 
 def test_names_tell_protocols_apart_and_not_dates():
