@@ -29,7 +29,7 @@ from unite_fast.data.loader import ImageStream, load_images
 from unite_fast.data.packed import PackedImages
 from unite_fast.data.prepare import prepare
 from unite_fast.data.sampler import Sampler
-from unite_fast.data.shards import INDEX, ShardFolder
+from unite_fast.data.shards import DTYPES, INDEX, ShardFolder
 from unite_fast.data.source import open_source
 from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
@@ -307,10 +307,32 @@ def test_damaged_index(tmp_path, damage, words):
     assert str(tmp_path / "s" / INDEX) in str(error.value)
 
 
+def test_damage_to_any_table_of_the_index_is_seen(tmp_path):
+    packed(tree(tmp_path / "d"), tmp_path / "s")
+    index = tmp_path / "s" / INDEX
+    whole = index.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    tables = {name: entry["data_offsets"] for name, entry in json.loads(whole[8:begin]).items() if name in DTYPES}
+    assert tables.keys() == DTYPES.keys()
+    for first, _ in tables.values():
+        index.write_bytes(whole[: begin + first] + bytes([whole[begin + first] ^ 1]) + whole[begin + first + 1 :])
+        with pytest.raises(UserError, match="is damaged"):
+            open_source(tmp_path / "s", 3)
+    index.write_bytes(whole)
+    open_source(tmp_path / "s", 3)
+
+
 def test_class_count_is_checked(tmp_path):
     packed(tree(tmp_path / "d"), tmp_path / "s")
     with pytest.raises(UserError, match="has 3 classes but model.num_classes is 4"):
         open_source(tmp_path / "s", 4)
+
+
+def test_a_file_system_may_deliver_less_at_a_time(tmp_path, monkeypatch):
+    shards, pread = packed(tree(tmp_path / "d"), tmp_path / "s"), os.pread
+    expected = [shards.read(image) for image in range(COUNT)]
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 7), offset))
+    assert [shards.read(image) for image in range(COUNT)] == expected
 
 
 def test_copies_and_threads_have_descriptors_of_their_own(tmp_path, monkeypatch):

@@ -75,9 +75,10 @@ def test_other_units_and_missing_hydrogens_raise_doubts(scale, heavy, gap, words
 
 
 def test_names_stay_unique_and_exact_repetitions_are_dropped():
-    found = assemble([_water(), _water(), _water(shift=[0, 0, 1e-3]), _water("other")], "test")
+    signed = Molecule("water", [4, 1, 1], np.array(WATER) * [-1, 1, 1])  # -0.0 is 0.0
+    found = assemble([_water(), _water(), _water(shift=[0, 0, 1e-3]), _water("other"), signed], "test")
     assert found.names == ("water", "water#2", "other")
-    assert found.skipped == {"an exact repetition": 1}
+    assert found.skipped == {"an exact repetition": 2}
     with pytest.raises(UserError, match="water: an exact repetition"):
         assemble([_water(), _water()], "test", strict=True)
 
