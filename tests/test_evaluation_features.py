@@ -25,6 +25,15 @@ def test_inception_score_of_known_distributions():
         inception_score(torch.ones(9, 10), seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:std")  # one split has no deviation
+def test_inception_score_of_one_split_by_hand(monkeypatch):
+    monkeypatch.setattr("unite_fast.evaluation.features.SPLITS", 1)  # no shuffle matters
+    logits = 3 * normal(30)
+    p = logits.double().softmax(1)
+    expected = float((p * (p.log() - p.mean(0).log())).sum(1).mean().exp())
+    assert inception_score(logits, seed=0)["is"] == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("count", "says"),
     [
