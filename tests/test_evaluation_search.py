@@ -41,6 +41,11 @@ def test_guidance_that_only_hurts_is_left_out_early():
     assert max(row["guidance"] for row in search.rows) <= 2.2, "two rises in a row end the coarse sweep"
 
 
+def test_one_rise_is_noise():
+    search = GuidanceSearch(lambda s: (s["guidance"] - 3) ** 2 + 4 * (abs(s["guidance"] - 1.6) < 0.3), BASE)
+    assert search.adapt()["guidance"] == pytest.approx(3, abs=0.06)
+
+
 def test_a_sweep_measures_what_it_is_given():
     told = []
     search = GuidanceSearch(valley(), BASE, told=told.append)
