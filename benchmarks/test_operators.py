@@ -17,6 +17,7 @@ import contest
 import measure
 import pytest
 import torch
+import torch.nn.functional as F
 from case import BACKWARD, BOTH, FORWARD, ON_GPU, Case, normal, size
 from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor
@@ -26,6 +27,7 @@ from unite_fast.model.blocks import swiglu_hidden
 from unite_kernels.adaln import adaln_reference
 from unite_kernels.dispatch import aligned
 from unite_kernels.flow import flow_noise_reference
+from unite_kernels.fp8 import MIN_CAPABILITY
 from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mix_reference
 from unite_kernels.philox import normals
 from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
@@ -161,6 +163,19 @@ def swiglu(stream: Stream) -> Case:
 def bias_swiglu(stream: Stream) -> Case:
     case = swiglu(stream)
     return replace(case, inputs=(*case.inputs, normal(case.inputs[0].shape[-1], dtype=torch.float32)))
+
+
+def fp8_linear(stream: Stream) -> Case:
+    """The Linear of q, k and v in FP8, casts and all, against the same in bfloat16."""
+    batch, tokens, width, _ = stream
+    x, weight = normal(batch, tokens, width), normal(3 * width, width, dtype=torch.float32)
+    return Case(
+        f"{batch}x{tokens}x{width} to {3 * width}",
+        uk.fp8_linear,
+        lambda x, weight: F.linear(x, weight.to(x.dtype)),
+        (x, weight),
+        {FORWARD: None, BACKWARD: None},
+    )
 
 
 def flow_noise(batch: int) -> Case:
@@ -312,6 +327,7 @@ OPERATORS = {
     "residual_layer_norm": (layer_norm(added=True), STREAMS if ON_GPU else []),
     "bias_swiglu": (bias_swiglu, STREAMS if ON_GPU else []),
     "swiglu": (swiglu, STREAMS),
+    "fp8_linear": (fp8_linear, STREAMS if ON_GPU and torch.cuda.get_device_capability() >= MIN_CAPABILITY else []),
     "flow_noise": (flow_noise, BATCHES),
     "philox_normal": (philox_normal, BATCHES),
     "latent_norm_mix": (latent_norm_mix, BATCHES),

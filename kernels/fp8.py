@@ -51,7 +51,7 @@ def fp8_quantize_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 # Triton is to see whether 16 divides `numbers` and `stride`: accesses of 16 bytes hang on it.
 @triton.jit
 def _largest_kernel(x, largest, numbers, TILE: tl.constexpr, STEPS: tl.constexpr):
-    """The bits of the largest magnitude: those of numbers that are not negative are ordered as the numbers, NaN last."""
+    """The bits of the largest magnitude: those of numbers that are not negative are ordered as they are, NaN last."""
     first = tl.program_id(0).to(tl.int64) * (TILE * STEPS)
     x += first
     found = tl.zeros([TILE], tl.int32)
@@ -203,7 +203,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    *,
+    fast: bool,
 ) -> Tensor:
     """a [M, K] times the transpose of b [N, K], with their scales, plus bias; on a CPU as sums in float32."""
     if not a.is_cuda:
@@ -246,7 +253,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_floats("fp8_linear", "weight", weight)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"fp8_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [..., K] and [N, K]"
+            f"fp8_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            "they must be [..., K] and [N, K]"
         )
     check_device("fp8_linear", "weight", weight, "x", x)
     if aligned(weight.shape[0]) != weight.shape[0] or aligned(weight.shape[1]) != weight.shape[1]:

@@ -100,7 +100,12 @@ def test_only_wanted_gradients_are_made(monkeypatch):
     x, weight = normal(16, 32), normal(48, 32, seed=1)
     made = []
     product = fp8._product
-    monkeypatch.setattr(fp8, "_product", lambda *a, **k: made.append(tuple(product(*a, **k).shape)) or product(*a, **k))
+    def watched(*given, **named):
+        found = product(*given, **named)
+        made.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(fp8, "_product", watched)
     for wanted, shape in ((x, (16, 32)), (weight, (48, 32))):
         made.clear()
         leaf = wanted.requires_grad_()

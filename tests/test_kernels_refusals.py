@@ -9,8 +9,10 @@ from kernel_testing import normal, on_backend
 
 import unite_kernels as uk
 from unite_kernels import cpu
+from unite_kernels.fp8 import MIN_CAPABILITY
 
 X, VECTOR, TERM = normal(2, 3, 8), normal(8), normal(2, 8)
+LEVEL = normal(16, 16)
 TIMES = torch.zeros(2, device=X.device)
 FEATURES = normal(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
 NORM = {"weight": VECTOR, "shift": TERM, "scale": TERM}
@@ -63,6 +65,11 @@ CALLS = [
         {"sizes": [(3, 3)], "side": 2},
     ),
 ]
+if not X.is_cuda or torch.cuda.get_device_capability() >= MIN_CAPABILITY:
+    CALLS += [
+        (uk.fp8_linear, {"x": LEVEL, "weight": LEVEL, "bias": LEVEL[0]}, {"bias"}, {}),
+        (uk.fp8_quantize, {"x": LEVEL}, set(), {"dtype": torch.float8_e5m2}),
+    ]
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

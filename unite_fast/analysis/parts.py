@@ -3,8 +3,8 @@
 A multiply-add counts as two operations, and only matrix products, attention and convolutions count; a backward pass
 costs one more product for each gradient that is really taken (Linears that read data take none for their input).
 Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
-Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an operand is read
-twice and written twice, once along either of its sides (kernels/fp8.py). Memory counts as without it.
+Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an operand is
+read twice and written twice, once along either of its sides (kernels/fp8.py). Memory counts as without it.
 """
 
 from __future__ import annotations

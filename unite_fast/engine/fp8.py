@@ -43,8 +43,8 @@ def check_fp8(config: Config, device: torch.device) -> None:
     if capability < MIN_CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         raise UserError(
-            f"train.fp8 needs a GPU of compute capability {least} (RTX 40, H100), this one has {found}: set train.fp8 to "
-            "false"
+            f"train.fp8 needs a GPU of compute capability {least} (RTX 40, H100), this one has {found}: "
+            "set train.fp8 to false"
         )
 
 
