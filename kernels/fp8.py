@@ -68,8 +68,8 @@ def _quantize_kernel(
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """`rows` [R, C] and `columns` [C, stride], with zeros from R on, of x times one factor; `scale` is its inverse."""
-    # NaN goes through both comparisons as itself.
     top = tl.load(largest).to(tl.float32, bitcast=True)
+    # NaN is not below, and so stays.
     top = tl.where(top < LEAST, LEAST, top)
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -37,6 +37,10 @@ def test_the_rival_computes_the_same(operator, sizes, direction):
         found.append([x for x in result if x is not None] + [x.clone() for x in case.changed])
     if operator == "newton_schulz":  # all matrices at once, and one by one
         found = [torch.cat(tensors) for tensors in found]
+    if operator == "fp8_linear":  # eight bits keep three of a number's bits behind the first, gradients' two
+        for ours, theirs in zip(*found, strict=True):
+            assert ours.shape == theirs.shape and (ours - theirs).norm() < 0.1 * theirs.norm()
+        return
     # Float32, sums in another order, over up to 139,264 elements in gradients of weights; orthogonal iterates double
     # the rounding of the one before.
     tolerance = 1e-3 if direction != subject.FORWARD or operator == "newton_schulz" else 1e-5

@@ -90,7 +90,9 @@ def test_products_are_those_of_the_kept_numbers(backend, dtype):
     x, weight = kept(x, torch.float8_e4m3fn), kept(weight, torch.float8_e4m3fn)
     band = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
     product = x @ weight.t()
-    for found, true in ((bare, product), (out, product + bias.double()), (grad_x, grad @ weight), (grad_weight, grad.t() @ x)):
+    for found, true in (
+        (bare, product), (out, product + bias.double()), (grad_x, grad @ weight), (grad_weight, grad.t() @ x)
+    ):  # fmt: skip
         error = (found.double().reshape(true.shape) - true).norm() / true.norm()
         # A GPU keeps the sums of forward products in fewer bits than float32 has.
         assert error < band[found.dtype] + (2e-3 if DEVICE == "cuda" else 0)
@@ -100,6 +102,7 @@ def test_only_wanted_gradients_are_made(monkeypatch):
     x, weight = normal(16, 32), normal(48, 32, seed=1)
     made = []
     product = fp8._product
+
     def watched(*given, **named):
         found = product(*given, **named)
         made.append(tuple(found.shape))

@@ -19,10 +19,10 @@ from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.errors import UserError
 from unite_fast.model.aligned import product_dtype
+from unite_kernels.dispatch import aligned
 from unite_kernels.fp8 import MIN_CAPABILITY
 
-MULTIPLE = 16  # of both sizes of a weight, what `fp8_linear` takes
-# Of the blocks of encoder and decoder. An MLP's hidden width is filled up to such a multiple (model/aligned.py).
+# Of the blocks of encoder and decoder.
 LINEARS = ("qkv", "attention_out", "mlp_in", "mlp_out")
 
 
@@ -49,9 +49,12 @@ def check_fp8(config: Config, device: torch.device) -> None:
 
 
 def takes(linear: str, inputs: int, outputs: int) -> bool:
-    """Whether a block's Linear of that name and those sizes computes in FP8: sizes but an MLP's hidden one decide."""
+    """Whether a block's Linear of that name and those sizes computes in FP8: sizes that are `aligned` do.
+
+    An MLP's hidden width may be any, see `swiglu_mlp`.
+    """
     sizes = {"mlp_in": [inputs], "mlp_out": [outputs]}.get(linear, [inputs, outputs])
-    return linear in LINEARS and all(size % MULTIPLE == 0 for size in sizes)
+    return linear in LINEARS and all(aligned(size) == size for size in sizes)
 
 
 def eligible(name: str, linear: nn.Linear) -> bool:
