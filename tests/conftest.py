@@ -39,3 +39,14 @@ def gpu_memory(monkeypatch):
     unite_kernels.set_backend("triton")
     yield
     unite_kernels.set_backend("auto")
+
+
+@pytest.fixture()
+def alone():
+    """A process group of one rank, which the test may leave."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

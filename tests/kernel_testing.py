@@ -29,8 +29,8 @@ ROUNDED = {
 def _mend_interpreter() -> None:
     """Two faults of Triton's interpreter.
 
-    It cuts float32 off to make bfloat16 and FP8, where compiled code rounds to nearest. And before 3.9 a loop bound is a NumPy
-    array of shape [1], which NumPy 2.4 does not turn into an integer.
+    It cuts float32 off to make bfloat16 and FP8, where compiled code rounds to nearest. And before 3.9 a loop bound is
+    a NumPy array of shape [1], which NumPy 2.4 does not turn into an integer.
     """
     from triton.runtime import interpreter
 

@@ -30,7 +30,8 @@ BATCH = 3
 
 def settings(tmp_path, model, **objective):
     sizes = model.config.model_dump()
-    losses = {"flow_draws": 4, "draws_per_chunk": 1, "l1_weight": 2.0, "flow_weight": 0.7, "t_floor": 0.8, "lpips": {"weight": 0.0}, **objective}
+    weights = {"l1_weight": 2.0, "flow_weight": 0.7, "lpips": {"weight": 0.0}}
+    losses = {"flow_draws": 4, "draws_per_chunk": 1, "t_floor": 0.8, **weights, **objective}
     return config(tmp_path, model=sizes, objective=losses, optimizer={"clip_norm": 0.5})
 
 

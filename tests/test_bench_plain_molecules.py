@@ -32,7 +32,10 @@ def settings(kind: str = "muon", orientation: str = "random") -> MoleculeConfig:
         {
             "modality": "molecules",
             "model": {**SIZES, "num_classes": 3},
-            "objective": {"flow_draws": 4, "draws_per_chunk": 2, "element_weight": 2.0, "position_weight": 3.0, "flow_weight": 0.7, "t_floor": 0.8},
+            "objective": {
+                "flow_draws": 4, "draws_per_chunk": 2, "element_weight": 2.0, "position_weight": 3.0,
+                "flow_weight": 0.7, "t_floor": 0.8,
+            },
             # A clip that binds, so that clipping is compared, too.
             "optimizer": {"kind": kind, "lr": 1e-3, "lr_batch": None, "clip_norm": 0.5},
             "train": {"steps": 2, "global_batch": len(COUNTS), "accumulation": 1},

@@ -16,15 +16,6 @@ from unite_fast.engine.world import leave_world
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at through /proc")
 
 
-@pytest.fixture
-def alone():
-    """A process group of one rank, which the test leaves."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def test_a_busy_thread_of_gloo_is_waited_for(alone):
     started, freed, ended = threading.Event(), threading.Event(), threading.Event()
 

@@ -18,14 +18,6 @@ from unite_fast.engine import optim
 from unite_fast.engine.reduction import GradientMean, group_windows, leaves, spans
 
 
-@pytest.fixture
-def alone():
-    """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def chain(depth: int = 6) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(5, 5) for _ in range(depth)))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
