@@ -53,5 +53,17 @@ def test_a_lone_process_has_nothing_to_leave():
     assert not dist.is_initialized()
 
 
+def test_an_error_of_one_rank_does_not_wait_for_the_others_in_nccl(alone, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    with pytest.raises(ValueError, match="of this rank alone"):
+        try:
+            raise ValueError("of this rank alone")
+        finally:
+            leave_world()
+    assert dist.is_initialized()
+    leave_world()
+    assert not dist.is_initialized()
+
+
 def test_gloo_names_its_threads_as_we_look_for_them(alone):
     assert world._gloo_threads(), f"no thread named {world.GLOO_THREADS}: PyTorch calls them otherwise now"

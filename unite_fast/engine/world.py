@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,13 +148,16 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
 
 
 def leave_world() -> None:
-    """Leave the process group, where there is one, so that the process can end.
+    """Leave the process group, where there is one, so that the process can end. For a `finally`.
+
+    With NCCL not where an exception is on its way: leaving waits for the node's other ranks, which wait in a collective
+    for this one. The process then ends without it, so that its launcher ends theirs.
 
     A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
     interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an
     active exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or (sys.exception() is not None and dist.get_backend() == "nccl"):
         return
     dist.destroy_process_group()
     latest = time.monotonic() + LAST_LOOK
