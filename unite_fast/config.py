@@ -340,7 +340,7 @@ class Config(Section):
 
     modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
     name: Annotated[str, AfterValidator(_folder_name)] = Field("run", description="name of the run, used for its folder: letters without accents, digits, - _ .")
-    runs: LocalPath = Field("runs", description="folder that holds run folders")
+    runs: LocalPath = Field("runs", description="folder that holds run folders, the same one for all nodes")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")

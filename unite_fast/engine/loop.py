@@ -68,7 +68,7 @@ class Run:
     def __init__(self, config: Config, world: World, *, resume: bool):
         self.config, self.world = config, world
         self.folder = Path(config.runs) / config.name
-        latest = checkpoint.latest(self.folder)
+        latest = _newest(self.folder, world)
         if latest is not None and not resume:
             raise UserError(
                 f"{self.folder} already holds a run: add --resume to continue it, or choose another name "
@@ -302,6 +302,19 @@ class Run:
             + (", or train with train.precision = fp32" if autocast_dtype(self.config, self.world.device) else "")
             + ", and --resume"
         )
+
+
+def _newest(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint, or None. Collective: ranks that find different ones would go on from different weights."""
+    latest = checkpoint.latest(folder)
+    found = [name or "no checkpoint" for name in world.collect(latest and latest.name)]
+    for rank, name in enumerate(found):
+        if name != found[0]:
+            raise UserError(
+                f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. Set "
+                f"runs to a folder that all nodes share"
+            )
+    return latest
 
 
 def _require_data(config: Config) -> None:
