@@ -25,7 +25,7 @@ from unite_fast import load
 from unite_fast.engine import checkpoint, report
 from unite_fast.engine.loop import Run, _newest, train
 from unite_fast.engine.meter import latent_statistics
-from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine
+from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine, Records
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import draw
@@ -271,6 +271,13 @@ def test_a_disk_full_of_records_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
     with pytest.raises(UserError, match="cannot write records into .*run: No space left on device.*--resume"):
         train(config(folder))
+
+
+def test_records_that_cannot_be_written_anew_are_one_sentence(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "metrics.tmp").mkdir()
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Is a directory"):
+        Records(folder, config(folder), first_step=1)
 
 
 def test_resume_with_another_model_names_what_differs(folder):

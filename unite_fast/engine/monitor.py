@@ -69,13 +69,13 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter  # imports torch, which those who only read need not
 
         self._path = folder / METRICS
-        self._keep_before(first_step)
         try:
+            self._keep_before(first_step)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
             # TensorBoard drops this step and what follows it.
             self._board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from None
         self._wandb = None if config.train.wandb is None else _wandb_run(folder, config)
 
     def write(self, record: dict[str, Any]) -> None:
