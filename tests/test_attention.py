@@ -94,6 +94,12 @@ def test_the_fastest_library_that_is_there(monkeypatch, capability, cudnn, insta
     assert (found and found.name) == served
 
 
+@pytest.mark.parametrize("width, suits", [(8, True), (12, False), (72, True), (256, True), (264, False)])
+def test_heads_that_flash_attention_refuses_go_elsewhere(width, suits):
+    heads = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 2, width))
+    assert attention._suits_flash(heads) == suits
+
+
 def test_flash_attention_apart_and_packed_are_one(monkeypatch):
     """Of the third's function, which older releases let return a tuple."""
     given = []

@@ -106,7 +106,9 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: Spans | None 
 
 
 def _suits_flash(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether every FlashAttention takes heads of this width and dtype: PyTorch's own packed form and the third refuse
+    widths that are no multiple of 8, which its `scaled_dot_product_attention` fills up."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
 
 
 def _flash_for(x: Tensor) -> Flash | None:
