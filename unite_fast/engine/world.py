@@ -190,7 +190,8 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         raise UserError("train.device is cuda but PyTorch sees no CUDA device: set train.device to auto or cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start fewer processes"
+            f"local rank {local_rank} has no GPU: of its node's it sees {torch.cuda.device_count()}; start fewer "
+            f"processes, or let each see all (Slurm: --gpus-per-node in place of --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
