@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import unite_kernels
 from unite_fast import load
 from unite_fast.engine import checkpoint, report
-from unite_fast.engine.loop import Run, _newest, train
+from unite_fast.engine.loop import Run, _newest, _require_same_data, train
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine, Records
 from unite_fast.engine.world import init_world
@@ -238,11 +238,18 @@ def test_two_trainers_do_not_share_a_run_folder(folder):
 
 
 def test_a_node_with_a_run_folder_of_its_own_is_said(folder):
-    world = MagicMock(collect=lambda found: [found, None])
+    world = MagicMock(collect=lambda found: [found, "no checkpoint"])
     assert _newest(folder, world) is None
     (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
     with pytest.raises(UserError, match="rank 0 finds step_00000004 in it, rank 1 no checkpoint"):
         _newest(folder, world)
+
+
+@pytest.mark.parametrize("count, words", [(23, "24 images, rank 2 23[.]"), (24, "rank 2 other images of")])
+def test_a_node_with_other_data_is_said(count, words):
+    samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
+    with pytest.raises(UserError, match=words):
+        _require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
 
 
 def test_a_run_that_never_began_leaves_no_folder(folder):

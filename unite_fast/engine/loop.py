@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +98,8 @@ class Run:
         self.stream = self.modality.stream(
             config, self.batch, world, start_step=math.ceil(seen / self.batch.global_batch)
         )
+        self.samples = self.modality.samples(self.stream)
+        _require_same_data(self.samples, world, self.modality.unit)
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
         model.tokenize_t_max = config.objective.tokenize_t_max
@@ -106,15 +110,13 @@ class Run:
         if config.train.compile:
             compile_perceptual(self.objective)
         self._seconds_before = 0.0  # of training, in the sessions that this one resumes
-        self.samples = self.modality.samples(self.stream) if world.is_main else None
         self._notices: list[str] = []
         if state is not None:
             kept = checkpoint.load(self.engine, latest)
             self._seconds_before = float(kept.get("training_seconds", 0.0))
-            if self.samples is not None:
-                changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
-                classes = changed_classes(kept.get("class_names"), self.stream.classes, self.modality.unit)
-                self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
+            changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
+            classes = changed_classes(kept.get("class_names"), self.stream.classes, self.modality.unit)
+            self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
             if keys := checkpoint.changed_keys(state, config):
                 self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
         elif resume:
@@ -307,14 +309,29 @@ class Run:
 def _newest(folder: Path, world: World) -> Path | None:
     """The newest checkpoint, or None. Collective: ranks that find different ones would go on from different weights."""
     latest = checkpoint.latest(folder)
-    found = [name or "no checkpoint" for name in world.collect(latest and latest.name)]
+    found = world.collect("no checkpoint" if latest is None else latest.name)
     for rank, name in enumerate(found):
         if name != found[0]:
             raise UserError(
-                f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. Set "
-                f"runs to a folder that all nodes share"
+                f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. "
+                f"Set runs to a folder that all nodes share"
             )
     return latest
+
+
+def _require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
+    """Raise a UserError where ranks have other training data. Collective.
+
+    Each would follow a schedule of its own, and their weights would part without a word.
+    """
+    found = world.collect(samples)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            what = f"other {unit} of the same number" if other["count"] == found[0]["count"] else f"{other['count']}"
+            raise UserError(
+                f"the training data are not the same for all ranks: rank 0 has {found[0]['count']} {unit}, rank {rank} "
+                f"{what}. Put the same into data.path of every node"
+            )
 
 
 def _require_data(config: Config) -> None:
