@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -138,6 +139,22 @@ def test_the_newest_are_kept(tmp_path):
         checkpoint.save(engine, tmp_path, {})
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
     assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_an_old_checkpoint_that_is_still_read_on_nfs_does_not_stop_the_run(tmp_path, monkeypatch):
+    def held(*_, **__):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))  # of the name that NFS gave what is open
+
+    engine = engine_at(0, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", held)
+        for _ in range(3):
+            advance(engine, 1)
+            checkpoint.save(engine, tmp_path, {})
+        assert checkpoint.latest_step(tmp_path) == 3 and len(os.listdir(tmp_path / "checkpoints")) == 3
+    advance(engine, 1)
+    checkpoint.save(engine, tmp_path, {})
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000004"]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):

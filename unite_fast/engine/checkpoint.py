@@ -252,12 +252,14 @@ def prune(run_dir: str | Path, keep: int) -> None:
     """
     for path in _listed(run_dir)[:-keep]:
         hidden = path.with_name(f".{path.name}.pruned")
+        shutil.rmtree(hidden, ignore_errors=True)
         try:
-            shutil.rmtree(hidden, ignore_errors=True)
             # Renamed first: a kill in mid-deletion must not leave a half checkpoint under a valid name.
-            shutil.rmtree(path.replace(hidden))
+            path.replace(hidden)
         except OSError as error:
             raise UserError(f"cannot delete old checkpoint {path}: {error.strerror or error}") from None
+        # On NFS what another process reads, as an evaluation of it does, stays until then: later saves try again.
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -304,7 +306,7 @@ def _prepare(folder: Path, temporary: Path) -> None:
     """Clear what killed saves and deletions left, and make room for the new checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # see `prune`; of the new one's own name `mkdir` complains
     for old in folder.glob("step_*.old"):
         if old.with_suffix("").exists():
             shutil.rmtree(old)
