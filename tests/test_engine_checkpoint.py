@@ -11,6 +11,7 @@ import pickle
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,20 @@ def test_an_old_checkpoint_that_is_still_read_on_nfs_does_not_stop_the_run(tmp_p
     advance(engine, 1)
     checkpoint.save(engine, tmp_path, {})
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000004"]
+
+
+@pytest.mark.parametrize("number, refused", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_flushes_no_folders_takes_checkpoints(tmp_path, monkeypatch, number, refused):
+    flush = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with pytest.raises(UserError, match="Input/output error") if refused else contextlib.nullcontext():
+        checkpoint.load(engine_at(0), checkpoint.save(engine_at(1), tmp_path, {}))
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):

@@ -9,6 +9,7 @@ used). The folder is written under a hidden name, flushed, and renamed: it exist
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -34,6 +35,7 @@ WEIGHTS, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimi
 # What of the model's section may change between sessions; any other key that no shape tells, such as the decoder's
 # heads, makes another function of the same weights. The picture's side may where registers are not patches.
 FREE = {"model.preset", "model.decoder.preset", "model.checkpoint_activations", "model.image_size"}
+UNFLUSHED = (errno.EBADF, errno.EINVAL)  # of file systems that flush files and no folders, some network ones
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the step is being saved again, see _finish
 
 
@@ -334,6 +336,9 @@ def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNFLUSHED:
+            raise
     finally:
         os.close(descriptor)
 
