@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from unite_fast.cli import main
 from unite_fast.config import DataConfig
-from unite_fast.data.check import check, conversions
+from unite_fast.data.check import DIGEST, _same_bytes, check, conversions
 from unite_fast.data.crop import decode, decode_whole
 from unite_fast.data.loader import ImageStream, load_images
 from unite_fast.data.prepare import prepare
@@ -192,6 +193,18 @@ def test_same_picture_in_two_classes(tmp_path):
         "c2/003.png": ["same bytes as c0/001.png"],
     }
     assert list(report.skip) == ["c0/000.png", "c2/000.png"]
+
+
+def test_a_placeholder_that_lies_everywhere():
+    """100,000 copies in one class are compared once, not each with all others."""
+    count = 100_000
+    source = SimpleNamespace(labels=np.zeros(count, np.int64), name=lambda image: f"n{image}")
+    digests = np.ones((count, DIGEST), np.uint8)
+    assert _same_bytes(source, digests) == []
+    source.labels[-2:] = 1, 2
+    found = _same_bytes(source, digests)
+    assert len(found) == count and {finding.text for finding in found[:-2]} == {"same bytes as n99998"}
+    assert [finding.text for finding in found[-2:]] == ["same bytes as n0"] * 2
 
 
 def test_table_of_findings(tmp_path, capsys):
