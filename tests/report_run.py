@@ -38,7 +38,7 @@ def trained_run(folder: Path) -> Path:
     image_tree(folder / "val", per_class=8)
     for split in ("train", "val"):
         (folder / split / "class_0").rename(folder / split / LONG)
-        (folder / split / "class_1").rename(folder / split / "marked & sold")
+        (folder / split / "class_1").rename(folder / split / "marked & sold\udcff")  # no UTF-8
     settings = config(
         folder,
         data={"val_path": str(folder / "val"), "flip": True},

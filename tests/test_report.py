@@ -113,7 +113,7 @@ def test_names_and_values_are_never_markup(finished):
     page = Page(finished / "report.html")
     assert page.says("results").count(HOSTILE) == 3 and HOSTILE in page.says("environment")
     assert page.source.count("<script>") == 1 and LONG in page.says("samples")
-    assert "marked & sold" in page.says("trajectory")
+    assert r"marked & sold\udcff" in page.says("trajectory")
 
 
 def test_sessions_configuration_and_curves(finished):

@@ -155,6 +155,8 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file under a temporary name and rename it.
 
+    What is no UTF-8, as names of folders and files need not be, is written as \\udcff.
+
     Raises:
         UserError: full disk or unwritable folder.
     """
@@ -162,7 +164,7 @@ def write_text(text: str, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)
