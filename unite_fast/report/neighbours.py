@@ -94,7 +94,7 @@ def find_neighbours(
         label: np.sort(draw.choice(indices, min(len(indices), MOST_PER_CLASS), replace=False))
         for label, indices in own.items()
     }
-    found: list[tuple[int, np.ndarray, list[np.ndarray], np.ndarray]] = []
+    found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     scale: list[float] = []
     count = 0
     with progress("reading training images", sum(map(len, searched.values()))) as advance:
@@ -116,14 +116,14 @@ def find_neighbours(
                 distances = _distances(_features(sample[None]), features, mirrored)[0]
                 order = np.argsort(distances, kind="stable")[:NEAREST]
                 shown = sample.mul(255).round().byte().permute(1, 2, 0).numpy()
-                found.append((label, shown, [train[k] for k in order], distances[order]))
+                found.append((label, shown, train[order], distances[order]))
             if held_out is not None and bool((held_out[1] == label).any()):
                 real = _features(held_out[0][held_out[1] == label])
                 scale += _distances(real, features, mirrored).min(1).tolist()
     ranks = np.sort(scale)
     matches = [
         Match(
-            names[label], sample, np.stack(nearest), distances.tolist(),
+            names[label], sample, nearest, distances.tolist(),
             float((ranks < distances[0]).mean()) if len(ranks) else None,
         )
         for label, sample, nearest, distances in found
