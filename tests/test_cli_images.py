@@ -108,6 +108,14 @@ def test_seed_decides_and_batch_does_not(folder, pictures, tmp_path):
     assert values[0] == pytest.approx(values[1], abs=1e-3)
 
 
+def test_links_to_folders_are_searched(folder, pictures, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "mine" / name).symlink_to(pictures / name)
+    record = _reconstruct(folder, tmp_path / "out", tmp_path / "mine")
+    assert [entry["file"] for entry in record["images"]] == [str(tmp_path / "mine" / name) for name in READABLE]
+
+
 def test_former_pictures_are_no_input(folder, tmp_path):
     picture(tmp_path / "x.png", 1)
     out = tmp_path / "reconstructions"
@@ -145,7 +153,7 @@ def test_brackets_in_names_are_no_markup(tmp_path, capsys, monkeypatch):
 
 
 def test_long_names_make_pictures(folder, tmp_path):
-    picture(tmp_path / f"{'n' * 240}.png", 1)
+    picture(tmp_path / ("界" * 80 + ".png"), 1)
     assert len(_reconstruct(folder, tmp_path / "out", tmp_path)["images"]) == 1
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RECORD = "reconstructions.json"
 TABLE_ROWS = 20  # more are in the record
 PICTURE = re.compile(r"\d{5,}_[^/]*\.png")
-LONGEST_STEM = 80  # characters of a file's name that its picture keeps: file systems end at 255 bytes
+LONGEST_STEM = 50  # characters of a file's name, of up to four bytes, that its picture keeps: names end at 255 bytes
 
 RunOption = Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")]
 ImagesArgument = Annotated[
@@ -251,7 +251,7 @@ def _open(
 
 
 def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
-    """Files as given, and the images below each folder, sorted by path; hidden ones are left out.
+    """Files as given, and the images below each folder as `AllImages` finds them.
 
     Args:
         given: files and folders.
@@ -260,21 +260,16 @@ def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
     Raises:
         UserError: a path that is not there, a folder without images.
     """
-    from unite_fast.data.folder import EXTENSIONS
+    from unite_fast.data.folder import AllImages
 
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in EXTENSIONS
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and (leave_out is None or not file.resolve().is_relative_to(leave_out.resolve()))
-                and file.is_file()
-            )
+            inside = [path / name for name in AllImages(path).names]
+            if leave_out is not None:
+                inside = [file for file in inside if not file.resolve().is_relative_to(leave_out.resolve())]
             if not inside:
-                raise UserError(f"no image below {path}: no file there ends in {' '.join(sorted(EXTENSIONS))}")
+                raise UserError(f"no image below {path} but those in {leave_out}, which --out replaces")
             found += inside
         elif path.is_file():
             found.append(path)
