@@ -13,8 +13,10 @@ import pytest
 from data_trees import files, photographs, tree
 
 from unite_fast.cli import main
+from unite_fast.data.archives import open_archives
 from unite_fast.data.prepare import prepare
 from unite_fast.data.source import open_source
+from unite_fast.errors import UserError
 
 
 def class_tar(folder: Path, file) -> None:
@@ -89,6 +91,23 @@ def test_what_is_no_devkit_is_refused_in_one_line(tmp_path, capsys, monkeypatch,
     assert main(["data", "prepare", str(archive), str(tmp_path / "s"), "--devkit", str(kit)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"{kit} is not a whole tar file" in line and "ILSVRC2012_devkit_t12.tar.gz" in line
+
+
+@pytest.mark.parametrize("damage", ["header", "within a header", "before a header"])
+def test_an_archive_that_ends_too_early_is_refused(tmp_path, damage):
+    """tarfile takes such an end for that of the archive: images would be missing, and nobody told."""
+    (tmp_path / "tars").mkdir()
+    for label in ("c0", "c1"):
+        with open(tmp_path / "tars" / f"{label}.tar", "wb") as file:
+            class_tar(tree(tmp_path / label, (3,)) / "c0", file)
+    assert len(open_archives(tmp_path / "tars")) == 6
+    with tarfile.open(tmp_path / "tars" / "c1.tar") as tar:
+        at = list(tar)[2].offset
+    whole = (tmp_path / "tars" / "c1.tar").read_bytes()
+    parts = {"header": (b"damaged".ljust(512), whole[at + 512 :]), "within a header": (whole[at : at + 99],)}
+    (tmp_path / "tars" / "c1.tar").write_bytes(b"".join([whole[:at], *parts.get(damage, ())]))
+    with pytest.raises(UserError, match=f"c1.tar is not a whole, .* damaged at byte {at}"):
+        open_archives(tmp_path / "tars")
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "compressed", "empty class"])

@@ -158,14 +158,16 @@ def _devkit(path: Path) -> tuple[list[int], dict[int, str]]:
 
 @contextmanager
 def _tar(path: Path, inside: tarfile.TarInfo | None = None, mode: str = "r:"):
-    """An opened tar file, or one that is a member of it."""
+    """An opened tar file, or one that is a member of it, of which every member is to be listed."""
     try:
         with tarfile.open(path, mode) as tar:
             if inside is None:
                 yield tar
+                _require_end(tar)
             else:
                 with tarfile.open(fileobj=tar.extractfile(inside), mode=mode) as inner:
                     yield inner
+                    _require_end(inner)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         which = f"{inside.name} in {path}" if inside else f"{path}"
         if mode == "r:":
@@ -176,6 +178,13 @@ def _tar(path: Path, inside: tarfile.TarInfo | None = None, mode: str = "r:"):
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Refuse an archive, read to its end, that ends otherwise than in zeros: tarfile takes a damaged header for it."""
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset}")
 
 
 def _tars(folder: Path) -> list[Path]:
