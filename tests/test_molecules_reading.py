@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 
 import numpy as np
@@ -24,6 +25,7 @@ from molecule_files import (
 from rdkit import Chem
 
 from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, assemble, write_npz
+from unite_fast.data.molecules.perception import failed
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.sample import sample_set
 from unite_fast.data.molecules.writing import write_sdf, write_xyz
@@ -325,6 +327,20 @@ def test_files_joined_with_empty_lines_between_them(tmp_path):
     (tmp_path / "a.xyz").write_text("2\n\nH 0 0 0\nH 0 0 0.74\n\n \n2\n\nH 0 0 0\nF 0 0 0.92\n\n")
     found = load_molecules(tmp_path / "a.xyz")
     assert found.names == ("a_1", "a_2") and found.elements[:, :2].tolist() == [[1, 1], [1, 5]]
+
+
+def test_names_that_no_other_program_takes(tmp_path):
+    """Names of files that are no UTF-8, as an archive from Windows leaves them, and numbers in place of names."""
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.xyz", "w") as file:
+        file.write("1\n\nH 0 0 0\n")
+    found = load_molecules(tmp_path)
+    assert found.names == (r"caf\udce9",)
+    write_xyz(found, tmp_path / "out" / "a.xyz")
+    write_sdf(found, tmp_path / "out" / "a.sdf", [failed("")])
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    columns = {"atomic_numbers": [[1]] * 2, "positions": [[0.0] * 3] * 2, "name": [0, 7]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "out" / "a.parquet")
+    assert load_molecules(tmp_path / "out" / "a.parquet").names == ("0", "7")
 
 
 def test_parquet(tmp_path, molecules):

@@ -198,11 +198,13 @@ def assemble(
     for molecule in molecules:
         codes = np.asarray(molecule.elements, np.uint8)
         positions = np.asarray(molecule.positions, np.float64).reshape(-1, 3)
-        where = molecule.where or molecule.name
+        # Names of files stand in for names, and need be no UTF-8, which RDKit and text files want.
+        stated = molecule.name.encode("utf-8", "backslashreplace").decode()
+        where = molecule.where or stated
         if not (np.abs(positions) < FARTHEST).all():  # false for NaN as well
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
         content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
-        same = molecule.name, hashlib.blake2b(content, digest_size=16).digest()
+        same = stated, hashlib.blake2b(content, digest_size=16).digest()
         reason = "an exact repetition" if same in known else _unusable(codes, positions)
         if reason is not None:
             if strict:
@@ -210,10 +212,10 @@ def assemble(
             left_out[reason] += 1
             continue
         known.add(same)
-        name = molecule.name
+        name = stated
         while name in kept:
-            numbers[molecule.name] += 1
-            name = f"{molecule.name}#{numbers[molecule.name] + 1}"
+            numbers[stated] += 1
+            name = f"{stated}#{numbers[stated] + 1}"
         kept[name] = codes, positions
         smiles.append(molecule.smiles)
         gaps.append(np.nan if molecule.gap is None else molecule.gap)

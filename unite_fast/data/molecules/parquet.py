@@ -15,7 +15,7 @@ def read_parquet(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read one molecule a row.
 
     Columns: atomic_numbers (list of n integers) and positions (list of 3n numbers, or n lists of three, in Å); name,
-    smiles (made canonical) and gap (eV) may be missing.
+    smiles (made canonical) and gap (eV) may be missing. Names may be numbers.
 
     Raises:
         UserError: pyarrow missing, a file that is no whole Parquet file, a column missing or of another kind, and as
@@ -52,7 +52,8 @@ def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: An
     if len(points) != 3 * len(codes):
         raise UserError(f"{where}: {len(codes)} atoms need {3 * len(codes)} coordinates, found {len(points)}")
     spelt = canonical_smiles(str(smiles)) if smiles else None
-    return Molecule(name or f"{Path(path).stem}_{row}", codes, points.reshape(-1, 3), spelt, gap, where)
+    name = f"{Path(path).stem}_{row}" if name in (None, "") else str(name)
+    return Molecule(name, codes, points.reshape(-1, 3), spelt, gap, where)
 
 
 def _optional(table: Any, name: str) -> list[Any]:
