@@ -218,6 +218,13 @@ def test_distances_by_hand(judge):
     assert water["distance/atoms"] == pytest.approx(1) and 0.3 < water["distance/elements"] < 1
 
 
+def test_a_few_held_out_molecules_have_a_distance_too():
+    judge = MoleculeJudge(_set(METHANE), _set(METHANE), processes=1)
+    scaled = from_arrays(judge.held_out.elements, judge.held_out.positions * 1.05, source="scaled")
+    figures = judge._distances(scaled)
+    assert figures["distance/bond_lengths"] == pytest.approx(0.05 * bond_lengths(judge.held_out)["H-C"].mean())
+
+
 def test_charges_are_counted(judge):
     figures = judge.generation(_set(WATER, _embedded("C[N+](=O)[O-]"))).metrics
     assert figures["rdkit/charged"] == 0.5 and figures["rdkit/connected"] == 1

@@ -185,7 +185,8 @@ class MoleculeJudge:
 
     def _distances(self, molecules: MoleculeSet) -> dict[str, float]:
         found, expected = bond_lengths(molecules), bond_lengths(self.held_out)
-        common = {pair: lengths for pair, lengths in expected.items() if len(lengths) >= FEWEST_BONDS}
+        # Of a few molecules every pair is rare, and none left would be a distance of 0.
+        common = {pair: lengths for pair, lengths in expected.items() if len(lengths) >= FEWEST_BONDS} or expected
         nothing = np.zeros(1)
         total = sum(
             len(lengths) * wasserstein_distance(found.get(pair, nothing), lengths) for pair, lengths in common.items()
