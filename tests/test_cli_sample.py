@@ -1,6 +1,7 @@
 """sample: which images are drawn, how they are recorded, and every mistake it can meet."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from cli_toy import CLASSES, MADE_BY, SAMPLING, SIDE, mistake, read, run, save_toy, small_disk, toy_model
 
 from unite_fast import generate
-from unite_fast.cli.sample import _classes
+from unite_fast.cli.sample import _classes, run_folder
 from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import SAMPLE_STREAM
 from unite_fast.flow import sampling
@@ -295,3 +296,13 @@ def test_output_that_cannot_be_written(folder, tmp_path, capsys):
         says = mistake(capsys, "sample", "--run", folder, "--out", tmp_path / "out", "--count", 1)
     assert says.startswith("cannot write picture") and "File too large" in says
     assert not (tmp_path / "out").exists()
+
+
+def test_the_run_of_a_checkpoint_named_from_inside(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    assert run_folder(checkpoint) == tmp_path and run_folder(tmp_path) == tmp_path
+    monkeypatch.chdir(checkpoint.parent)
+    assert run_folder(Path("step_00000004")) == tmp_path
+    monkeypatch.chdir(checkpoint)
+    assert run_folder(Path(".")) == tmp_path

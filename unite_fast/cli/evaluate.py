@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unite_fast.cli.console import Device, DeviceOption, Which, out, plain, warn
-from unite_fast.cli.sample import Solver, _interval
+from unite_fast.cli.sample import Solver, _interval, run_folder
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -288,11 +288,6 @@ class _Session:
         if self.world.is_main:
             settings = "  ".join(f"{key} {value:g}" for key, value in row.items() if key != "score")
             out().print(f"{settings}  {self._objective()} {row['score']:.5g}", markup=False)
-
-
-def run_folder(path: Path) -> Path:
-    """The run that a path belongs to: its grandparent for a checkpoint, because old checkpoints are deleted."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
 
 
 def _require_place(run: Path) -> None:

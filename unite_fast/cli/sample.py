@@ -103,7 +103,7 @@ def sample(
         if classes is not None:
             raise UserError("--classes is for images; molecules take --atoms and --property")
         special.sample(
-            trained, out_dir or _default_folder(run), atoms=atoms, value=value, count=count, guidance=guidance,
+            trained, out_dir or run_folder(run) / "samples", atoms=atoms, value=value, count=count, guidance=guidance,
             interval=window, solver=None if solver is None else solver.value, steps=steps, seed=seed, batch=batch,
             device=device,
         )  # fmt: skip
@@ -121,7 +121,7 @@ def sample(
     chosen = _classes(classes, trained.class_names, trained.config.num_classes)
     labels = [chosen[index % len(chosen)] for index in range(count)]
     files = [f"{index:06d}_class{label:04d}.png" for index, label in enumerate(labels)]
-    folder = out_dir or _default_folder(run)
+    folder = out_dir or run_folder(run) / "samples"
     where = pick_device(device)
     model = trained.build(where)
     shown = _Sheet(chosen[: min(count, SHEET_CLASSES)])
@@ -228,6 +228,9 @@ def _former(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if OURS.fullmatch(path.name) or path.name == SHEET)
 
 
-def _default_folder(run: Path) -> Path:
-    """samples/ in the run; of a checkpoint also, because old checkpoints are deleted with all they hold."""
-    return (run.parents[1] if run.parent.name == "checkpoints" else run) / "samples"
+def run_folder(path: Path) -> Path:
+    """The run that a path belongs to: of a checkpoint also, because old checkpoints are deleted with all they hold."""
+    for known in (path, path.resolve()):  # from inside of checkpoints/ the path does not say where it is
+        if known.parent.name == "checkpoints":
+            return known.parents[1]
+    return path
