@@ -194,3 +194,18 @@ def test_loss_curves_draw_a_panel_for_what_is_there(tmp_path, steps, values, pan
         drawn = (area.max(-1) < 160).sum() > 200
         assert drawn == (panel < panels), f"panel {panel}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_a_loss_of_0_in_the_first_step_leaves_the_axis_logarithmic(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure.axes[0].get_yscale()))
+    for zeros in (1, 2):
+        records = (_record(step, loss_flow=float(step > zeros)) for step in range(1, 11))
+        (tmp_path / "metrics.jsonl").write_text("\n".join(records))
+        pictures.loss_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert drawn == ["log", "linear"]
+
+
+def test_names_of_classes_are_more_than_english():
+    missing = pictures._font().getmask("\uffff")
+    assert len({bytes(mask) for mask in (missing, *map(pictures._font().getmask, "ÄЖΩ"))}) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -131,13 +132,14 @@ NOISY = (
     "loss", "loss_l1", "loss_lpips", "loss_element", "loss_position", "loss_flow", "grad_norm", "images_per_second",
     "molecules_per_second",
 )  # fmt: skip
+MOSTLY = 0.9  # share of positive values from which a logarithmic axis leaves out the rest
 COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706")
 
 
 def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
     """Draw the curves of a `metrics.jsonl`: losses, gradient norm, learning rate, latent statistics, images/s.
 
-    A panel whose keys no record has is left out; a curve of many points is drawn faintly with its running mean on top.
+    A panel whose keys no record has is left out, and so is what a logarithmic axis cannot show of few values; a curve of many points is drawn faintly with its running mean on top.
 
     Raises:
         UserError: a metrics file without records, or a path that cannot be written.
@@ -186,8 +188,9 @@ def _draw(axes: Any, title: str, scale: str, curves: list[tuple[str, str, np.nda
             axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
             steps, values = _running_mean(steps, window), _running_mean(values, window)
         axes.plot(steps, values, color=colour, linewidth=1.6, label=legend, marker=marker)
-    if scale == "log" and all((values > 0).all() for *_, values in curves):
-        axes.set_yscale("log")
+    # As on the page of the report: the flow loss of the first step is 0.
+    if scale == "log" and all((values > 0).mean() >= MOSTLY for *_, values in curves):
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # one decade or less still gets three marks
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
@@ -246,8 +249,12 @@ def _shorten(label: str) -> str:
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE)
+@functools.cache
+def _font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Matplotlib's own font: Pillow's has English letters alone, no Å and no Cyrillic or Greek.
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:

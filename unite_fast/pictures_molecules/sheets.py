@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -21,7 +19,7 @@ from unite_fast.data.molecules.perception import Perceived
 from unite_fast.errors import UserError
 from unite_fast.evaluation.edm import bond_orders
 from unite_fast.evaluation.molecules import Reconstruction, align
-from unite_fast.pictures import _write_atomically
+from unite_fast.pictures import _font, _write_atomically
 
 WIDTH, HEIGHT = 220, 160  # of a drawing, pixels
 CAPTION = 40  # two lines of text below it
@@ -176,12 +174,6 @@ def _grid(tiles: Sequence[Image.Image], columns: int, title: str) -> Image.Image
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (MARGIN + index % columns * across, top + index // columns * down))
     return sheet
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's own font: Pillow's has no Å.
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _save(image: Image.Image, path: str | Path) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from unite_fast.pictures import MOSTLY
+
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 26
 MOST_POINTS = 360  # about one a pixel of the plot; more would only make the page heavy
-MOSTLY = 0.9  # share of positive values from which a logarithmic axis leaves out the rest
 SMOOTHING = 40  # a noisy curve's running mean spans a fortieth of it
 
 
