@@ -317,6 +317,7 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "'w' is not one of guidance, ema" in ask("--search", "w")
     assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
     assert "add that" in ask("--search-values", "1,2")
+    assert ask("--guidance", "inf") == "--guidance must be a finite number, found inf"
     assert "small has a precision of its own" in ask(metrics="small,precision")
     assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")
     assert "holds no checkpoint" in ask("--ema-decay", 0.9)

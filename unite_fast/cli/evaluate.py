@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unite_fast.cli.console import Device, DeviceOption, Which, out, plain, warn
-from unite_fast.cli.sample import Solver, _interval, run_folder
+from unite_fast.cli.sample import Solver, _interval, _require_finite, run_folder
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def evaluate(
 
     Example: `unite-fast evaluate runs/b_h100 --metrics gfid,is --reference imagenet256.npz --search guidance`
     """
+    _require_finite(guidance)
     window = None if interval is None else _interval(interval)
     wanted = None if metrics is None else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
     searches = _searches(search)

@@ -85,8 +85,7 @@ def sample(
     Example: `unite-fast sample --run runs/quickstart --classes 3,5 --count 64 --guidance 2.4 --solver heun`
     """
     window = None if interval is None else _interval(interval)
-    if guidance is not None and not math.isfinite(guidance):
-        raise UserError(f"--guidance must be a finite number, found {guidance}")
+    _require_finite(guidance)
 
     import torch
 
@@ -190,6 +189,11 @@ class _Sheet:
             images += row + [blank] * (rows * columns - len(row))
             labels += [label] * rows
         sample_sheet(torch.stack(images), labels, class_names, columns, path)
+
+
+def _require_finite(guidance: float | None) -> None:
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance must be a finite number, found {guidance}")
 
 
 def _interval(text: str) -> tuple[float, float]:
