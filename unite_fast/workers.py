@@ -82,7 +82,7 @@ def bounded_map(
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: a container or a scheduler often grants fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

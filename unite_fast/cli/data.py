@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ import typer
 
 from unite_fast.cli.console import out, plain, progress
 from unite_fast.errors import UserError
+from unite_fast.workers import available_cores
 
 if TYPE_CHECKING:
     from unite_fast.data.check import Report
@@ -62,7 +62,7 @@ def prepare(
     images = _open(source, devkit)
     with progress("packing", len(images)) as bar:
         done = pack(
-            images, destination, size=size, shard_images=shard_images or SHARD_IMAGES, jobs=jobs or _cores(),
+            images, destination, size=size, shard_images=shard_images or SHARD_IMAGES, jobs=jobs or available_cores(),
             advance=lambda count: bar.update(bar.task_ids[0], completed=count),
         )  # fmt: skip
     shards = f"{done.shards} shard{'s' * (done.shards > 1)} of {decimal(done.bytes)}"
@@ -102,7 +102,7 @@ def check(
     require_place(path)
     with progress("checking", len(images)) as bar:
         report = examine(
-            images, size=size, jobs=jobs or _cores(),
+            images, size=size, jobs=jobs or available_cores(),
             advance=lambda count: bar.update(bar.task_ids[0], completed=count),
         )  # fmt: skip
     record = report.save()
@@ -169,8 +169,3 @@ def _name(found: Mapping[str, str]) -> None:
         out().print(plain(f"  {name}: {reason}"), soft_wrap=True)
     if len(found) > NAMED:
         out().print(f"  … and {len(found) - NAMED} more")
-
-
-def _cores() -> int:
-    # Linux knows which cores this process may use; a container or a scheduler often grants fewer than there are.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -60,7 +60,7 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
     Raises:
         UserError: shapes that differ, wrong dtype, NaN images.
     """
-    return _psnr(_difference(originals, reconstructions))
+    return -10 * _difference(originals, reconstructions).square().mean(1).clamp_min(MSE_FLOOR).log10()
 
 
 def l1(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -78,28 +78,18 @@ def l1(originals: Tensor, reconstructions: Tensor) -> Tensor:
     return _difference(originals, reconstructions).abs().mean(1)
 
 
-def reconstruction_metrics(originals: Tensor, reconstructions: Tensor) -> dict[str, float | int]:
+def summarise(psnr: Tensor, l1: Tensor) -> dict[str, float | int]:
     """Means over images, ready for `summary.json`.
 
     `psnr` is the mean of the per-image PSNR. (The PSNR of the pooled error, which some papers report, is lower: it is
     ruled by the worst images.)
 
     Args:
-        originals, reconstructions: [N, 3, H, W], uint8 or floating point.
+        psnr, l1: of each image, [N] float64.
 
     Returns:
-        psnr (dB), psnr_std (dB, over images; 0 for one image), psnr_worst (dB), l1, and images_reconstructed,
-            N.
-
-    Raises:
-        UserError: shapes that differ, wrong dtype, NaN images.
+        psnr (dB), psnr_std (dB, over images; 0 for one image), psnr_worst (dB), l1, and images_reconstructed, N.
     """
-    difference = _difference(originals, reconstructions)
-    return summarise(_psnr(difference), difference.abs().mean(1))
-
-
-def summarise(psnr: Tensor, l1: Tensor) -> dict[str, float | int]:
-    """`reconstruction_metrics` from the values of each image, [N] float64 both."""
     return {
         "psnr": float(psnr.mean()),
         "psnr_std": float(psnr.std(correction=0)),
@@ -118,7 +108,3 @@ def _difference(originals: Tensor, reconstructions: Tensor) -> Tensor:
     return (
         unit_images(originals, "originals").double() - unit_images(reconstructions, "reconstructions").double()
     ).flatten(1)
-
-
-def _psnr(difference: Tensor) -> Tensor:
-    return -10 * difference.square().mean(1).clamp_min(MSE_FLOOR).log10()

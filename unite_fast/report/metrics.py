@@ -15,10 +15,8 @@ from unite_fast.report.charts import Curve, line_chart
 # name -> (title, unit, "higher" or "lower" or "" where neither is better, what it says)
 GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "gfid": ("gFID", "", "lower", "Fréchet distance of generated to real images, Inception features"),
-    "fid": ("FID", "", "lower", "Fréchet distance to real images, Inception features"),
     "rfid": ("rFID", "", "lower", "Fréchet distance of reconstructed to original images"),
     "is": ("Inception score", "", "higher", "confident and varied classes"),
-    "inception_score": ("Inception score", "", "higher", "confident and varied classes"),
     "kid": ("KID", "", "lower", "kernel distance of generated to real images"),
     "precision": ("precision", "", "higher", "share of generated images that look real"),
     "recall": ("recall", "", "higher", "share of real images that the generator reaches"),
@@ -38,7 +36,7 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "nearest_train_ratio": ("distance to training images", "", "", "over that of held-out images; near 0 memorised"),
     "near_copies": ("near copies", "", "lower", "share closer to a training image than 99 % of held-out ones"),
 }
-HEADLINE = ("gfid", "fid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr", "coverage", "ssim", "lpips")
+HEADLINE = ("gfid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr", "coverage", "ssim", "lpips")
 # Entries of summary.json that say how the others were measured.
 SUMMARY_PROTOCOL = (
     "images_generated", "images_train", "images_held_out", "images_reconstructed", "reconstructed",
