@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,10 +117,11 @@ def test_page_holds_every_molecule_and_nothing_from_outside(run, tmp_path):
     judge, made, verdict = run
     perceived = [*verdict.perceived]
     perceived[1] = failed("</script><b>")
+    torn = [verdict.perceived[0], verdict.perceived[1]._replace(bonds=())]
     path = tmp_path / "page.html"
     sections = [
         generated_section(made, perceived, note="five"),
-        reconstruction_section(judge.held_out, judge.held_out_perceived, made, verdict, count=2),
+        reconstruction_section(judge.held_out, judge.held_out_perceived, made, replace(verdict, perceived=torn), count=2),
     ]
     molecule_page(path, "A <run> & more", "source", sections)
     text = path.read_text()
@@ -135,6 +137,8 @@ def test_page_holds_every_molecule_and_nothing_from_outside(run, tmp_path):
     assert cards[1]["note"] == "no valid molecule: </script><b>"
     assert text.count("</script>") == 2
     assert "ghost" in data[1]["cards"][0] and "ghost" not in cards[0]
+    original = [number for bond in judge.held_out_perceived[1].bonds for number in bond]
+    assert data[1]["cards"][1]["ghostBonds"] == original and data[1]["cards"][1]["bonds"] == []
 
 
 def test_page_turns_molecules_and_never_mirrors_them(run, tmp_path):

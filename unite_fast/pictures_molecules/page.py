@@ -32,7 +32,8 @@ class Card:
     elements: NDArray[np.uint8]  # [n]
     positions: NDArray[np.float64]  # [n, 3] Å
     bonds: Sequence[tuple[int, int, int]]  # atom, atom, order
-    ghost: NDArray[np.float64] | None = None  # [n, 3] Å, the same atoms elsewhere, drawn faintly with the same bonds
+    ghost: NDArray[np.float64] | None = None  # [n, 3] Å, the same atoms elsewhere, drawn faintly
+    ghost_bonds: Sequence[tuple[int, int, int]] = ()  # there
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def reconstruction_section(
                 positions.astype(float),
                 _bonds(elements, positions, verdict.perceived[index]),
                 align(originals.atoms(index)[1], positions),
+                _bonds(*originals.atoms(index), original_perceived[index]),
             )
         )
     return Section(title, note, cards)
@@ -126,11 +128,16 @@ def _card(card: Card) -> dict[str, Any]:
         "mark": card.mark,
         "elements": "".join(SYMBOLS[code - 1] for code in card.elements),
         "at": np.round(positions @ axes.T, 3).ravel().tolist(),
-        "bonds": [int(number) for bond in card.bonds for number in bond],
+        "bonds": _flat(card.bonds),
     }
     if card.ghost is not None:
         record["ghost"] = np.round((card.ghost - card.positions.mean(0)) @ axes.T, 3).ravel().tolist()
+        record["ghostBonds"] = _flat(card.ghost_bonds)
     return record
+
+
+def _flat(bonds: Sequence[tuple[int, int, int]]) -> list[int]:
+    return [int(number) for bond in bonds for number in bond]
 
 
 def _bonds(
