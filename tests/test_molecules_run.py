@@ -363,6 +363,13 @@ def test_mistakes_on_the_command_line(finished, tmp_path, capsys, arguments, wor
     assert words in mistake(capsys, command, "--run", finished, *rest, "--out", out)
 
 
+def test_a_place_that_takes_no_files_is_refused_before_the_work(finished, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in (("sample", "--count", 10**6), ("reconstruct", finished / "samples.sdf")):
+        says = mistake(capsys, *command, "--run", finished, "--out", tmp_path / "file")
+        assert says.startswith(f"cannot write molecules into {tmp_path / 'file'}: ")
+
+
 def test_what_belongs_to_the_other_modality_is_refused(finished, tmp_path, capsys):
     assert "naming is that of image models" in mistake(capsys, "export", finished, "--published", tmp_path / "x.pt")
     trained = open_trained(finished)

@@ -42,10 +42,12 @@ from unite_fast.molecules.stream import PropertyBins, load_for_all
 from unite_fast.pictures_molecules import generated_section, molecule_page, molecule_sheet, reconstruction_sheet
 from unite_fast.records import CONFIG
 from unite_fast.weights import write_json, write_tensors
+from unite_fast.writable import require_writable
 
 SAMPLES, RECONSTRUCTIONS = "samples", "reconstructions"  # stems of the files that are written
 SHOWN = 60  # molecules on a sheet and on a page
 TABLE_ROWS = 20  # more are in the record
+ANOTHER = "Give --out a folder that takes some."
 EVALUATE_OPTIONS = ("count", "data", "data_count", "guidance", "interval", "solver", "steps", "seed", "batch", "name")
 
 
@@ -73,6 +75,7 @@ def sample(
     settings = _settings(trained, guidance=guidance, interval=interval, solver=solver, steps=steps)
     histogram = _histogram(trained, atoms)
     label, asked = _label(trained, value)
+    require_writable(folder, "molecules", ANOTHER)
     model = trained.build(pick_device(device))
     pieces = []
     with progress("sampling", count) as bar, explain_memory(batch):
@@ -125,6 +128,7 @@ def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int,
     """
     from rich.table import Table
 
+    require_writable(folder, "molecules", ANOTHER)
     molecules = read(paths)
     before = perceive_all(molecules)
     arranged, arrangement = arrange(molecules, **_arranged_as(trained), perceived=before)
