@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +37,10 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_equal_protocols_are_ranked(runs, capsys):
-    rows = read_records(runs / "one") + read_records(runs / "two")
+def test_equal_protocols_are_ranked(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs / "one")
+    rows = read_records(Path()) + read_records(runs / "two")
+    assert [row.name for row in rows] == ["one/a", "two/b"]
     assert ranking(rows, "gfid") == ([1], []) and ranking(rows, "is") == ([0], [])
     assert ranking(rows, "psnr") == ([0], []) and ranking(rows + rows, "psnr") == ([0, 2], [])
     assert run("compare", runs / "one", runs / "two") == 0
