@@ -121,7 +121,9 @@ def test_page_holds_every_molecule_and_nothing_from_outside(run, tmp_path):
     path = tmp_path / "page.html"
     sections = [
         generated_section(made, perceived, note="five"),
-        reconstruction_section(judge.held_out, judge.held_out_perceived, made, replace(verdict, perceived=torn), count=2),
+        reconstruction_section(
+            judge.held_out, judge.held_out_perceived, made, replace(verdict, perceived=torn), count=2
+        ),
     ]
     molecule_page(path, "A <run> & more", "source", sections)
     text = path.read_text()

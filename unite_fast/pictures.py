@@ -139,7 +139,8 @@ COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706")
 def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
     """Draw the curves of a `metrics.jsonl`: losses, gradient norm, learning rate, latent statistics, images/s.
 
-    A panel whose keys no record has is left out, and so is what a logarithmic axis cannot show of few values; a curve of many points is drawn faintly with its running mean on top.
+    A panel whose keys no record has is left out, and so are the few values that a logarithmic axis cannot show; a curve
+    of many points is drawn faintly with its running mean on top.
 
     Raises:
         UserError: a metrics file without records, or a path that cannot be written.
