@@ -44,6 +44,7 @@ def test_symbolic_links(tmp_path):
     (root / "c0" / "link.png").symlink_to(elsewhere / "c0" / "000.png")
     (root / "c0" / "broken.png").symlink_to(tmp_path / "nothing.png")
     (root / "c0" / "round").symlink_to(root / "c0")
+    (root / "c0" / "itself.png").symlink_to("itself.png")
     (root / "c2").symlink_to(elsewhere / "c0")
     assert names(ImageFolder(root, 3)) == ["c0/000.png", "c0/link.png", "c1/000.png", "c2/000.png", "c2/001.png"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -258,9 +259,20 @@ def _walk(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterato
 def _listing(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
+            return [entry for entry in entries if not entry.name.startswith(".") and _leads_somewhere(entry)]
     except OSError as error:
         raise UserError(f"cannot list folder {folder}: {error.strerror}; check its permissions") from None
+
+
+def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
+    """False of a link to itself, about which every question fails; others into nothing are no folder and no file."""
+    try:
+        entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+    return True
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
