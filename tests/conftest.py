@@ -4,6 +4,8 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 thread: the tensors are small, and on shared cores waiting threads cost far more than they save.
 """
 
+import functools
+import inspect
 import os
 
 import pytest
@@ -13,6 +15,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _patch_the_language_once_a_launch()
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter patches triton.language again for every device function that a kernel calls, to no effect
+    but for the first of a module's: a third of its time."""
+    try:
+        from triton.runtime import interpreter
+
+        patch, tl = interpreter._patch_lang, interpreter.tl
+    except (ImportError, AttributeError):
+        return
+    patched: set[str] = set()  # during a launch
+
+    @functools.cache
+    def seen_by(function):
+        return {name for name, module in (("tl", tl), ("core", tl.core)) if module in _modules(function)}
+
+    def once(function):
+        modules = seen_by(function)
+        if modules and modules <= patched:
+            return None  # of a device function, whose patches nobody takes back
+        scope = patch(function)
+        if not patched:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.update(modules)
+        return scope
+
+    interpreter._patch_lang = once
+
+
+def _modules(function):
+    return [value for value in function.__globals__.values() if inspect.ismodule(value)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,5 @@
-"""Whole steps at full size on a GPU that is not there: the host waits for nothing, and no tensor is on a wrong device.
+"""Whole steps of the presets' widths on a GPU that is not there: the host waits for nothing, and no tensor is on a wrong
+device.
 
 test_imagined.py runs this file in a process of its own, as a made-up device stays for a process's life and PyTorch's
 compiler asks it for more than it has: `pytest tests/imagined_steps.py`.
@@ -56,9 +57,11 @@ def small(tmp_path: Path, **sections: dict) -> Config:
     return Config.parse(settings(tmp_path, train={"precision": "bf16"}, **sections))
 
 
-@pytest.mark.parametrize(("file", "draws"), [("b_h100.json", 3), ("l_h100.json", 1)])
-def test_a_step_of_a_preset_does_not_make_the_host_wait(file, draws):
-    config = preset(file, f"objective.flow_draws={draws}")
+@pytest.mark.parametrize(("name", "draws"), [("B", 3), ("L", 1)])
+def test_a_step_of_a_preset_does_not_make_the_host_wait(name, draws):
+    """With the presets' widths; depth only repeats."""
+    model = f'model={{"preset": "{name}", "depth": 6, "decoder": {{"preset": "B", "depth": 2}}}}'
+    config = preset(f"{name.lower()}_h100.json", f"objective.flow_draws={draws}", model)
     with imagined.imagined() as device:
         run = image_run(config, device)
         watch = run.watched()
@@ -102,7 +105,8 @@ def test_a_step_on_molecules_makes_it_wait_for_the_batch_alone(file):
 
 def test_the_update_moves_what_is_counted():
     """Clipping, momentum, averages: the two sweeps of Muon, beside products and tall matrices that are turned."""
-    config = preset("b_h100.json", "objective.flow_draws=1", "optimizer.ema_decays=[0.9999]")
+    depth = 'model={"preset": "B", "depth": 6}'
+    config = preset("b_h100.json", "objective.flow_draws=1", "optimizer.ema_decays=[0.9999]", depth)
     with imagined.imagined() as device:
         watch = image_run(config, device).watched_update()
     ops = {op.name: op.forward_bytes for op in update_part(config.model, config.optimizer).ops}
@@ -269,10 +273,10 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
 @pytest.mark.parametrize(
     ("file", "depths", "form", "draws", "chunk", "accumulation"),
     [
-        ("b_h100.json", (6, 2), {}, 3, 1, 2),
-        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 14, 5, 1),
-        ("b_h100.json", (5, 1), {"shared": False}, 3, 2, 1),
-        ("l_h100.json", (6, 1), {}, 3, 2, 1),
+        ("b_h100.json", (5, 2), {}, 2, 1, 2),
+        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 7, 4, 1),
+        ("b_h100.json", (5, 1), {"shared": False}, 2, 2, 1),
+        ("l_h100.json", (5, 1), {}, 3, 2, 1),
         ("qm9_s.json", (3, 2), {}, 4, 2, 1),
         ("qm9_s.json", (2, 3), {}, 2, 2, 2),
     ],

@@ -1,7 +1,7 @@
 """Compile specialisations for one compute capability and print what the machine code says, one JSON object a line.
 
 Runs as a process of its own, because Triton's interpreter, once chosen, replaces the compiler for the whole process:
-`python kernels_aot_worker.py 90 0 2` does every second kernel, from the first, for sm_90.
+`python kernels_aot_worker.py 90 0 2` does every second kernel of `chosen`, from the first, for sm_90.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-from unite_kernels.specialisation import compile_ahead, specialisations
+from unite_kernels.specialisation import CAPABILITIES, Specialisation, compile_ahead, specialisations
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -30,7 +30,15 @@ def access_bytes(opcodes: list[str]) -> int:
     return max((int(width[1]) // 8 if width else 4 for width in widths), default=0)
 
 
-def report(entry, capability: int) -> dict:
+def chosen(capability: int) -> list[Specialisation]:
+    """All of a capability; of the newest of each kernel that with the most registers, since all would take minutes."""
+    entries = [entry for entry in specialisations() if capability in entry.capabilities]
+    if capability == max(CAPABILITIES):
+        entries = list({e.kernel: e for e in sorted(entries, key=lambda e: e.max_registers)}.values())
+    return entries
+
+
+def report(entry: Specialisation, capability: int) -> dict:
     compiled = compile_ahead(entry, capability)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -55,6 +63,5 @@ def report(entry, capability: int) -> dict:
 
 if __name__ == "__main__":
     capability, first, workers = map(int, sys.argv[1:])
-    entries = [entry for entry in specialisations() if capability in entry.capabilities]
-    for entry in entries[first::workers]:
+    for entry in chosen(capability)[first::workers]:
         print(json.dumps(report(entry, capability)), flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image
 from cli_toy import mistake, picture, read, run, save_toy, toy_model
 from inception_toy import inception_weights
 from ranks import torchrun
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from test_perceptual import weights as lpips_weights
 
 from unite_fast.evaluation import evaluator as evaluator_module
-from unite_fast.evaluation import held_out as held_out_module
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
@@ -158,13 +158,13 @@ def similarity_by_hand(a, b):
 
 
 def test_held_out_metrics(files, inception, held_out, features, capsys, monkeypatch):
-    similarity, tf32 = held_out_module.structural_similarity_index_measure, []
+    similarity, tf32 = torchmetrics.functional.image.structural_similarity_index_measure, []
 
     def watched(*images, **options):
         tf32.append(torch.backends.cudnn.allow_tf32)
         return similarity(*images, **options)
 
-    monkeypatch.setattr(held_out_module, "structural_similarity_index_measure", watched)
+    monkeypatch.setattr(torchmetrics.functional.image, "structural_similarity_index_measure", watched)
     record = evaluate(files, "--vgg", files / "vgg.pth", "--linear", files / "linear.pth", name="pairs",
                       metrics="rfid,psnr,ssim,lpips,l1,kid,precision,recall")  # fmt: skip
     found, model = record["metrics"], toy_model()
