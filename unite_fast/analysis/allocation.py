@@ -23,7 +23,7 @@ def peak_allocated(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     tree = recorded.profiler.kineto_results.experimental_event_tree()
     sizes = sorted((e.start_time_ns, e.extra_fields.alloc_size) for e in _flat(tree) if "Alloc" in str(e.tag))

@@ -9,11 +9,7 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.metrics import pairwise_distances_chunked
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from unite_fast.errors import UserError
 
@@ -50,6 +46,8 @@ def inception_score(logits: Tensor, *, seed: int) -> dict[str, float]:
         UserError: fewer images than splits.
     """
     score_splits(len(logits))
+    from torchmetrics.image.inception import InceptionScore
+
     metric = _on_features(InceptionScore, splits=SPLITS)
     metric.update(logits.double())
     mean, deviation = _computed(metric, seed)
@@ -72,6 +70,8 @@ def kernel_distance(real: Tensor, generated: Tensor, *, seed: int) -> dict[str, 
     size = min(SUBSET_SIZE, len(real), len(generated))
     if size < 2:
         raise UserError(f"KID needs at least 2 real and 2 generated images, got {len(real)} and {len(generated)}")
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     metric = _on_features(KernelInceptionDistance, subsets=SUBSETS, subset_size=size, degree=DEGREE)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
@@ -104,6 +104,9 @@ def precision_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
 
 def _inside(queries: np.ndarray, points: np.ndarray) -> float:
     """Share of queries that lie in the ball of a point."""
+    from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.neighbors import NearestNeighbors
+
     # The nearest of a point among all points is the point itself.
     found = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(points).kneighbors(points)[0]
     radii = found[:, -1]

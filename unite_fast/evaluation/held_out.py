@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unite_fast.data.reader import FileReader, Problem
 from unite_fast.errors import UserError
@@ -116,6 +115,8 @@ class HeldOut:
         # 5e-4 beside the constant of 9e-4 that decides in flat regions.
         with torch.backends.cudnn.flags(True, allow_tf32=False):
             if "ssim" in pairs:
+                from torchmetrics.functional.image import structural_similarity_index_measure
+
                 # Of torchmetrics the map alone: its mean counts windows over the edge, filled up by reflection.
                 _, values = structural_similarity_index_measure(
                     rebuilt, exact, data_range=1.0, reduction="none", return_full_image=True

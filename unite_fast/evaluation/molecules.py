@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import wasserstein_distance
 
 from unite_fast.data.molecules.molecule_set import MAX_ATOMS, SYMBOLS, MoleculeSet
 from unite_fast.data.molecules.perception import SECONDS, Perceived, perceive_all
@@ -184,6 +183,8 @@ class MoleculeJudge:
         }
 
     def _distances(self, molecules: MoleculeSet) -> dict[str, float]:
+        from scipy.stats import wasserstein_distance
+
         found, expected = bond_lengths(molecules), bond_lengths(self.held_out)
         # Of a few molecules every pair is rare, and none left would be a distance of 0.
         common = {pair: lengths for pair, lengths in expected.items() if len(lengths) >= FEWEST_BONDS} or expected

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy.optimize import minimize_scalar
 
 # Published sweeps run over w from 1 to 4; six points bracket the one valley that FID has there.
 COARSE = (1.0, 1.6, 2.2, 2.8, 3.4, 4.0)
@@ -78,6 +77,8 @@ class GuidanceSearch:
 
     def _refine(self, left: float, right: float, low: float, high: float) -> float:
         """Brent's method (golden section with parabolas) between two strengths; the best strength of this interval."""
+        from scipy.optimize import minimize_scalar
+
         minimize_scalar(
             lambda w: self._at(float(w), low, high), bounds=(left, right), method="bounded",
             options={"xatol": TOLERANCE, "maxiter": REFINEMENTS},

@@ -11,8 +11,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
-from sklearn.svm import SVC
 from torch import Tensor
 
 from unite_fast.errors import UserError
@@ -81,6 +79,9 @@ class SmallDataJudge:
                 f"components, {components} were asked for: add training images or ask for fewer components"
             )
         self._train, self._held_out = train, held_out
+        from sklearn.decomposition import PCA
+        from sklearn.svm import SVC
+
         self._svm = SVC(C=SVM_PENALTY, kernel="rbf", gamma="scale").fit(train, self._train_labels)
         self._pca = PCA(n_components=components, svd_solver="full").fit(train)
         self._unit = float(np.sqrt(self._pca.explained_variance_.sum()))

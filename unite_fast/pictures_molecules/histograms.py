@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import wasserstein_distance
 
 from unite_fast.data.molecules.molecule_set import SYMBOLS, MoleculeSet
 from unite_fast.evaluation.molecules import atom_histogram, bond_lengths, element_histogram
@@ -77,6 +76,8 @@ def _lengths(axes: Any, pair: str, made: NDArray[np.float64], real: NDArray[np.f
         weights = np.full(len(made), 1 / len(made))
         axes.hist(made, bins, weights=weights, color=MADE, histtype="step", linewidth=1.5, label="generated")
         outside = np.mean((made < bins[0]) | (made > bins[-1]))
+        from scipy.stats import wasserstein_distance
+
         title = f"{pair} bonds, Å: W₁ = {wasserstein_distance(made, real):.3f}"
         if outside >= 0.005:
             title += f", {outside:.0%} outside the picture"
