@@ -49,9 +49,15 @@ def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, unrotated, eps):
     cos, sin = F.pad(cos[:rotated].float(), ahead, value=1.0), F.pad(sin[:rotated].float(), ahead)
     qk, v = qkv.split([2, 1], dim=2)
     qk = unit_rms(qk.float(), eps) * torch.stack([q_weight, k_weight])[:, None].float()
-    # A pair as one complex number: twice as fast on a CPU as products of every second element.
-    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None, None]
-    return torch.cat([torch.view_as_real(pairs).flatten(-2).to(qkv.dtype), v], dim=2)
+    pairs, cos, sin = qk.unflatten(-1, (-1, 2)), cos[:, None, None], sin[:, None, None]
+    if torch.compiler.is_compiling():
+        # Inductor leaves complex numbers to eager operators: with them 1.3 to 1.5 times the time on a CPU.
+        a, b = pairs.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        # A pair as one complex number: twice as fast on a CPU as products of every second element.
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return torch.cat([pairs.flatten(-2).to(qkv.dtype), v], dim=2)
 
 
 @triton.jit

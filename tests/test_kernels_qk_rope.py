@@ -167,6 +167,19 @@ def test_compiled(backend, form):
         torch.testing.assert_close(outputs_and_gradients(compiled, inputs), outputs_and_gradients(function, inputs))
 
 
+def test_compiled_plain_pytorch_has_no_complex_numbers():
+    """Inductor has no code for them."""
+    nodes = []
+
+    def keep(graph, _):
+        nodes.extend(graph.graph.nodes)
+        return graph
+
+    with on_backend("torch"):
+        torch.compile(uk.qk_norm_rope, backend=keep)(*inputs_of((2, 5, 2, 8), torch.float32), *tables(5, 8), 2)
+    assert nodes and not any("complex" in str(node.target) for node in nodes)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_autocast_changes_nothing(backend):
     inputs = inputs_of((2, 5, 2, 8), torch.bfloat16)
