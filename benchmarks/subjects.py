@@ -159,6 +159,11 @@ class Trainers:
             self.config.objective, seed=0, step=self.engine.step_count, stream=0, device=self.device
         )
 
+    def drop_gradients(self) -> None:
+        """Those of both contenders; a step that ran out of memory leaves some, which the next one would lack."""
+        for model in (self.engine.model, self.plain.model):
+            model.zero_grad(set_to_none=True)
+
     @functools.cached_property
     def compiled(self) -> CompiledPasses:
         """Our passes under torch.compile."""

@@ -36,6 +36,17 @@ BATCHES = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 COMPILED = {contest.OURS_COMPILED, "compile"}
 
 
+def compile_anew() -> None:
+    """Forget what was compiled for the contenders before.
+
+    A function is compiled at most `recompile_limit` times, 8 by default, for all models together, and then runs eager
+    with no more than a warning. Ours is compiled up to three times for a batch: pass one, a chunk of draws, a last one
+    of fewer.
+    """
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 3 * len(BATCHES)
+
+
 def contenders(trainers: Trainers, with_compile: bool) -> dict:
     """Name -> one optimizer step on a batch of the trainers."""
     steps = {contest.OURS: trainers.our_step, "plain": trainers.plain.step}
@@ -55,7 +66,12 @@ def batch_sizes(trainers: Trainers, steps: dict, given: int | None) -> dict[str,
         steps[who](*trainers.batch(BATCHES[0]))  # the state that its optimizer keeps from now on
     spared = torch.empty(RESERVE, dtype=torch.uint8, device=trainers.device)
     for who in both:
-        sizes[who] = find_micro_batch(lambda size: steps[who](*trainers.batch(size)), BATCHES)
+
+        def try_step(size: int) -> None:
+            trainers.drop_gradients()
+            steps[who](*trainers.batch(size))
+
+        sizes[who] = find_micro_batch(try_step, BATCHES)
     del spared
     same = {contest.OURS_COMPILED: sizes[contest.OURS], "compile": sizes["plain"]}
     return {who: (sizes | same)[who] for who in steps}
@@ -71,6 +87,7 @@ def warmed(trainers: Trainers, steps: dict, sizes: dict[str, int]) -> dict[str, 
     for who, step in steps.items():
 
         def two_steps(size: int) -> None:
+            trainers.drop_gradients()
             batches[who] = trainers.batch(size)
             for _ in range(2):
                 step(*batches[who])
@@ -108,7 +125,9 @@ def turn(who: str, step, batch, size: int):
 def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, unit: str) -> tuple[dict, float]:
     """What every step's record holds, and the seconds that a sample of ours takes, as ratios take them."""
     on_gpu = measure.DEVICE == "cuda"
-    steps = contenders(trainers, on_gpu or with_compile)
+    if with_compile := on_gpu or with_compile:
+        compile_anew()
+    steps = contenders(trainers, with_compile)
     sizes = batch_sizes(trainers, steps, given)
     batches = warmed(trainers, steps, sizes)
     peak = {who: peak_allocated(lambda: step(*batches[who]), trainers.device) for who, step in steps.items()}

@@ -12,7 +12,7 @@ from plain_unite import PlainLpips  # found by bench_rivals, as are subjects and
 from runs import config
 from subjects import Subject, Trainers, load
 from test_model import tiny
-from test_step import warmed
+from test_step import batch_sizes, compile_anew, warmed
 from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast.analysis.update import newton_schulz_operations
@@ -115,9 +115,52 @@ def test_a_compiled_contender_takes_the_next_batch_that_fits():
         if size > 16:
             raise torch.OutOfMemoryError("out of memory")
 
-    trainers = SimpleNamespace(batch=lambda size: (size,))
+    trainers = SimpleNamespace(batch=lambda size: (size,), drop_gradients=lambda: None)
     sizes = {"ours": 64, "compile": 64}
     batches = warmed(trainers, {"ours": lambda size: None, "compile": runs_out}, sizes)
     assert sizes == {"ours": 64, "compile": 16} and batches == {"ours": (64,), "compile": (16,)}
     with pytest.raises(RuntimeError, match="plain runs out of memory on a batch of 64"):
         warmed(trainers, {"plain": runs_out}, {"plain": 64})
+
+
+def test_a_step_that_ran_out_of_memory_leaves_no_gradients_to_the_next(monkeypatch):
+    """Neither to a smaller one of its contender nor to the other contender's."""
+    monkeypatch.setattr("test_step.RESERVE", 0)
+    models = {"ours": torch.nn.Linear(1, 1), "plain": torch.nn.Linear(1, 1)}
+    trainers = SimpleNamespace(
+        engine=SimpleNamespace(model=models["ours"]), plain=SimpleNamespace(model=models["plain"]),
+        batch=lambda size: (size,), device="cpu",
+    )  # fmt: skip
+    trainers.drop_gradients = lambda: Trainers.drop_gradients(trainers)
+
+    def step(who, most):
+        def run(size):
+            assert all(p.grad is None for model in models.values() for p in model.parameters())
+            for p in models[who].parameters():
+                p.grad = torch.zeros_like(p)
+            if size > most:
+                raise torch.OutOfMemoryError("out of memory")
+            models[who].zero_grad()
+
+        return run
+
+    steps = {"ours": step("ours", 32), "plain": step("plain", 12)}
+    assert batch_sizes(trainers, steps, None) == {"ours": 32, "plain": 12}
+
+
+def test_no_contender_runs_eager_because_of_those_compiled_before(monkeypatch):
+    monkeypatch.setattr("test_step.BATCHES", [1, 2, 3])
+
+    class Model(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(width))
+
+        def forward(self, x):
+            return x * self.weight
+
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for widths in (range(1, 10), range(10, 19)):
+            compile_anew()
+            for width in widths:
+                torch.compile(Model(width), backend="eager", dynamic=False)(torch.ones(width))
