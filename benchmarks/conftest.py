@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 from pathlib import Path
 
 import gate
@@ -35,6 +37,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RESULTS] = []
     config.stash[INPUTS] = []
+    # A command's time limit ends it by SIGTERM. As after Ctrl-C, what was measured by then is told and recorded.
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config.add_cleanup(functools.partial(signal.signal, signal.SIGTERM, former))
     # Now, before the code is imported: files may change and commits be made while it is measured.
     config.stash[SOURCE] = measure.source()
     config.stash[DESELECTED] = config.stash[RAN] = 0

@@ -250,7 +250,7 @@ def bench(pytester, monkeypatch):
     write_expected("step one", "step two", "part of one")
 
     def run(*arguments: str) -> SimpleNamespace:
-        ran = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+        ran = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments, no_reraise_ctrlc=True)
         said = [line for line in ran.outlines if "gate:" in line]
         return SimpleNamespace(ret=ran.ret, last=said[-1] if said else "", text=ran.stdout.str() + ran.stderr.str())
 
@@ -414,7 +414,12 @@ def test_the_records_of_a_committed_baseline_write_it_again_byte_for_byte(tmp_pa
     assert gate.write_baseline(same).read_bytes() == committed
 
 
-@pytest.mark.parametrize("stop", ["pytest.exit('enough')", "pytest.exit('enough', returncode=0)", "assert False"])
+TERMINATED = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"  # as by the time limit of a command
+
+
+@pytest.mark.parametrize(
+    "stop", ["pytest.exit('enough')", "pytest.exit('enough', returncode=0)", "assert False", TERMINATED]
+)
 def test_an_interrupted_gate_says_how_far_it_came(bench, stop):
     (gate.BASELINES.parent / "benchmarks" / "test_parts.py").write_text(
         f"import pytest\n\ndef test_broken():\n    {stop}\n\ndef test_later():\n    pass\n"
