@@ -248,13 +248,14 @@ class _Tables:
         self.table = torch.tensor(table, dtype=torch.int64).view(depth, len(sizes), FIELDS)
 
     def _place(self, part: Pass) -> tuple[int, int]:
-        if id(part) not in self._where:
-            self._where[id(part)] = (self._counts[0], self._counts[1])
+        key = id(part.first)  # which stays in `firsts`; the pass itself may go, and another be made where it was
+        if key not in self._where:
+            self._where[key] = (self._counts[0], self._counts[1])
             self.firsts.append(part.first)
             self.weights.append(part.weights.T.flatten())
             self._counts[0] += part.first.numel()
             self._counts[1] += part.weights.numel()
-        return self._where[id(part)]
+        return self._where[key]
 
 
 @functools.lru_cache(maxsize=8)

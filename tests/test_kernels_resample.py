@@ -11,6 +11,7 @@ from PIL import Image, __version__
 from torch.library import opcheck
 
 import unite_kernels as uk
+from unite_kernels import resample
 from unite_kernels.resample import _centre_crop, _Tables, crop_plan
 
 TALL_FIRST = int(__version__.split(".")[0]) >= 13
@@ -69,6 +70,16 @@ def test_batches_of_unlike_images(tall_first):
             alone = [uk.centre_crop(*batch([image]), 16, tall_first=tall_first)[0] for image in images]
         assert torch.equal(results[-1], torch.stack(alone))
     assert torch.equal(*results)
+
+
+def test_plans_that_are_forgotten_within_a_batch(monkeypatch):
+    """As in a batch of more sizes than `crop_plan` keeps."""
+    images = [picture(30 + 3 * i % 11, 20 + i % 7, seed=i) for i in range(12)]
+    expected = np.stack([by_pillow(image, 8) for image in images])
+    monkeypatch.setattr(resample, "crop_plan", crop_plan.__wrapped__)
+    with on_backend("triton"):
+        found = uk.centre_crop(*batch(images), 8, tall_first=TALL_FIRST)
+    assert np.array_equal(found.cpu().numpy(), expected)
 
 
 def test_orders_differ_for_tall_images_alone():
