@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from unite_kernels import adaln_kernels, flow, latent, philox, pixels, qk_rope, rectify
+from unite_kernels.specialisation import specialisations
 
 ROOT = Path(__file__).resolve().parents[1]
 # The package calls its function by the same name.
@@ -22,7 +24,7 @@ def load_rules():
     module = importlib.util.module_from_spec(spec)
     sys.modules["launches"] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
-    return module.RULES
+    return module
 
 
 class Recorder:
@@ -105,7 +107,7 @@ MODULES = {
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys())
 def test_rules_are_the_launches_of_python(monkeypatch, launch):
     """C computes the grids and arguments that Python does."""
-    rules, recorders = load_rules(), {}
+    rules, recorders = load_rules().RULES, {}
     for name in rules:
         module, kernel = name.split(".")
         recorders[name] = Recorder(getattr(MODULES[module], kernel))
@@ -122,3 +124,19 @@ def test_rules_are_the_launches_of_python(monkeypatch, launch):
         derived = {argument: eval(expression, values) for argument, expression in rule.derived.items()}
         assert derived == {argument: recorder.arguments[argument] for argument in derived}
         assert tuple(eval(expression, values) for expression in rule.grid) == recorder.grid
+
+
+def test_the_header_names_every_address():
+    """Gradients by what they are of; a backward pass's by what its forward pass says of it."""
+    launches = load_rules()
+    about = {}
+    for name, rule in launches.RULES.items():
+        about[name.split(".")[0]] = about.get(name.split(".")[0], "") + rule.about
+    # The functions themselves: Triton's interpreter takes the place of what they are wrapped in.
+    entries = [(entry, launches.rule_name(entry.kernel.fn)) for entry in specialisations()]
+    assert {name for _, name in entries} >= set(launches.RULES)
+    for entry, rule in entries:
+        for name, kind in entry.arguments.items() if rule in launches.RULES else ():
+            if kind.startswith("*"):
+                said = re.search(rf"\b(grad_)?{name.removeprefix('grad_')}\b", about[rule.split(".")[0]])
+                assert said, f"{name} of {entry.name}"

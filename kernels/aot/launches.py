@@ -25,10 +25,10 @@ class Rule:
 
 
 _ADALN = (
-    "x, branch and the residual are [batch, tokens, {C}]; weight and closing_weight are [{C}]; gate, shift and scale "
-    "are [batch, {C}] with rows *_stride elements apart. With offsets [batch + 1], [batch, tokens, {C}] is [all tokens, "
-    "{C}], samples of different lengths behind one another: sample b is tokens offsets[b] ... offsets[b + 1] without the "
-    "last, and tokens are those of the longest. "
+    "x, branch and the residual are [batch, tokens, {C}]; weight, bias and closing_weight are [{C}]; gate, shift and "
+    "scale are [batch, {C}] with rows *_stride elements apart. With offsets [batch + 1], [batch, tokens, {C}] is [all "
+    "tokens, {C}], samples of different lengths behind one another: sample b is tokens offsets[b] ... offsets[b + 1] "
+    "without the last, and tokens are those of the longest. "
 )
 
 _LATENT = "z, z0, z1, noise and their gradients are [batch, tokens, {D}]; weight and bias [{D}]. "
@@ -40,25 +40,26 @@ RULES = {
         sizes=("batch",),
         derived={"chunks": "cdiv(tokens, CHUNK)"},
         about=_ADALN + "With a branch, residual = x + gate * branch (x + branch without a gate); with a "
-        "closing_weight, residual = RMSNorm(x + gate * branch) * closing_weight; without either, residual is x and not written. "
-        "normed = norm(residual) * weight * (1 + scale) + shift.",
+        "closing_weight, residual = RMSNorm(x + gate * branch) * closing_weight; without either, residual is x and not "
+        "written. normed = (norm(residual) * weight + bias) * (1 + scale) + shift.",
     ),
     "adaln_kernels._backward_kernel": Rule(
         grid=("batch * chunks", "1"),
         sizes=("batch",),
         derived={"chunks": "cdiv(tokens, CHUNK)"},
-        about=_ADALN + "x is what was normed: the residual where there is a gate, but the stream before it where there "
-        "is a closing_weight. partials is float32 scratch of batch * ceil(tokens / {CHUNK}) * {PARTS} * {C} numbers, "
-        "which the form's sum function adds up.",
+        about=_ADALN + "x is what was normed: the residual where there is one, but the stream before it where there "
+        "is a closing_weight. The gradient of a branch without a gate is grad_x. partials is float32 scratch [batch * "
+        "ceil(tokens / {CHUNK}), {PARTS}, {C}], which the form's sum function adds up; of a form without shift and "
+        "scale its sums over the first dimension are the gradients of weight and bias.",
     ),
     "adaln_kernels._sum_kernel": Rule(
         grid=("batch * cdiv(width, COLUMNS)", "1"),
         sizes=("batch", "tokens"),
         derived={"chunks": "cdiv(tokens, AHEAD_CHUNK)"},
-        about="Second half of the backward pass, also of the form's packed one, with the same tokens, from the partials "
-        "of the first: gradients of gate, shift and scale "
-        "[batch, width], and per_sample [batch, 3, width] float32, whose sums over the batch are the gradients of "
-        "weight and (in the second row, written where the form has one) of closing_weight.",
+        about="Second half of the backward pass, also of the form's packed one, with the same tokens, from the "
+        "partials of the first: gradients of gate, shift and scale [batch, width], and per_sample [batch, 3, width] "
+        "float32, whose sums over the batch are the gradients of weight and (in the second row, written where the form "
+        "has one) of closing_weight.",
     ),
     "flow._forward_kernel": Rule(
         grid=("cdiv(WIDTH, 4 * COUNTERS)", "batch"),
@@ -81,8 +82,8 @@ RULES = {
         grid=("cdiv(rows, ROWS)", "1"),
         sizes=("batch",),
         derived={"rows": "batch * tokens"},
-        about=_LATENT + "grad_z, and grad_affine [ceil(batch * tokens / {ROWS}), 2, {D}], whose sums over the first "
-        "dimension are the gradients of weight and bias.",
+        about=_LATENT + "grad_z from grad_z0 and grad_mixed, those of both outputs, and grad_affine [ceil(batch * "
+        "tokens / {ROWS}), 2, {D}], whose sums over the first dimension are the gradients of weight and bias.",
     ),
     "latent._loss_kernel": Rule(
         grid=("cdiv(rows, ROWS)", "1"),
@@ -109,14 +110,14 @@ RULES = {
     "pixels._patch_l1_backward_kernel": Rule(
         grid=("cdiv(3 * H * W, BLOCK)", "batch"),
         sizes=("batch",),
-        about="grad_tokens from grad_image [batch, {H}, {W}, 3] and grad_loss, one number on the device; scale is "
-        "1 / (batch * {H} * {W} * 3).",
+        about="grad_tokens from grad_image [batch, {H}, {W}, 3] and grad_loss, one number on the device; image is the "
+        "image_out of the forward pass, scale 1 / (batch * {H} * {W} * 3).",
     ),
     "pixels._distance_kernel": Rule(
         grid=("cdiv(pixels, ROWS)", "batch"),
         sizes=("batch",),
-        about="LPIPS's distance of maps a and b [batch, pixels, {C}] is, for each sample, the sum of its row of "
-        "partials [batch, ceil(pixels / {ROWS})] over pixels.",
+        about="LPIPS's distance of maps a and b [batch, pixels, {C}] under weight [{C}] is, for each sample, the sum "
+        "of its row of partials [batch, ceil(pixels / {ROWS})] over pixels.",
     ),
     "pixels._distance_backward_kernel": Rule(
         grid=("cdiv(pixels, ROWS)", "batch"),
@@ -128,15 +129,17 @@ RULES = {
         grid=("cdiv(rows, ROWS)", "1"),
         sizes=("batch",),
         derived={"rows": "batch * tokens * H"},
-        about="qkv and out are [batch, tokens, 3, {H}, {D}]: RMSNorm of every head of q and k, then rotation of its "
-        "pairs (2i, 2i + 1); v is copied. cos and sin are [at least tokens - unrotated, {D} / 2]; the first `unrotated` "
-        "tokens are normed but not rotated.",
+        about="qkv and out are [batch, tokens, 3, {H}, {D}]: RMSNorm of every head of q and k (q_weight and k_weight "
+        "[{D}]), then rotation of its pairs (2i, 2i + 1); v is copied. With k_out and v_out, each of the three is "
+        "[batch, tokens, {H}, {D}] and out is q's. cos and sin are [at least tokens - unrotated, {D} / 2]; the first "
+        "`unrotated` tokens are normed but not rotated.",
     ),
     "qk_rope._backward_kernel": Rule(
         grid=("cdiv(rows, ROWS * STEPS)", "1"),
         sizes=("batch",),
         derived={"rows": "batch * tokens * H"},
-        about="Gradient grad_qkv [batch, tokens, 3, {H}, {D}], and partials [ceil(batch * tokens * {H} / ({ROWS} * "
+        about="Gradient grad_qkv [batch, tokens, 3, {H}, {D}] from grad, which is as it, or from q's, k's and v's, "
+        "grad, grad_k and grad_v, each [batch, tokens, {H}, {D}]. partials are [ceil(batch * tokens * {H} / ({ROWS} * "
         "{STEPS})), 2, {D}] float32, whose sums over the first dimension are the gradients of q_weight and k_weight.",
     ),
     "rectify._forward_kernel": Rule(
