@@ -239,7 +239,7 @@ def philox_uniform(
         [*shape], or [S, *shape] with `draws`.
 
     Raises:
-        ValueError: an address out of range, or a shape with a negative size.
+        ValueError: an address out of range, a shape with a negative size, or (on CUDA) of 2³¹ numbers and more.
         TypeError: a fractional address, or a dtype that is not floating.
     """
     return _draw("philox_uniform", False, shape, seed, step, stream, draws, first_draw, device, dtype)
@@ -275,6 +275,8 @@ def _draw(function, normal, shape, seed, step, stream, draws, first_draw, device
     word = 2 * stream  # odd words are the times of flow_noise: no stream of a caller can meet them
     if use_triton(step):
         check_programs(function, "draws", rows)
+        if count >= 2**31:  # its elements are counted in 32 bits
+            raise ValueError(f"{function}: shape is {tuple(shape)}; a draw takes fewer than 2**31 numbers, split it")
         numbers = _philox(step, seed, word, first_draw, rows, count, normal)
     else:
         law = normals if normal else uniforms

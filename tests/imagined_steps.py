@@ -238,6 +238,8 @@ def test_operators_refuse_what_a_launch_cannot_take():
         ):
             with pytest.raises(ValueError, match="65536; the kernel takes at most 65535"):
                 call()
+        with pytest.raises(ValueError, match=r"2147483648,\); a draw takes fewer than 2\*\*31 numbers"):
+            uk.philox_uniform((2**31,), 0, 0, 0, device=device)
 
 
 def test_launches_are_counted_by_what_they_depend_on(tmp_path):
