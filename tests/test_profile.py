@@ -128,6 +128,14 @@ def test_rates_count_what_was_done(monkeypatch):
     assert profiling.fp8_rate(CPU) == rates.matmul
 
 
+def test_memory_that_the_rates_were_measured_with_is_room_for_the_batch(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("let go"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append("free") or (2**36, 2**36))
+    profiling._batch(config(tmp_path), World(0, 1, 0, torch.device("cuda")), None)
+    assert asked == ["let go", "free"]
+
+
 def test_what_is_measured():
     rates = measure_rates(CPU, torch.float32)
     assert rates.matmul > 1e8 and rates.copy > 1e7

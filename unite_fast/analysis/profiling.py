@@ -240,6 +240,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> tuple[Batch
     train = config.train
     largest = partial(modality_of(config).largest, config)
     on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # of what the rates were measured with, more than 2 GiB: the driver counts it as used
     room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0] if on_gpu else 0
     if micro_batch is not None:
         accumulation = train.accumulation or 1
