@@ -19,6 +19,7 @@ from .toolchain import AVAILABLE
 NAMESPACE = __package__.replace(".", "_")
 BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = frozenset((int, float, bool, type(None)))  # what Triton's launcher takes beside tensors
 # Read once: Triton itself reads the variable when a kernel is decorated, so a later change has no effect there either.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # CUDA C++ programming guide, technical specifications by compute capability; along x it is 2**31 - 1.
@@ -89,9 +90,10 @@ class Operator:
     """An operator registered with PyTorch, and called past its dispatcher where nobody looks on.
 
     torch.compile, export, tracing, modes such as fake tensors, transforms and tensor subclasses need what is
-    registered. Through the dispatcher an eager call costs the host, without the launch itself, 20 µs where no gradient
-    is taken and 47 where one is; past it, nothing and 10; and 39 µs less backward. (SwiGLU on one core of a busy Xeon,
-    PyTorch 2.11, a driver that launches nothing.)
+    registered, and so do NumPy's numbers, which Triton's launcher refuses: the dispatcher makes them Python's. Through
+    the dispatcher an eager call costs the host, without the launch itself, 20 µs where no gradient is taken and 47
+    where one is; past it, nothing and 10; and 39 µs less backward. (SwiGLU on one core of a busy Xeon, PyTorch 2.11, a
+    driver that launches nothing.)
 
     Attributes:
         registered: what torch.library knows.
@@ -125,7 +127,7 @@ class Operator:
             for x in argument if type(argument) is list else (argument,):
                 if type(x) in (Tensor, Parameter):
                     differentiated = differentiated or x.requires_grad
-                elif isinstance(x, Tensor):
+                elif type(x) not in PLAIN:
                     return self.registered(*args)
         if not (differentiated and torch.is_grad_enabled()):
             return self.compute(*args)

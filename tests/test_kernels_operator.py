@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from kernel_testing import normal, on_backend, outputs_and_gradients
@@ -11,7 +12,7 @@ from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unite_kernels as uk
-from unite_kernels import dispatch
+from unite_kernels import dispatch, flow
 
 MAPS = normal(2, 4, 6, 6, seed=20).contiguous(memory_format=torch.channels_last)
 IMAGES = normal(2, 3, 8, 8, seed=21)
@@ -89,6 +90,18 @@ def test_a_subclass_of_tensor_sees_the_operator():
         found = uk.swiglu(X.as_subclass(Logged))
         assert torch.equal(found.as_subclass(torch.Tensor), uk.swiglu(X))
     assert any("swiglu" in name for name in Logged.names)
+
+
+def test_numbers_of_numpy_reach_no_launcher(monkeypatch):
+    """Triton's refuses them; its interpreter does not."""
+    given, launch = [], flow._flow_noise.compute
+    monkeypatch.setattr(flow._flow_noise, "compute", lambda *args: given.extend(args) or launch(*args))
+    with on_backend("triton"):
+        expected = uk.flow_noise(X, 2, 3, STEP, shift=0.5)
+        assert given
+        given.clear()
+        found = uk.flow_noise(X, np.int64(2), np.int64(3), STEP, shift=np.float32(0.5))
+    assert not given and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated", "ignore:Converting a tensor")
