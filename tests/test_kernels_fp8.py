@@ -126,6 +126,17 @@ def test_what_is_kept_is_eight_bits():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    """One of the rounded operands alone would pass for it."""
+    x, weight = normal(5, 32).requires_grad_(), normal(16, 32, seed=1).requires_grad_()
+    with on_backend(backend):
+        (grad,) = torch.autograd.grad(uk.fp8_linear(x, weight).square().sum(), x, create_graph=True)
+        for given in (x, weight):
+            with pytest.raises(RuntimeError, match="fp8_linear: its backward pass has no derivative"):
+                torch.autograd.grad(grad.sum(), given, retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_and_under_autocast_it_is_the_same(backend):
     x, weight = normal(5, 32), normal(16, 32, seed=1)
     with on_backend(backend):
