@@ -173,20 +173,20 @@ class _Refused(torch.autograd.Function):
     """A gradient as it is, which hangs on `links` and whose own backward pass raises."""
 
     @staticmethod
-    def forward(ctx, grad, operator, *links):
-        ctx.operator = operator
+    def forward(ctx, grad, sentence, *links):
+        ctx.sentence = sentence
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError(
-            f"{ctx.operator}: its backward pass has no derivative; set_backend('torch') before the forward pass for "
-            "second derivatives"
-        )
+        raise RuntimeError(ctx.sentence)
 
 
-def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
-    """Decorates the backward pass of an operator whose gradients autograd cannot see into.
+def first_derivatives(
+    operator: str, instead: str = "set_backend('torch') before the forward pass"
+) -> Callable[[Callable], Callable]:
+    """Decorates the backward pass of an operator whose gradients autograd cannot see into; `instead` is what has second
+    derivatives.
 
     The pass is called with what was saved for it before the incoming gradients, and must have saved a tensor through
     which autograd finds the operator's inputs: one of them, or an output.
@@ -194,6 +194,8 @@ def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
     PyTorch's once_differentiable leaves such gradients out of a second backward pass without a word where the incoming
     one is constant, as it is behind a sum, and where that pass is asked for the gradients of chosen tensors alone.
     """
+
+    sentence = f"{operator}: its backward pass has no derivative; {instead} for second derivatives"
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -205,7 +207,7 @@ def first_derivatives(operator: str) -> Callable[[Callable], Callable]:
                 return found
             links = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
             found = (found,) if isinstance(found, Tensor) else found
-            return tuple(None if grad is None else _Refused.apply(grad, operator, *links) for grad in found)
+            return tuple(None if grad is None else _Refused.apply(grad, sentence, *links) for grad in found)
 
         return once
 

@@ -189,7 +189,7 @@ class _Linear(torch.autograd.Function):
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @first_derivatives("fp8_linear")  # found through the gradient alone, as no input is kept
+    @first_derivatives("fp8_linear", "take F.linear")  # found through the gradient alone, as no input is kept
     def backward(ctx, saved, grad: Tensor):
         x_columns, x_scale, w_columns, w_scale = saved
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()
