@@ -373,7 +373,7 @@ def prepared(function: Callable, case: Case, direction: str) -> Callable[[], Cal
 
     def backward(outputs: list[Tensor]):
         if not grads:
-            grads.extend(torch.randn_like(x, memory_format=torch.contiguous_format) for x in outputs)
+            grads.extend(torch.randn_like(x) for x in outputs)  # in their layout, as training's are
         return torch.autograd.grad(outputs, leaves, grads)
 
     def prepare() -> Callable[[], object]:
