@@ -97,7 +97,10 @@ def test_a_run_before_its_first_record(tmp_path, capsys):
 
 
 def test_finished_and_stopped(tmp_path, capsys):
-    assert "finished" in shown(capsys, folder_of(tmp_path / "a", [record(step) for step in (1, 100)]))
+    folder = folder_of(tmp_path / "a", [record(step) for step in (1, 100)])
+    (folder / "summary.json").write_text('{"steps": 100}')
+    text = shown(capsys, folder)
+    assert "finished" in text and "!" not in text
     old = [record(step, time=step * 10.0) for step in (1, 2, 3)]
     text = shown(capsys, folder_of(tmp_path / "b", old))
     assert "stopped" in text and "the run has ended early; --resume continues it" in text and " left" not in text
@@ -110,6 +113,19 @@ def test_a_run_whose_trainer_has_ended_is_stopped_at_once(tmp_path, capsys):
     (folder / ".lock").write_text("")
     text = shown(capsys, folder)
     assert "stopped" in text and "the run has ended early" in text and " left" not in text
+
+
+def test_after_the_last_step_a_run_evaluates_until_its_summary_is_there(tmp_path, capsys):
+    folder = folder_of(tmp_path / "run", [record(50), record(100, time=time.time() - 7200)])
+    (folder / ".lock").write_text("process 1 on here\n")
+    text = shown(capsys, folder)
+    assert "evaluating" in text and "the last step was taken 2 h ago" in text and "finished" not in text
+    (folder / "summary.json").write_text('{"steps": 50}')  # of a run that ended, and was continued with more steps
+    assert "evaluating" in shown(capsys, folder)
+    (folder / ".lock").write_text("")
+    assert "stopped" in shown(capsys, folder)
+    (folder / "summary.json").write_text('{"steps": 100}')
+    assert "finished" in shown(capsys, folder)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,9 @@ def test_it_follows_a_run_to_its_end(tmp_path):
     _read_until(terminal, "step 75 of 100")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record(100)) + "\n")
+    _read_until(terminal, "evaluating")
+    assert process.poll() is None
+    (folder / "summary.json").write_text('{"steps": 100}')
     _read_until(terminal, "finished")
     assert process.wait(60) == 0
     os.close(terminal)

@@ -102,13 +102,13 @@ class RunFolder:
         return None
 
     @property
-    def finished(self) -> bool:
+    def trained(self) -> bool:
         """Whether the last step has been taken."""
         return self.total is not None and self.step >= self.total
 
     def state(self, now: float | None = None) -> str:
-        """`finished`, `training`, `stopped`, or `starting` before the first record."""
-        if self.finished:
+        """`finished`, `evaluating` after the last step, `training`, `stopped`, or `starting` before the first record."""
+        if self.trained and (number((self.summary or {}).get("steps")) or 0) >= self.total:
             return "finished"
         times = [value for record in self.metrics[-2:] if (value := number(record.get("time")))]
         if not times:
@@ -116,6 +116,8 @@ class RunFolder:
         with suppress(OSError):
             if (self.path / LOCK).stat().st_size == 0:
                 return "stopped"
+        if self.trained:  # for as long as that takes, since nothing is recorded meanwhile
+            return "evaluating"
         interval = times[-1] - times[0]
         silent = (time.time() if now is None else now) - times[-1]
         return "stopped" if silent > max(SILENT_SECONDS, 10 * interval) else "training"

@@ -33,7 +33,7 @@ RATE = "_per_second"
 WAIT_WARNING = 0.1
 # Records that the speed warning compares with the run's median before them.
 SLOW_SHARE = 0.7
-STATES = {"finished": "green", "training": "cyan", "stopped": "yellow", "starting": "cyan"}
+STATES = {"finished": "green", "evaluating": "cyan", "training": "cyan", "stopped": "yellow", "starting": "cyan"}
 
 
 def watch(
@@ -54,7 +54,7 @@ def watch(
         console.print(view(state, time.time()))
         return
     with Live(view(state, time.time()), console=console, auto_refresh=False) as live:
-        while not state.finished:
+        while state.state() != "finished":
             time.sleep(every)
             state = open_run(run)
             live.update(view(state, time.time()), refresh=True)
@@ -127,9 +127,11 @@ def warnings(run: RunFolder, state: str, now: float) -> list[str]:
         if lately < SLOW_SHARE * before:
             what = f"{key.removesuffix(RATE)}/s"
             notes.append(f"slower than before: {lately:.0f} {what}, {before:.0f} until {RECENT} records ago")
+    silent = duration(now - (number(last.get("time")) or now))
     if state == "stopped":
-        silent = now - (number(last.get("time")) or now)
-        notes.append(f"no record for {duration(silent)}: the run has ended early; --resume continues it")
+        notes.append(f"no record for {silent}: the run has ended early; --resume continues it")
+    if state == "evaluating":
+        notes.append(f"the last step was taken {silent} ago: what it ends with follows; had it died, --resume makes it")
     return notes
 
 

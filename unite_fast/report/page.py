@@ -24,7 +24,10 @@ from unite_fast.section import section_of
 CURVE_PANELS = (*PANELS, ("Share of the time waiting for data", "linear", (("data_wait", ""),)))
 SHEET_WIDTH = 1400  # pixels of a sheet taken from disk
 HISTORY_WIDTH, HISTORY_SHEETS = 560, 6
-STATES = {"finished": "finished", "training": "in training", "stopped": "stopped", "starting": "starting"}
+STATES = {
+    "finished": "finished", "evaluating": "in its last evaluation", "training": "in training", "stopped": "stopped",
+    "starting": "starting",
+}  # fmt: skip
 
 
 def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now: float) -> str:
