@@ -185,11 +185,11 @@ def _class_names(root: Path, num_classes: int | None, expected: Sequence[str] | 
     try:
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except FileNotFoundError:
-        raise UserError(f"data folder {root} does not exist: set data.path to a folder of class folders") from None
+        raise UserError(f"data folder {root} does not exist: give a folder of class folders") from None
     except OSError as error:
         raise UserError(f"cannot open data folder {root}: {error.strerror}; check its permissions") from None
     if not is_folder:
-        raise UserError(f"data folder {root} is a file, not a folder: set data.path to a folder of class folders")
+        raise UserError(f"data folder {root} is a file, not a folder: give a folder of class folders")
     entries = _listing(root)
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not entries:
