@@ -282,7 +282,12 @@ def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
     (tmp_path / "a.sdf").write_text(text)
     assert len(load_molecules(tmp_path / "a.sdf")) == 1
     (tmp_path / "a.sdf").write_text(text + text.replace("3D", "2D"))
-    with pytest.raises(UserError, match="a.sdf, line 15: a drawing in 2D, no molecule in space"):
+    found = load_molecules(tmp_path / "a.sdf")
+    assert found.names == ("flat",) and found.skipped == {"a drawing in 2D, without coordinates in space": 1}
+    with pytest.raises(UserError, match="a.sdf, line 14: a drawing in 2D"):
+        load_molecules(tmp_path / "a.sdf", strict=True)
+    (tmp_path / "a.sdf").write_text(text.replace("3D", "2D"))
+    with pytest.raises(UserError, match="no molecule to use .1 × a drawing in 2D, without coordinates in space"):
         load_molecules(tmp_path / "a.sdf")
 
 

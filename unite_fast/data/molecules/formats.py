@@ -146,7 +146,7 @@ def read_sdf(lines: Iterable[str], file: str) -> Iterator[Molecule]:
         file: its name, for messages and for the names of nameless molecules.
 
     Raises:
-        UserError: cut off, broken, a V3000 record or one in two dimensions, with the line.
+        UserError: cut off, broken or a V3000 record, with the line.
     """
     record: list[str] = []
     before = count = 0
@@ -185,7 +185,7 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
         positions.append([_number(line[at : at + 10], file, number) for at in (0, 10, 20)])
         elements.append(element_code(line[31:34].strip()))
     # A flat molecule is flat in 3D as well, so the record's own word counts.
-    if lines[1][20:22] == "2D" and not any(z for _, _, z in positions):
-        raise UserError(f"{file}, line {before + 2}: a drawing in 2D, no molecule in space: give 3D coordinates in Å")
+    drawn = lines[1][20:22] == "2D" and not any(z for _, _, z in positions)
     name = lines[0].strip() or f"{PurePath(file).stem}_{record}"
-    return Molecule(name, elements, positions, where=f"{file}, line {before + 1}")
+    flaw = "a drawing in 2D, without coordinates in space" if drawn else None
+    return Molecule(name, elements, positions, where=f"{file}, line {before + 1}", flaw=flaw)

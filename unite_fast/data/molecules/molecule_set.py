@@ -51,6 +51,7 @@ class Molecule(NamedTuple):
     smiles: str | None = None  # as `canonical_smiles` gives it
     gap: float | None = None  # eV
     where: str = ""  # file and line, for messages
+    flaw: str | None = None  # why it cannot be used, where its source says so
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ def assemble(
 ) -> MoleculeSet:
     """Collect molecules into a set and centre them.
 
-    A molecule with an unknown element, more than 29 atoms or two atoms in one place is left out and counted, and so is
-    one that repeats another of the same name exactly; one that only shares a name becomes name#2.
+    A molecule with an unknown element, more than 29 atoms, two atoms in one place or a flaw of its source is left out
+    and counted, and so is one that repeats another of the same name exactly; one that only shares a name becomes
+    name#2.
 
     Args:
         molecules: in the order of the set.
@@ -205,7 +207,7 @@ def assemble(
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
         content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
         same = stated, hashlib.blake2b(content, digest_size=16).digest()
-        reason = "an exact repetition" if same in known else _unusable(codes, positions)
+        reason = "an exact repetition" if same in known else molecule.flaw or _unusable(codes, positions)
         if reason is not None:
             if strict:
                 raise UserError(f"{where}: {reason}; with data.strict=false such molecules are left out and counted")
