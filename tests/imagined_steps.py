@@ -273,24 +273,26 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "depths", "form", "draws", "chunk", "accumulation"),
+    ("file", "depths", "form", "draws", "chunk", "accumulation", "fp8"),
     [
-        ("b_h100.json", (5, 2), {}, 2, 1, 2),
-        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 7, 4, 1),
-        ("b_h100.json", (5, 1), {"shared": False}, 2, 2, 1),
-        ("l_h100.json", (5, 1), {}, 3, 2, 1),
-        ("qm9_s.json", (3, 2), {}, 4, 2, 1),
-        ("qm9_s.json", (2, 3), {}, 2, 2, 2),
+        ("b_h100.json", (5, 2), {}, 2, 1, 2, False),
+        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 7, 4, 1, False),
+        ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 2, 2, 1, True),
+        ("b_h100.json", (5, 1), {"shared": False}, 2, 2, 1, False),
+        ("l_h100.json", (5, 1), {}, 3, 2, 1, False),
+        ("l_h100.json", (5, 1), {}, 2, 1, 1, True),
+        ("qm9_s.json", (3, 2), {}, 4, 2, 1, False),
+        ("qm9_s.json", (2, 3), {}, 2, 2, 2, True),
     ],
 )
-def test_the_plans_launches_are_those_of_the_step(file, depths, form, draws, chunk, accumulation):
+def test_the_plans_launches_are_those_of_the_step(file, depths, form, draws, chunk, accumulation, fp8):
     """Within 1 %: what is not exact is how the update's lists are cut."""
     encoder, decoder = depths
     sizes = Config.load(CONFIGS / file).model
     model = {"preset": sizes.preset, "depth": encoder, "decoder": {"preset": sizes.decoder.preset, "depth": decoder}}
     model |= form
     sections = [f"model={json.dumps(model)}", f"objective.flow_draws={draws}", f"objective.draws_per_chunk={chunk}"]
-    config = preset(file, *sections)
+    config = preset(file, *sections, f"train.fp8={json.dumps(fp8)}")
     with imagined.imagined() as device:
         made = images_ahead(config, 2, device) if config.modality == "images" else molecules(config, 2)
         watch = ImaginedRun(config, device, Batch(2, accumulation, 2 * accumulation), made).watched()

@@ -67,7 +67,7 @@ def test_special_files_are_no_images(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda root: None, ["does not exist", "data.path"]),
+        (lambda root: None, ["does not exist", "give a folder of class folders"]),
         (lambda root: root.write_text("x"), ["is a file"]),
         (lambda root: root.mkdir(), ["is empty"]),
         (lambda root: (root.mkdir(), (root / "a.png").write_bytes(b"")), ["no class folders", "a.png", "sub-folder"]),

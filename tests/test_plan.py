@@ -177,7 +177,7 @@ def test_more_hardware_is_never_slower():
     assert grown.global_batch == 128 * grown.micro_batch and grown.micro_batch in (32, 64)
     fixed = plan(published("L", micro_batch=4), H100, NODES, ranks=64, stage=1)
     assert (fixed.micro_batch, fixed.accumulation) == (4, 4)
-    seconds = step_time(with_chunk(config, 1), H100.rates, NODES, 64, 0, Extent(16), 1, 0.75)
+    seconds = step_time(with_chunk(config, 1), H100.rates, NODES, 64, 0, Extent(16), 1, 0.75, 2e-5)
     assert seconds.exchange == seconds.weights == 0 < seconds.gradients
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,12 +23,13 @@ from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.analysis.profiled_step import ProfiledStep, StepMemory, seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
-from unite_fast.cli.profile import _share
+from unite_fast.cli.profile import _print, _share
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import ProgressLine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.modality import modality_of
 from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import StepLosses
 
@@ -158,6 +160,28 @@ def test_what_no_part_explains_is_other():
     assert made.other == pytest.approx(0.65) and made.efficiency == pytest.approx(0.3 / 1.25)
     part = Part("update", (Op("EMA", forward_bytes=8),), False, 4)
     assert part.floor(1, Rates(1, 2)) == (4, 0)
+
+
+def test_a_step_of_one_sample_tells_what_a_launch_takes(tmp_path, capsys, monkeypatch):
+    """A CPU computes meanwhile, so there the command says nothing of it."""
+    path = config_file(tmp_path, train={"global_batch": 4, "accumulation": 2})
+    seen: list[ProfiledStep] = []
+    traced = ProfiledStep.traced
+    monkeypatch.setattr(ProfiledStep, "traced", lambda self, file: seen.append(self) or traced(self, file))
+    options = ["profile", "--config", path, "--steps", "1", "--trace", tmp_path / "trace.json"]
+    assert run(*options) == 0
+    assert "launch takes" not in capsys.readouterr().out
+    (step,) = seen
+    before, weights = step.engine.step_count, [weight.clone() for _, weight in step.engine.model_state()]
+    monkeypatch.setattr(profiling, "times", lambda call, device, repeats: [call() or 3e-3, call() or 2e-3, 9e-3])
+    monkeypatch.setattr(profiling, "step_launches", lambda config, accumulation: 100 * accumulation)
+    launch = profiling.launch_seconds(step, modality_of(step.config))
+    assert launch == 3e-5 and step.engine.step_count == before + 2
+    assert any(not torch.equal(a, b) for a, (_, b) in zip(weights, step.engine.model_state(), strict=True))
+    none = StepMemory(0, 0, 0, 0, 0)
+    made = Measured(Rates(1, 1), [], step=2.0, waiting=0.5, communication=0.25, memory=none, images=1, mfu=0.1)
+    _print(replace(made, launch=launch), "toy", "cuda")
+    assert "a kernel's launch takes the host 30.0 µs at most" in capsys.readouterr().out
 
 
 class Event:

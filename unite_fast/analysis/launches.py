@@ -5,7 +5,7 @@ autocast: differences of steps that differ in one block, one chunk, one micro-ba
 together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
 number of samples changes nothing.
 
-Not counted: what ZeRO and the collectives launch beside the update of one GPU, the casts of `train.fp8`, and the few
+Not counted: what ZeRO and the collectives launch beside the update of one GPU, and the few
 launches by which other forms of model and objective differ (without context tokens a step has 3 % fewer, with molecules
 left in the orientation they have 4 %, others differ by 1 % at most). Under `train.compile` launches are fewer, and
 nobody has counted them.
@@ -35,6 +35,10 @@ BLOCK_CASTS, OTHER_CASTS = 9, 6
 # Where SwiGLU's rows are filled up (model/aligned.py): two copies of weights and one of a bias, each with its zeros, in
 # every forward, and the bias's gradient cut out; autocast has two weights less to cast.
 FILLED, FILLED_BACKWARD, FILLED_CASTS = 6, 1, -2
+# Under train.fp8, whose products cast their operands themselves, in every forward: kernels more of an encoder's and a
+# decoder's block and of a recomputed forward, casts less to keep; and the same where rows are filled up.
+EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 25, 24, 20, -7
+EIGHT_FILLED, EIGHT_FILLED_CASTS = 4, 2
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
@@ -55,19 +59,28 @@ class PassLaunches(NamedTuple):
     casts: int
 
 
-def pass_launches(model: Sizes, *, block: int, decoder_block: int, reconstruct: int, flow: int) -> PassLaunches:
+def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct: int, flow: int) -> PassLaunches:
     """Of a network with an encoder and a decoder.
 
     Args:
-        model: with `depth`, `width`, `checkpoint_activations` and `decoder.depth`.
+        config: the run, whose model has `depth`, `width`, `checkpoint_activations` and `decoder.depth`.
         block, decoder_block: kernels of one block, its casts among them.
         reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
-    recomputed, block_casts, hidden = RECOMPUTED, BLOCK_CASTS, swiglu_hidden(model.width)
+    model, recomputed, block_casts = config.model, RECOMPUTED, BLOCK_CASTS
+    hidden = swiglu_hidden(model.width)
+    if config.train.fp8:
+        block += EIGHT
+        decoder_block += EIGHT_DECODER
+        recomputed += EIGHT_RECOMPUTED
+        block_casts += EIGHT_CASTS
     if aligned(hidden) != hidden:
         block += FILLED + FILLED_BACKWARD + FILLED_CASTS
         recomputed += FILLED
         block_casts += FILLED_CASTS
+        if config.train.fp8:
+            block += EIGHT_FILLED
+            block_casts += EIGHT_FILLED_CASTS
     encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
     # Recomputation makes autocast forget its casts, see `two_pass_step`.
     casts = 0 if model.checkpoint_activations else model.depth * block_casts + OTHER_CASTS
@@ -78,7 +91,7 @@ def image_launches(config: Config) -> PassLaunches:
     """Kernels of a micro-batch of images."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config.model, block=62, decoder_block=49, reconstruct=185 + perceptual, flow=118)
+    return pass_launches(config, block=62, decoder_block=49, reconstruct=185 + perceptual, flow=118)
 
 
 def step_launches(config: Config, accumulation: int) -> int:
@@ -121,6 +134,6 @@ def _on_lists(tensors: int, elements: int) -> int:
     return max(math.ceil(tensors / LIST_TENSORS), math.ceil(elements / LIST_ELEMENTS))
 
 
-def host_seconds(config: Config, accumulation: int) -> float:
-    """Seconds that the host takes to launch an optimizer step; 0 under train.compile: not counted."""
-    return 0.0 if config.train.compile else step_launches(config, accumulation) * LAUNCH_SECONDS
+def host_seconds(config: Config, accumulation: int, launch: float) -> float:
+    """Seconds of the host for an optimizer step, of `launch` seconds a kernel; 0 under train.compile: not counted."""
+    return 0.0 if config.train.compile else step_launches(config, accumulation) * launch

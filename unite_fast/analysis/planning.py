@@ -18,7 +18,7 @@ from unite_fast.analysis.chunks import chunk_in_room, neutral_fits
 from unite_fast.analysis.counts import repeats
 from unite_fast.analysis.devices import GPUS, Gpu, Network
 from unite_fast.analysis.extent import Extent, Population
-from unite_fast.analysis.launches import host_seconds
+from unite_fast.analysis.launches import LAUNCH_SECONDS, host_seconds
 from unite_fast.analysis.memory import Memory, predict
 from unite_fast.analysis.overlap import arrivals, departures
 from unite_fast.analysis.parts import Rates
@@ -107,6 +107,7 @@ def plan(
     ranks: int,
     stage: int,
     efficiency: float = ASSUMED_EFFICIENCY,
+    launch: float = LAUNCH_SECONDS,
     population: Population | None = None,
 ) -> Plan:
     """One line of the plan.
@@ -118,6 +119,7 @@ def plan(
         ranks: GPUs.
         stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8, which it refuses.
         efficiency: of compute and update, as a share of the counted floor.
+        launch: seconds that the launch of a kernel takes the host.
         population: its training samples; those of `Modality.population` if None.
 
     Raises:
@@ -149,7 +151,7 @@ def plan(
     config = chunk_in_room(config, modality.largest(config, micro), room, ranks=ranks, stage=stage)
     held = predict(config, extent=population.busiest(micro), ranks=ranks, stage=stage, single=accumulation == 1)
     extent = population.mean(micro)
-    seconds = step_time(config, gpu.rates, network, ranks, stage, extent, accumulation, efficiency)
+    seconds = step_time(config, gpu.rates, network, ranks, stage, extent, accumulation, efficiency, launch)
     operations = counted_operations(config, extent) * accumulation
     return Plan(
         stage, config.optimizer.kind, ranks, total, micro, accumulation, config.objective.chunk, extent, held,
@@ -166,6 +168,7 @@ def step_time(
     extent: Extent,
     accumulation: int,
     efficiency: float,
+    launch: float,
 ) -> StepTime:
     """Seconds of one optimizer step of `accumulation` micro-batches of that extent, by what it does."""
     gradients = exchange = weights = 0.0
@@ -186,7 +189,7 @@ def step_time(
             gradients += seconds
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks).floor(1, rates)[0]
     compute = accumulation * compute_time(config, rates, extent)
-    host = host_seconds(config, accumulation)
+    host = host_seconds(config, accumulation, launch)
     return StepTime(compute / efficiency, gradients, exchange, weights, update / efficiency, host)
 
 
@@ -295,16 +298,16 @@ def scaling(
     *,
     stage: int,
     efficiency: float = ASSUMED_EFFICIENCY,
+    launch: float = LAUNCH_SECONDS,
     population: Population | None = None,
 ) -> list[Plan]:
     """The same run on 8 to 1,024 GPUs, as far as they can share its global batch."""
     plans = []
     population = population or modality_of(config).population(config)
+    options = dict(efficiency=efficiency, launch=launch, population=population)
     for ranks in SCALE:
         with suppress(UserError):
-            plans.append(
-                plan(config, gpu, network, ranks=ranks, stage=stage, efficiency=efficiency, population=population)
-            )
+            plans.append(plan(config, gpu, network, ranks=ranks, stage=stage, **options))
     return plans
 
 

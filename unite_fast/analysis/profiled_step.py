@@ -101,6 +101,7 @@ class ProfiledStep:
         self.engine = Engine(model, config, world, steps_per_epoch=1000, global_batch=batch.global_batch)
         self.extent = Extent(0)
         self._feed = feed
+        self._one: Inputs | None = None
 
     def timed(self) -> tuple[float, float, float]:
         """One step: seconds in all, waiting for data, and in the update."""
@@ -149,6 +150,13 @@ class ProfiledStep:
             return peak_allocated(self.engine.step, self.world.device)
         finally:
             hook.remove()
+
+    def of_one_sample(self, modality: Modality) -> None:
+        """A step on a single made-up sample: the same launches for a device that has almost nothing to do."""
+        if self._one is None:
+            self._one = modality.probe(self.config, 1, self.world.device)
+        self._passes(self._one, self.batch.accumulation - 1)
+        self.engine.step()
 
     def _passes(self, inputs: Inputs, index: int) -> None:
         config, accumulation = self.config, self.batch.accumulation

@@ -20,6 +20,7 @@ from torch import nn
 import unite_kernels as uk
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.chunks import chunk_in_room, neutral_fits, resolve_chunk
+from unite_fast.analysis.launches import step_launches
 from unite_fast.analysis.parts import Rates
 from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, StepMemory, now
@@ -82,6 +83,7 @@ class Measured:
         images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate, under train.fp8 as well.
         unit: what a batch counts, in the plural.
+        launch: seconds that a kernel's launch takes the host, at most; None where no device runs beside it.
     """
 
     rates: Rates
@@ -93,6 +95,7 @@ class Measured:
     images: int
     mfu: float
     unit: str = "images"
+    launch: float | None = None
 
     @property
     def other(self) -> float:
@@ -205,6 +208,10 @@ def measure(
                 operations.append(counted_operations(config, step.extent))
         memory, memory_of_update = step.memory(), step.memory_of_update()
         communication, in_update = step.traced(trace)
+        launch = None
+        if device.type == "cuda" and world.size == 1 and not config.train.compile:
+            say(f"measuring {REPEATS} steps of one of the {modality.unit}, which are launching and little else")
+            launch = launch_seconds(step, modality)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -215,11 +222,18 @@ def measure(
         feed.close()
     return _measured(config, world, batch, rates, rows, whole, waits if feed.real else None,
                      statistics.median(updates) - in_update, memory_of_update, communication, memory,
-                     statistics.mean(operations), modality.unit)  # fmt: skip
+                     statistics.mean(operations), modality.unit, launch)  # fmt: skip
+
+
+def launch_seconds(step: ProfiledStep, modality: Modality) -> float:
+    """What a kernel's launch takes the host, at most: a step on one sample leaves the device little to do."""
+    taken = times(lambda: step.of_one_sample(modality), step.world.device, REPEATS)
+    return statistics.median(taken) / step_launches(step.config, 1)
 
 
 def _measured(
-    config, world, batch, rates, rows, whole, waits, updating, memory_of_update, communication, memory, operations, unit
+    config, world, batch, rates, rows, whole, waits, updating, memory_of_update, communication, memory, operations,
+    unit, launch,
 ) -> Measured:
     dtype = "fp32" if autocast_dtype(config, world.device) is None else "bf16"
     update = update_part(
@@ -231,7 +245,7 @@ def _measured(
     images = batch.micro_batch * batch.accumulation
     return Measured(
         rates, rows, step, statistics.median(waits) if waits else None, communication, memory, images,
-        operations / step / rates.matmul, unit,
+        operations / step / rates.matmul, unit, launch,
     )  # fmt: skip
 
 

@@ -43,6 +43,10 @@ def plan(
         float | None,
         typer.Option(help="Share of the counted floor that compute reaches; `profile` measures it.", min=0.01, max=1),
     ] = None,
+    launch_us: Annotated[
+        float | None,
+        typer.Option(help="What a launch takes the host, µs; `profile` measures it on a GPU.", min=0.1, max=1000),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -66,17 +70,19 @@ def plan(
     run = _config(preset, config, overrides or [])
     from unite_fast.analysis import planning
     from unite_fast.analysis.devices import Network, find_gpu
+    from unite_fast.analysis.launches import LAUNCH_SECONDS
     from unite_fast.analysis.simulation import simulate
     from unite_fast.modality import modality_of
 
     device = find_gpu(gpu)
     links = Network(per_node, device.link, network * 1e9 / 8)
     share = planning.ASSUMED_EFFICIENCY if efficiency is None else efficiency
+    launch = LAUNCH_SECONDS if launch_us is None else launch_us * 1e-6
     modality = modality_of(run)
     unit, population = modality.unit, modality.population(run)
     if samples is not None:
         population = replace(population, samples=samples, source=f"{samples:,} {unit} an epoch, as given")
-    options = {"efficiency": share, "population": population}
+    options = {"efficiency": share, "launch": launch, "population": population}
     plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, **options) for stage in STAGES]
     stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
     scaled = planning.scaling(run, device, links, stage=stage, **options)
@@ -104,7 +110,7 @@ def plan(
             _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
         _print_chunks(plans, scaled)
-        _print_host(plans, scaled, run)
+        _print_host(plans, scaled, run, launch, launch_us is None)
         in_fp8 = planning.fp8_share(run, plans[0].extent)
         _print_assumptions(device, links, share, efficiency is None, population, in_fp8)
         if picture is not None:
@@ -249,14 +255,14 @@ def _print_chunks(plans: list[Plan], scaled: list[Plan]) -> None:
     out().print(f"· {text}", markup=False, soft_wrap=True)
 
 
-def _print_host(plans: list[Plan], scaled: list[Plan], run: Config) -> None:
+def _print_host(plans: list[Plan], scaled: list[Plan], run: Config, launch: float, assumed: bool) -> None:
     """Launches, and which steps wait for the host: of the ZeRO stages the table does not say it."""
-    from unite_fast.analysis.launches import HOST_SECONDS, LAUNCH_SECONDS
+    from unite_fast.analysis.launches import HOST_SECONDS
 
     if run.train.compile:
         text = "host: under train.compile launches are fewer and not counted; it may be what limits short steps"
     else:
-        launches = sorted({round(p.seconds.host / LAUNCH_SECONDS) for p in plans + scaled})
+        launches = sorted({round(p.seconds.host / launch) for p in plans + scaled})
         stages = [f"ZeRO\u00a0{p.stage}" for p in plans if p.seconds.launching > 0]
         gpus = [str(p.ranks) for p in scaled if p.seconds.launching > 0]
         where = [", ".join(stages), f"{', '.join(gpus)} GPUs" if gpus else ""]
@@ -265,7 +271,8 @@ def _print_host(plans: list[Plan], scaled: list[Plan], run: Config) -> None:
         low, high = (f"{seconds * 1e6:g}" for seconds in HOST_SECONDS)
         text = (
             f"host: {' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches a step at "
-            f"{LAUNCH_SECONDS * 1e6:g} µs each (assumed, {low} to {high}; without those of ZeRO and collectives); "
+            f"{launch * 1e6:g} µs each ({f'assumed, {low} to {high}' if assumed else 'given'}; "
+            "without those of ZeRO and collectives); "
             f"it limits {' and '.join(filter(None, where)) or 'none of these steps'}"
         )
     out().print(f"· {text}", markup=False, soft_wrap=True)
@@ -283,8 +290,8 @@ def _print_assumptions(
         *(
             [
                 f"train.fp8: {in_fp8:.0%} of the passes' operations in FP8 at {fp8 / 1e12:.0f} of "
-                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts to eight "
-                "bits not counted; MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned in bf16"
+                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts "
+                "counted, memory as in bf16; MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned in bf16"
             ]
             if in_fp8
             else []

@@ -82,6 +82,7 @@ def _numbers(measured: Measured) -> dict:
         "waiting_seconds": measured.waiting,
         "communication_seconds": measured.communication,
         "other_seconds": measured.other,
+        "launch_seconds": measured.launch,
         "memory_bytes": measured.memory._asdict(),
         "parts": [vars(row) for row in measured.rows],
     }
@@ -143,6 +144,11 @@ def _print(measured: Measured, name: str, device: str) -> None:
         "parts run alone on inputs of the step's size; other: draws, data conversion, launching, and what parts cost "
         "more or less together",
     )
+    if measured.launch is not None:
+        lines += (
+            f"a kernel's launch takes the host {measured.launch * 1e6:.1f} µs at most, by steps of one of the "
+            f"{measured.unit}, which leave the device little to do (`plan --launch-us`)",
+        )
     if measured.waiting is None:
         lines += (f"waiting for data was not measured: there is no data, {measured.unit} are made up",)
     for line in lines:

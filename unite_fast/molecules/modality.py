@@ -111,7 +111,7 @@ class Molecular:
     def launches(self, config: MoleculeConfig) -> PassLaunches:
         from unite_fast.analysis.launches import pass_launches
 
-        return pass_launches(config.model, block=66, decoder_block=53, reconstruct=290, flow=116)
+        return pass_launches(config, block=66, decoder_block=53, reconstruct=290, flow=116)
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream

@@ -207,7 +207,8 @@ def assemble(
             raise UserError(f"{where}: a coordinate is not a number or farther than {FARTHEST:g} Å: repair the file")
         content = codes.tobytes() + (positions + 0.0).tobytes()  # + 0.0 turns -0.0, which equals 0.0, into its bits
         same = stated, hashlib.blake2b(content, digest_size=16).digest()
-        reason = "an exact repetition" if same in known else molecule.flaw or _unusable(codes, positions)
+        repeated = "an exact repetition" if same in known else None
+        reason = molecule.flaw or repeated or _unusable(codes, positions)
         if reason is not None:
             if strict:
                 raise UserError(f"{where}: {reason}; with data.strict=false such molecules are left out and counted")
