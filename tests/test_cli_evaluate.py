@@ -22,6 +22,7 @@ from ranks import torchrun
 from safetensors.torch import load_file, save_file
 from test_perceptual import weights as lpips_weights
 
+from unite_fast.engine.world import World
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
@@ -285,6 +286,15 @@ def test_two_ranks_make_the_same_numbers(files):
     ranks = json.loads((files / "model" / "evaluations" / "ranks.json").read_text())
     assert ranks["protocol"]["environment"]["ranks"] == 2
     assert ranks["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+
+
+def test_ranks_measure_the_checkpoint_that_the_first_one_found(files, monkeypatch):
+    """While a run goes on the others may find a newer one."""
+    other = shutil.copytree(files / "model", files / "other")
+    monkeypatch.setattr(World, "share", lambda self, value: str(other) if isinstance(value, str) else value)
+    assert run("evaluate", files / "model", "--metrics", "psnr", "--data", files / "val", "--name", "shared") == 0
+    record = json.loads((other / "evaluations" / "shared.json").read_text())
+    assert record["protocol"]["model"]["origin"] == str(other)
 
 
 @pytest.fixture()

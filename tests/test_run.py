@@ -361,8 +361,6 @@ def test_signals_save_and_exit_cleanly(folder, number):
         ({"objective": {"lpips": {"weight": 1.0, "vgg": "none.pth"}}}, ["none.pth", "objective.lpips.weight = 0"]),
         ({"data": {"val_path": "missing_val"}}, ["data.val_path: there is no missing_val in /"]),
         ({"data": {"path": "/missing_data"}}, ["data.path: there is no /missing_data: "]),
-        ({"evaluation": {"inception": "/no.pth"}}, ["evaluation.inception: there is no /no.pth: set it to where"]),
-        ({"evaluation": {"reference": "/no.npz"}}, ["evaluation.reference: there is no /no.npz: set it to where"]),
     ],
 )
 def test_mistakes_end_in_one_sentence_before_the_first_step(folder, sections, words, monkeypatch):

@@ -142,6 +142,10 @@ def evaluate(
     world = join_world(device.value)
     try:
         trained = open_trained(run, weights=weights.value, ema_decay=ema_decay)
+        # While a run goes on, ranks may find different checkpoints, and a search over averages another than this.
+        run = Path(world.share(trained.origin))
+        if trained.origin != str(run):
+            trained = open_trained(run, weights=weights.value, ema_decay=ema_decay)
         _require_place(run_folder(run))
         special = modality(trained.config.modality).commands()
         if special is not None:

@@ -83,7 +83,7 @@ class Run:
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
         check_fp8(config, world.device)
-        _require_files(config)
+        _require_data(config)
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
@@ -334,17 +334,12 @@ def _require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> N
             )
 
 
-def _require_files(config: Config) -> None:
-    """Raise a UserError for data and weights that are not there, before minutes of measuring what fits into memory."""
-    for section, key, what in (
-        ("data", "path", "the data are"),
-        ("data", "val_path", "the data are"),
-        ("evaluation", "inception", "the weights are"),
-        ("evaluation", "reference", "the statistics are"),
-    ):
-        path = getattr(getattr(config, section), key, None)
+def _require_data(config: Config) -> None:
+    """Raise a UserError for data that are not there, before minutes of measuring what fits into memory."""
+    for key in ("path", "val_path"):
+        path = getattr(config.data, key, None)
         if path is not None and not Path(path).exists():
             raise UserError(
-                f"{section}.{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
-                + f": set it to where {what}, or put them there"
+                f"data.{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
+                + ": set it to where the data are, or put them there"
             )
