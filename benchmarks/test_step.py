@@ -27,7 +27,7 @@ from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
 from unite_fast.engine.batch import find_largest, find_micro_batch
 
-ROUNDS = {"cuda": 15, "cpu": 11}  # at least: a step of L with all its draws takes seconds, and there are four contenders
+ROUNDS = {"cuda": 15, "cpu": 11}  # at least; four contenders, and a step of L with all draws takes seconds
 # Bytes that no batch may fill: all contenders' batches stay on the device, and code is compiled and loaded later.
 RESERVE = 2 * 2**30
 BATCHES = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]

@@ -1,5 +1,4 @@
-"""Whole steps of the presets' widths on a GPU that is not there: the host waits for nothing, and no tensor is on a wrong
-device.
+"""Steps of the presets' widths on a GPU that is not there: the host waits for nothing, no tensor is on a wrong device.
 
 test_imagined.py runs this file in a process of its own, as a made-up device stays for a process's life and PyTorch's
 compiler asks it for more than it has: `pytest tests/imagined_steps.py`.
