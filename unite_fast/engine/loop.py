@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -62,6 +63,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
         ) from None
     finally:
         leave_world()
+
+
+# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
+SETTLED = 70
 
 
 class Run:
@@ -307,16 +312,19 @@ class Run:
 
 
 def _newest(folder: Path, world: World) -> Path | None:
-    """The newest checkpoint, or None. Collective: ranks that find different ones would go on from different weights."""
-    latest = checkpoint.latest(folder)
-    found = world.collect("no checkpoint" if latest is None else latest.name)
+    """The newest checkpoint, or None, once all ranks find it. Collective: from others their weights would part."""
+    for _ in range(SETTLED):
+        latest = checkpoint.latest(folder)
+        found = world.collect("no checkpoint" if latest is None else latest.name)
+        if len(set(found)) == 1:
+            return latest
+        time.sleep(1)
     for rank, name in enumerate(found):
         if name != found[0]:
             raise UserError(
                 f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. "
                 f"Set runs to a folder that all nodes share"
             )
-    return latest
 
 
 def _require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
