@@ -333,6 +333,16 @@ def test_coordinates_and_what_predicts_them_stay_float32_under_autocast():
     assert data.packed.mean(heads[1]).abs().max() < 1e-5
 
 
+def test_gradients_of_shared_places_are_added_up_in_float32():
+    """All molecules read the same rows. A sum in bfloat16, as CUDA's index_add would make it, loses what is small."""
+    network = model()
+    objective, data, _, draws, shape = step_parts(network, batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.reconstruction(network, data, draws, shape)[0].backward()
+    shared = network.encoder.register_position.grad[0, :2]
+    assert (shared != shared.bfloat16().float()).float().mean() > 0.5
+
+
 def test_guidance_towards_no_class_costs_nothing(monkeypatch):
     network, latents = model(), []
     denoise = network.denoise

@@ -114,7 +114,9 @@ class GenerativeEncoder(nn.Module):
         packed: Packed,
     ) -> Tensor:
         """The blocks and the final layer on registers x [T, C] of samples of different lengths -> [T, D]."""
-        x = x + self.register_position[0].to(x.dtype).index_select(0, packed.position)
+        # Rounded behind the selection: CUDA adds the gradients of one row up in their own dtype, and bfloat16 stays at
+        # 256 whatever ones are added to it.
+        x = x + self.register_position[0].index_select(0, packed.position).to(x.dtype)
         spans, position, keep = packed.spans, packed.position, None
         if patches is not None:
             spans, keep = packed.pairs.spans, packed.pairs.first
