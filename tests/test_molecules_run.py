@@ -187,6 +187,8 @@ def test_a_property_labels_molecules_by_bins_of_equal_share(tmp_path):
         PropertyBins.of(some, "gap", 3)
     with pytest.raises(UserError, match="lower model.num_classes"):
         PropertyBins.of(replace(without, gap=np.ones(len(without), np.float32)), "gap", 3)
+    with pytest.raises(UserError, match="of 26 training molecules does not divide into 27 bins"):
+        PropertyBins.of(made.parts.train, "gap", 27)  # all different, so that the bins' edges rise
 
 
 def test_latent_statistics_look_at_real_atoms_only():
