@@ -37,9 +37,17 @@ def element_code(written: str) -> int:
 
 
 def canonical_smiles(smiles: str | None) -> str | None:
-    """RDKit's canonical SMILES without stereochemistry, or None for none or one that RDKit refuses."""
+    """RDKit's canonical SMILES without stereochemistry, isotopes and atom maps, as perceived bonds give it; or None for
+    none or one that RDKit refuses."""
     molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    return None if molecule is None else Chem.MolToSmiles(molecule, isomericSmiles=False)
+    if molecule is None:
+        return None
+    # Hydrogens that are isotopes, or that a double bond's stereo needs, stay atoms else: RDKit writes [H]/N=C/C.
+    Chem.RemoveStereochemistry(molecule)
+    for atom in molecule.GetAtoms():
+        atom.SetIsotope(0)
+        atom.SetAtomMapNum(0)
+    return Chem.MolToSmiles(Chem.RemoveHs(molecule), isomericSmiles=False)
 
 
 class Molecule(NamedTuple):

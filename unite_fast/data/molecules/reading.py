@@ -30,7 +30,7 @@ from unite_fast.progress import track
 log = logging.getLogger("unite_fast.data")
 
 # Raised with every change of what the readers give, so that an old cache is made again.
-VERSION = 5
+VERSION = 6
 XYZ_NAMES = (".xyz", ".extxyz")
 SDF_NAMES = (".sdf", ".mol")
 LARGEST_MEMBER = 64 << 20  # bytes of one XYZ file in an archive; QM9's largest has 3 kB
