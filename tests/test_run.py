@@ -439,7 +439,7 @@ def test_latent_statistics_and_the_collapse_watch():
     watch = CollapseWatch()
     assert watch.check(10, deviation) is None  # the final layer starts at zero
     message = watch.check(COLLAPSE_GRACE_STEPS, deviation)
-    assert "collapse" in message and "objective.l1_weight" in message
+    assert "collapse" in message and "objective.l1_weight" in message and "objective.position_weight" in message
     assert watch.check(COLLAPSE_GRACE_STEPS + 1, deviation) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 2, 0.9) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 3, deviation) is not None

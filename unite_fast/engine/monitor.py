@@ -26,7 +26,7 @@ COLLAPSE_GRACE_STEPS = 200
 
 
 class CollapseWatch:
-    """Warns once per collapse when the latents of different images become the same."""
+    """Warns once per collapse when the latents of different samples become the same."""
 
     def __init__(self):
         self._warned = False
@@ -40,9 +40,9 @@ class CollapseWatch:
             return None
         self._warned = True
         return (
-            f"step {step}: latents collapse, their standard deviation across images is {z0_std:.3f} (healthy: above "
-            f"0.2). The flow loss falls because nothing is left to predict. Raise objective.l1_weight, lower "
-            f"objective.flow_weight or objective.flow_draws, or lower optimizer.lr."
+            f"step {step}: latents collapse, their standard deviation across samples is {z0_std:.3f} (healthy: above "
+            f"0.2). The flow loss falls because nothing is left to predict. Raise objective.l1_weight (of molecules "
+            f"objective.position_weight), lower objective.flow_weight or objective.flow_draws, or lower optimizer.lr."
         )
 
 
