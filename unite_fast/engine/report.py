@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from unite_fast.config import Config
@@ -194,7 +194,8 @@ class Report:
         }
 
     def _show(self, summary: dict[str, Any]) -> None:
-        table = Table(title=f"results in {self.folder}", show_header=False, title_justify="left")
+        title = f"results in {self.folder}"
+        table = Table(Column(overflow="fold"), Column(), title=title, show_header=False, title_justify="left")
         for name in self.shown:
             value = summary.get(name)
             if isinstance(value, float) and math.isfinite(value):
