@@ -183,10 +183,10 @@ def test_it_works_under_torch_compile(monkeypatch):
     counters.clear()
     norms = {}
     for name, train in {"eager": dict(compile=False), "compiled": {}}.items():
-        engine = unite_engine(compile_config(fp8=True, **train), ALONE)
+        engine = unite_engine(compile_config(draws=2, fp8=True, **train), ALONE)
         norms[name] = [unite_step(engine, step).item() for step in range(2)]
     assert norms["compiled"] == pytest.approx(norms["eager"], rel=1e-3)
-    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_it_works_under_zero(tmp_path):
