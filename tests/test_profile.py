@@ -37,8 +37,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
+def small(monkeypatch):
+    """A wide terminal, and rates of less: what they are does not matter here."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(profiling, "COPY_BYTES", {"cpu": 2**24})
+    monkeypatch.setattr(profiling, "REPEATS", 3)
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
@@ -72,14 +75,29 @@ def test_profile_accounts_for_the_whole_step(tmp_path, capsys):
     assert list(trace.parent.iterdir()) == [trace]
 
 
-def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys):
-    path = config_file(tmp_path)
+def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys, monkeypatch):
+    """And a step of one sample tells what a launch takes: not on a CPU, which computes meanwhile."""
+    seen: list[ProfiledStep] = []
+    traced = ProfiledStep.traced
+    monkeypatch.setattr(ProfiledStep, "traced", lambda self, file: seen.append(self) or traced(self, file))
+    path = config_file(tmp_path, train={"global_batch": 4, "accumulation": 2})
     trace = tmp_path / "trace.json"
     assert run("profile", "--config", path, "--steps", "1", "--micro-batch", "2", "--trace", trace) == 0
     printed = capsys.readouterr().out
-    says = ("a step of 2 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto",
+    says = ("a step of 4 images", "waiting for data was not measured", "of floor", "plan --efficiency", "perfetto",
             "MiB of gradients", "MiB of averages", "code and libraries included")  # fmt: skip
-    assert all(words in printed for words in says)
+    assert all(words in printed for words in says) and "launch takes" not in printed
+    (step,) = seen
+    before, weights = step.engine.step_count, [weight.clone() for _, weight in step.engine.model_state()]
+    monkeypatch.setattr(profiling, "times", lambda call, device, repeats: [call() or 3e-3, call() or 2e-3, 9e-3])
+    monkeypatch.setattr(profiling, "step_launches", lambda config, accumulation: 100 * accumulation)
+    launch = profiling.launch_seconds(step, modality_of(step.config))
+    assert launch == 3e-5 and step.engine.step_count == before + 2
+    assert any(not torch.equal(a, b) for a, (_, b) in zip(weights, step.engine.model_state(), strict=True))
+    none = StepMemory(0, 0, 0, 0, 0)
+    made = Measured(Rates(1, 1), [], step=2.0, waiting=0.5, communication=0.25, memory=none, images=1, mfu=0.1)
+    _print(replace(made, launch=launch), "toy", "cuda")
+    assert "a kernel's launch takes the host 30.0 µs at most" in capsys.readouterr().out
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
@@ -160,28 +178,6 @@ def test_what_no_part_explains_is_other():
     assert made.other == pytest.approx(0.65) and made.efficiency == pytest.approx(0.3 / 1.25)
     part = Part("update", (Op("EMA", forward_bytes=8),), False, 4)
     assert part.floor(1, Rates(1, 2)) == (4, 0)
-
-
-def test_a_step_of_one_sample_tells_what_a_launch_takes(tmp_path, capsys, monkeypatch):
-    """A CPU computes meanwhile, so there the command says nothing of it."""
-    path = config_file(tmp_path, train={"global_batch": 4, "accumulation": 2})
-    seen: list[ProfiledStep] = []
-    traced = ProfiledStep.traced
-    monkeypatch.setattr(ProfiledStep, "traced", lambda self, file: seen.append(self) or traced(self, file))
-    options = ["profile", "--config", path, "--steps", "1", "--trace", tmp_path / "trace.json"]
-    assert run(*options) == 0
-    assert "launch takes" not in capsys.readouterr().out
-    (step,) = seen
-    before, weights = step.engine.step_count, [weight.clone() for _, weight in step.engine.model_state()]
-    monkeypatch.setattr(profiling, "times", lambda call, device, repeats: [call() or 3e-3, call() or 2e-3, 9e-3])
-    monkeypatch.setattr(profiling, "step_launches", lambda config, accumulation: 100 * accumulation)
-    launch = profiling.launch_seconds(step, modality_of(step.config))
-    assert launch == 3e-5 and step.engine.step_count == before + 2
-    assert any(not torch.equal(a, b) for a, (_, b) in zip(weights, step.engine.model_state(), strict=True))
-    none = StepMemory(0, 0, 0, 0, 0)
-    made = Measured(Rates(1, 1), [], step=2.0, waiting=0.5, communication=0.25, memory=none, images=1, mfu=0.1)
-    _print(replace(made, launch=launch), "toy", "cuda")
-    assert "a kernel's launch takes the host 30.0 µs at most" in capsys.readouterr().out
 
 
 class Event:

@@ -135,7 +135,8 @@ def passes(*, draws: int, micro_batches: int, chunk: int = 1):
                 weight=1 / micro_batches, last=index + 1 == micro_batches,
             )  # fmt: skip
 
-    run()  # gradients are there from here on
+    for parameter in engine.model.parameters():  # as from a step's second micro-batch on
+        parameter.grad = torch.zeros_like(parameter)
     return run
 
 
