@@ -160,7 +160,7 @@ class Trainers:
         )
 
     def drop_gradients(self) -> None:
-        """Those of both contenders; a step that ran out of memory leaves some, which the next one would lack."""
+        """Those of both contenders; a step that ran out of memory leaves some, whose memory the next one would lack."""
         for model in (self.engine.model, self.plain.model):
             model.zero_grad(set_to_none=True)
 

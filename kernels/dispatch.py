@@ -188,8 +188,9 @@ def first_derivatives(
     """Decorates the backward pass of an operator whose gradients autograd cannot see into; `instead` is what has second
     derivatives.
 
-    The pass is called with what was saved for it before the incoming gradients, and must have saved a tensor through
-    which autograd finds the operator's inputs: one of them, or an output.
+    The pass is called with what was saved for it before the incoming gradients, and should have saved a tensor through
+    which autograd finds the operator's inputs: one of them, or an output. Without one, as in `fp8_linear`, a second
+    derivative is refused only where the incoming gradient has one itself.
 
     PyTorch's once_differentiable leaves such gradients out of a second backward pass without a word where the incoming
     one is constant, as it is behind a sum, and where that pass is asked for the gradients of chosen tensors alone.

@@ -236,7 +236,8 @@ def _require_fp8(x: Tensor) -> None:
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias with operands of eight bits, and so the gradients of both; on a CPU it is emulated.
 
-    The backward pass keeps x and the weight in eight bits. It has no derivative itself.
+    The backward pass keeps x and the weight in eight bits. It has no derivative itself: that is refused where the
+    incoming gradient depends on x or the weight, and left out where it is constant, as behind a plain sum.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.

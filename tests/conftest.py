@@ -42,6 +42,8 @@ def _patch_the_language_once_a_launch() -> None:
         if modules and modules <= patched:
             return None  # of a device function, whose patches nobody takes back
         scope = patch(function)
+        if scope is None:  # of a Triton that takes no patches back
+            return None
         if not patched:
             restore = scope.restore
             scope.restore = lambda: (patched.clear(), restore())

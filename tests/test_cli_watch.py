@@ -124,6 +124,8 @@ def test_after_the_last_step_a_run_evaluates_until_its_summary_is_there(tmp_path
     assert "evaluating" in shown(capsys, folder)
     (folder / ".lock").write_text("")
     assert "stopped" in shown(capsys, folder)
+    (folder / ".lock").unlink()
+    assert "stopped" in shown(capsys, folder)
     (folder / "summary.json").write_text('{"steps": 100}')
     assert "finished" in shown(capsys, folder)
 
@@ -199,6 +201,7 @@ def _read_until(terminal, text, seconds=60):
 
 def test_it_follows_a_run_to_its_end(tmp_path):
     folder = folder_of(tmp_path / "run", [record(1), record(50)])
+    (folder / ".lock").write_text("process 1 on here\n")
     process, terminal = _live(folder)
     _read_until(terminal, "step 50 of 100")
     with open(folder / "metrics.jsonl", "a") as file:

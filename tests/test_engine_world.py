@@ -55,13 +55,19 @@ def test_a_lone_process_has_nothing_to_leave():
 
 def test_an_error_of_one_rank_does_not_wait_for_the_others_in_nccl(alone, monkeypatch):
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    with pytest.raises(ValueError, match="of this rank alone"):
-        try:
-            raise ValueError("of this rank alone")
-        finally:
-            leave_world()
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def fail():
+        with pytest.raises(ValueError, match="of this rank alone"):
+            try:
+                raise ValueError("of this rank alone")
+            finally:
+                leave_world()
+
+    fail()
     assert dist.is_initialized()
-    leave_world()
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)  # nobody to wait for
+    fail()
     assert not dist.is_initialized()
 
 

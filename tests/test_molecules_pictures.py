@@ -94,7 +94,7 @@ def test_reconstruction_sheet_has_three_tiles_a_molecule(run, tmp_path):
 
 
 def test_long_smiles_are_cut_to_the_tile():
-    font = sheets._font(12)
+    font = sheets.label_font(12)
     cut = sheets._fitted("C" * 200, font)
     assert cut.endswith("…") and font.getlength(cut) <= sheets.WIDTH
     assert sheets._fitted("CCO", font) == "CCO"

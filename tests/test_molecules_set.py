@@ -84,8 +84,8 @@ def test_names_stay_unique_and_exact_repetitions_are_dropped():
 
 
 def test_many_molecules_of_one_name_are_not_compared_each_with_each():
-    """Trying all names from the first on would take minutes for so many."""
-    count = 5_000
+    """Trying all names from the first on would take longer than a test may."""
+    count = 50_000
     found = assemble([Molecule("untitled", [1], [[0, 0, step % count / count]]) for step in range(count + 1)], "test")
     assert found.names == ("untitled", *(f"untitled#{number}" for number in range(2, count + 1)))
     assert found.skipped == {"an exact repetition": 1}

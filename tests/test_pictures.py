@@ -207,5 +207,5 @@ def test_a_loss_of_0_in_the_first_step_leaves_the_axis_logarithmic(tmp_path, mon
 
 
 def test_names_of_classes_are_more_than_english():
-    missing = pictures._font().getmask("\uffff")
-    assert len({bytes(mask) for mask in (missing, *map(pictures._font().getmask, "ÄЖΩ"))}) == 4
+    missing = pictures.label_font().getmask("\uffff")
+    assert len({bytes(mask) for mask in (missing, *map(pictures.label_font().getmask, "ÄЖΩ"))}) == 4

@@ -109,8 +109,9 @@ def test_the_command_says_where_the_host_limits(capsys, monkeypatch):
     assert "it limits all of these steps" in capsys.readouterr().out
     assert run(*options, "--set", "train.compile=true") == 0
     assert "under train.compile launches are fewer and not counted" in capsys.readouterr().out
-    def planned(*options):
-        assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8", "--json", *options) == 0
+
+    def planned(*more):
+        assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8", "--json", *more) == 0
         found = json.loads(capsys.readouterr().out)
         return found["plans"][0]["step_seconds"], found["scaling"][0]["step_seconds"]
 

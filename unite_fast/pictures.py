@@ -51,7 +51,7 @@ def comparison(original: Tensor, reconstruction: Tensor, path: str | Path) -> No
         for image, name in zip((original, reconstruction), captions, strict=True)
     ]
     height, width = pair[0].shape[:2]
-    font = _font()
+    font = label_font()
     # A caption may be wider than a tiny image; the column is as wide as the wider of the two.
     column = max(width, *(math.ceil(font.getlength(caption)) for caption in captions))
     gap = 4 * GAP
@@ -223,7 +223,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _sheet(rows: list[tuple[str, list[np.ndarray], int]]) -> Image.Image:
     """Rows of (label, images [H, W, 3] uint8, gap below) on one page, labels in a column of their own."""
-    font = _font()
+    font = label_font()
     labels = [_shorten(label) for label, _, _ in rows]
     label_width = max(math.ceil(font.getlength(label)) for label in labels)
     height, width = _enlarge(rows[0][1][0]).shape[:2]
@@ -251,7 +251,7 @@ def _shorten(label: str) -> str:
 
 
 @functools.cache
-def _font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
+def label_font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     # Matplotlib's own font: Pillow's has English letters alone, no Å and no Cyrillic or Greek.

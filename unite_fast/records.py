@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,15 +106,18 @@ class RunFolder:
         return self.total is not None and self.step >= self.total
 
     def state(self, now: float | None = None) -> str:
-        """`finished`, `evaluating` after the last step, `training`, `stopped`, or `starting` before the first record."""
+        """`finished`, `evaluating` behind the last step, `training`, `stopped`, `starting` before the first record."""
         if self.trained and (number((self.summary or {}).get("steps")) or 0) >= self.total:
             return "finished"
         times = [value for record in self.metrics[-2:] if (value := number(record.get("time")))]
         if not times:
             return "starting"
-        with suppress(OSError):
-            if (self.path / LOCK).stat().st_size == 0:
-                return "stopped"
+        try:
+            held = (self.path / LOCK).stat().st_size > 0
+        except OSError:  # none, as in a copy of the folder
+            held = None
+        if held is False or (held is None and self.trained):
+            return "stopped"
         if self.trained:  # for as long as that takes, since nothing is recorded meanwhile
             return "evaluating"
         interval = times[-1] - times[0]

@@ -83,7 +83,8 @@ class Measured:
         images: samples of a step on this rank, which are images or what `unit` says.
         mfu: counted operations of a step over its time and the measured matmul rate, under train.fp8 as well.
         unit: what a batch counts, in the plural.
-        launch: seconds that a kernel's launch takes the host, at most; None where no device runs beside it.
+        launch: seconds that a kernel's launch takes the host, at most; None (not measured) on a CPU, on several ranks
+            and under train.compile.
     """
 
     rates: Rates

@@ -269,7 +269,7 @@ def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
             if leave_out is not None:
                 inside = [file for file in inside if not file.resolve().is_relative_to(leave_out.resolve())]
             if not inside:
-                raise UserError(f"no image below {path} but those in {leave_out}, which --out replaces")
+                raise UserError(f"no image below {path} but those in {leave_out}, where the results go")
             found += inside
         elif path.is_file():
             found.append(path)

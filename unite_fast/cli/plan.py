@@ -45,7 +45,7 @@ def plan(
     ] = None,
     launch_us: Annotated[
         float | None,
-        typer.Option(help="What a launch takes the host, µs; `profile` measures it on a GPU.", min=0.1, max=1000),
+        typer.Option(help="What a launch takes the host, µs; `profile` measures it on one GPU.", min=0.1, max=1000),
     ] = None,
     samples: Annotated[
         int | None,

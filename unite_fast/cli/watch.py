@@ -131,7 +131,8 @@ def warnings(run: RunFolder, state: str, now: float) -> list[str]:
     if state == "stopped":
         notes.append(f"no record for {silent}: the run has ended early; --resume continues it")
     if state == "evaluating":
-        notes.append(f"the last step was taken {silent} ago: what it ends with follows; had it died, --resume makes it")
+        what = "the last pictures and metrics are being made; if the process has died, --resume makes them"
+        notes.append(f"the last step was taken {silent} ago: {what}")
     return notes
 
 

@@ -259,9 +259,10 @@ def _walk(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterato
 def _listing(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".") and _leads_somewhere(entry)]
+            found = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"cannot list folder {folder}: {error.strerror}; check its permissions") from None
+    return [entry for entry in found if _leads_somewhere(entry)]
 
 
 def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
@@ -271,7 +272,7 @@ def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
     except OSError as error:
         if error.errno == errno.ELOOP:
             return False
-        raise
+        raise UserError(f"cannot follow {entry.path}: {error.strerror}; check its permissions") from None
     return True
 
 

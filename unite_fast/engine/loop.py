@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -37,6 +38,10 @@ from unite_fast.records import METRICS
 from unite_fast.weights import write_text
 
 
+# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
+SETTLED = 70
+
+
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train, evaluate and write everything into the run folder.
 
@@ -63,10 +68,6 @@ def train(config: Config, *, resume: bool = False) -> Path:
         ) from None
     finally:
         leave_world()
-
-
-# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
-SETTLED = 70
 
 
 class Run:
@@ -313,11 +314,13 @@ class Run:
 
 def _newest(folder: Path, world: World) -> Path | None:
     """The newest checkpoint, or None, once all ranks find it. Collective: from others their weights would part."""
-    for _ in range(SETTLED):
+    for look in range(SETTLED):
         latest = checkpoint.latest(folder)
         found = world.collect("no checkpoint" if latest is None else latest.name)
         if len(set(found)) == 1:
             return latest
+        if not look and world.is_main:
+            print(f"waiting until all ranks see the same checkpoints in {folder}, up to {SETTLED} s", file=sys.stderr)
         time.sleep(1)
     for rank, name in enumerate(found):
         if name != found[0]:
@@ -330,7 +333,8 @@ def _newest(folder: Path, world: World) -> Path | None:
 def _require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
     """Raise a UserError where ranks have other training data. Collective.
 
-    Each would follow a schedule of its own, and their weights would part without a word.
+    Each would follow a schedule of its own, and their weights would part without a word. Behind the memory trial, since
+    the data are opened for its batch.
     """
     found = world.collect(samples)
     for rank, other in enumerate(found):

@@ -150,14 +150,17 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
 def leave_world() -> None:
     """Leave the process group, where there is one, so that the process can end. For a `finally`.
 
-    With NCCL not where an exception is on its way: leaving waits for the node's other ranks, which wait in a collective
-    for this one. The process then ends without it, so that its launcher ends theirs.
+    With NCCL and other ranks not where an exception is on its way: leaving waits for the node's others, which wait in a
+    collective for this one. The process then ends without it, so that its launcher ends theirs. (So not to be called
+    inside of an `except` either.)
 
     A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
     interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an
     active exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
     """
-    if not dist.is_initialized() or (sys.exception() is not None and dist.get_backend() == "nccl"):
+    if not dist.is_initialized():
+        return
+    if sys.exception() is not None and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
         return
     dist.destroy_process_group()
     latest = time.monotonic() + LAST_LOOK
@@ -190,7 +193,7 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         raise UserError("train.device is cuda but PyTorch sees no CUDA device: set train.device to auto or cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: of its node's it sees {torch.cuda.device_count()}; start fewer "
+            f"local rank {local_rank} has no GPU: it sees {torch.cuda.device_count()} of its node's GPUs; start fewer "
             f"processes, or let each see all (Slurm: --gpus-per-node in place of --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)

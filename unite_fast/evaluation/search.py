@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 # Published sweeps run over w from 1 to 4; six points bracket the one valley that FID has there.
 COARSE = (1.0, 1.6, 2.2, 2.8, 3.4, 4.0)
 RISES = 2  # points in a row that lie higher end the coarse sweep

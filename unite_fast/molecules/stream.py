@@ -114,8 +114,8 @@ class PropertyBins:
         """Bins of equal share of a set's molecules.
 
         Raises:
-            UserError: the set, or a molecule of it, has no such property, or a bin would hold no molecule, as where there
-                are fewer different values than bins.
+            UserError: the set, or a molecule of it, has no such property, or a bin would hold no molecule, as where
+                there are fewer different values than bins.
         """
         values = getattr(molecules, name)
         if values is None:
@@ -132,11 +132,11 @@ class PropertyBins:
             )
         edges = np.quantile(values.astype(np.float64), np.linspace(0, 1, bins + 1))
         made = cls(name, edges)
-        # Quantiles lie between values, so that edges rise where values are too few, too: a bin's label is then never seen.
+        # Quantiles lie between values, so edges rise where values are too few, too: a bin's label is then never seen.
         if not (np.diff(edges) > 0).all() or not np.bincount(made.labels(values), minlength=bins).all():
             raise UserError(
-                f"{molecules.source}: {name} of {len(values)} training molecules does not divide into {bins} bins; lower "
-                f"model.num_classes"
+                f"{molecules.source}: {name} of {len(values)} training molecules does not divide into {bins} bins; "
+                f"lower model.num_classes"
             )
         return made
 

@@ -19,7 +19,7 @@ from unite_fast.data.molecules.perception import Perceived
 from unite_fast.errors import UserError
 from unite_fast.evaluation.edm import bond_orders
 from unite_fast.evaluation.molecules import Reconstruction, align
-from unite_fast.pictures import _font, _write_atomically
+from unite_fast.pictures import _write_atomically, label_font
 
 WIDTH, HEIGHT = 220, 160  # of a drawing, pixels
 CAPTION = 40  # two lines of text below it
@@ -148,8 +148,8 @@ def _tile(drawing: Image.Image, first: str, second: str, colour: tuple[int, int,
     tile = Image.new("RGB", (WIDTH, HEIGHT + CAPTION), PAPER)
     tile.paste(drawing, (0, 0))
     draw = ImageDraw.Draw(tile)
-    draw.text((WIDTH / 2, HEIGHT + 9), _fitted(first, _font(12)), INK, _font(12), anchor="mm")
-    draw.text((WIDTH / 2, HEIGHT + 27), _fitted(second, _font(10)), colour, _font(10), anchor="mm")
+    draw.text((WIDTH / 2, HEIGHT + 9), _fitted(first, label_font(12)), INK, label_font(12), anchor="mm")
+    draw.text((WIDTH / 2, HEIGHT + 27), _fitted(second, label_font(10)), colour, label_font(10), anchor="mm")
     draw.line((WIDTH / 2 - 16, HEIGHT + CAPTION - 2, WIDTH / 2 + 16, HEIGHT + CAPTION - 2), colour, 2)
     return tile
 
@@ -170,7 +170,7 @@ def _grid(tiles: Sequence[Image.Image], columns: int, title: str) -> Image.Image
     across, down = WIDTH + GAP, HEIGHT + CAPTION + GAP
     sheet = Image.new("RGB", (2 * MARGIN + columns * across - GAP, top + MARGIN + rows * down - GAP), PAPER)
     if title:
-        ImageDraw.Draw(sheet).text((MARGIN, MARGIN), title, INK, _font(16))
+        ImageDraw.Draw(sheet).text((MARGIN, MARGIN), title, INK, label_font(16))
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (MARGIN + index % columns * across, top + index // columns * down))
     return sheet
