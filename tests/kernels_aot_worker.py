@@ -31,7 +31,7 @@ def access_bytes(opcodes: list[str]) -> int:
 
 
 def chosen(capability: int) -> list[Specialisation]:
-    """All of a capability; of the newest of each kernel that with the highest cap on registers: all would take minutes."""
+    """All of a capability; of the newest the one of each kernel with the highest cap on registers: all take minutes."""
     entries = [entry for entry in specialisations() if capability in entry.capabilities]
     if capability == max(CAPABILITIES):
         entries = list({e.kernel: e for e in sorted(entries, key=lambda e: e.max_registers)}.values())

@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import unite_kernels
 from unite_fast import load
-from unite_fast.engine import checkpoint, loop, report
-from unite_fast.engine.loop import Run, _newest, _require_same_data, train
+from unite_fast.engine import checkpoint, report
+from unite_fast.engine.loop import Run, train
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.engine.monitor import COLLAPSE_GRACE_STEPS, CollapseWatch, ProgressLine, Records
 from unite_fast.engine.world import init_world
@@ -235,28 +235,6 @@ def test_two_trainers_do_not_share_a_run_folder(folder):
         holder.kill()
         os.kill(worker, signal.SIGKILL)
         holder.communicate()
-
-
-def test_a_node_with_a_run_folder_of_its_own_is_said(folder, monkeypatch):
-    """And one that has the others' checkpoint a moment later, as network folders have, goes on."""
-    waits = []
-    monkeypatch.setattr(loop.time, "sleep", waits.append)
-    world = MagicMock(collect=lambda found: [found, "no checkpoint"])
-    assert _newest(folder, world) is None and not waits
-    newest = folder / "checkpoints" / "step_00000004"
-    newest.mkdir(parents=True)
-    with pytest.raises(UserError, match="rank 0 finds step_00000004 in it, rank 1 no checkpoint"):
-        _newest(folder, world)
-    assert sum(waits) > 60
-    late = MagicMock(collect=lambda found: [found, found if len(waits) > 75 else "no checkpoint"])
-    assert _newest(folder, late) == newest
-
-
-@pytest.mark.parametrize("count, words", [(23, "24 images, rank 2 23[.]"), (24, "rank 2 other images of")])
-def test_a_node_with_other_data_is_said(count, words):
-    samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
-    with pytest.raises(UserError, match=words):
-        _require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
 
 
 def test_a_run_that_never_began_leaves_no_folder(folder):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +13,7 @@ import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
+from unite_fast.engine.agreement import newest_checkpoint, require_same_data
 from unite_fast.engine.batch import is_out_of_memory
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
@@ -36,10 +33,6 @@ from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
 from unite_fast.records import METRICS
 from unite_fast.weights import write_text
-
-
-# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
-SETTLED = 70
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -76,7 +69,7 @@ class Run:
     def __init__(self, config: Config, world: World, *, resume: bool):
         self.config, self.world = config, world
         self.folder = Path(config.runs) / config.name
-        latest = _newest(self.folder, world)
+        latest = newest_checkpoint(self.folder, world)
         if latest is not None and not resume:
             raise UserError(
                 f"{self.folder} already holds a run: add --resume to continue it, or choose another name "
@@ -105,7 +98,7 @@ class Run:
             config, self.batch, world, start_step=math.ceil(seen / self.batch.global_batch)
         )
         self.samples = self.modality.samples(self.stream)
-        _require_same_data(self.samples, world, self.modality.unit)
+        require_same_data(self.samples, world, self.modality.unit)
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
         model.tokenize_t_max = config.objective.tokenize_t_max
@@ -310,40 +303,6 @@ class Run:
             + (", or train with train.precision = fp32" if autocast_dtype(self.config, self.world.device) else "")
             + ", and --resume"
         )
-
-
-def _newest(folder: Path, world: World) -> Path | None:
-    """The newest checkpoint, or None, once all ranks find it. Collective: from others their weights would part."""
-    for look in range(SETTLED):
-        latest = checkpoint.latest(folder)
-        found = world.collect("no checkpoint" if latest is None else latest.name)
-        if len(set(found)) == 1:
-            return latest
-        if not look and world.is_main:
-            print(f"waiting until all ranks see the same checkpoints in {folder}, up to {SETTLED} s", file=sys.stderr)
-        time.sleep(1)
-    for rank, name in enumerate(found):
-        if name != found[0]:
-            raise UserError(
-                f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. "
-                f"Set runs to a folder that all nodes share"
-            )
-
-
-def _require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
-    """Raise a UserError where ranks have other training data. Collective.
-
-    Each would follow a schedule of its own, and their weights would part without a word. Behind the memory trial, since
-    the data are opened for its batch.
-    """
-    found = world.collect(samples)
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            what = f"other {unit} of the same number" if other["count"] == found[0]["count"] else f"{other['count']}"
-            raise UserError(
-                f"the training data are not the same for all ranks: rank 0 has {found[0]['count']} {unit}, rank {rank} "
-                f"{what}. Put the same into data.path of every node"
-            )
 
 
 def _require_data(config: Config) -> None:

@@ -1,0 +1,31 @@
+"""Ranks that find different checkpoints or data are told so, and those of a network folder that lags are waited for."""
+
+from unittest.mock import MagicMock
+
+import pytest
+
+from unite_fast.engine import agreement
+from unite_fast.engine.agreement import newest_checkpoint, require_same_data
+from unite_fast.errors import UserError
+
+
+def test_a_node_with_a_run_folder_of_its_own_is_said(tmp_path, monkeypatch):
+    """And one that has the others' checkpoint a moment later, as network folders have, goes on."""
+    waits = []
+    monkeypatch.setattr(agreement.time, "sleep", waits.append)
+    world = MagicMock(collect=lambda found: [found, "no checkpoint"])
+    assert newest_checkpoint(tmp_path, world) is None and not waits
+    newest = tmp_path / "checkpoints" / "step_00000004"
+    newest.mkdir(parents=True)
+    with pytest.raises(UserError, match="rank 0 finds step_00000004 in it, rank 1 no checkpoint"):
+        newest_checkpoint(tmp_path, world)
+    assert sum(waits) > 60
+    late = MagicMock(collect=lambda found: [found, found if len(waits) > 75 else "no checkpoint"])
+    assert newest_checkpoint(tmp_path, late) == newest
+
+
+@pytest.mark.parametrize("count, words", [(23, "24 images, rank 2 23[.]"), (24, "rank 2 other images of")])
+def test_a_node_with_other_data_is_said(count, words):
+    samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
+    with pytest.raises(UserError, match=words):
+        require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")

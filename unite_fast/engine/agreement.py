@@ -1,0 +1,67 @@
+"""What all ranks must find alike before they train together: the checkpoint to go on from, and the data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unite_fast.engine import checkpoint
+from unite_fast.engine.world import World
+from unite_fast.errors import UserError
+
+# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
+SETTLED = 70
+
+
+def newest_checkpoint(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint of a run, or None, once all ranks find it. Collective: from others their weights would part.
+
+    Raises:
+        UserError: ranks that still find different ones after SETTLED looks.
+    """
+    for look in range(SETTLED):
+        latest = checkpoint.latest(folder)
+        found = world.collect("no checkpoint" if latest is None else latest.name)
+        odd = _first_other(found)
+        if odd is None:
+            return latest
+        if not look and world.is_main:
+            print(f"waiting until all ranks see the same checkpoints in {folder}, up to {SETTLED} s", file=sys.stderr)
+        time.sleep(1)
+    rank, name = odd
+    raise UserError(
+        f"{folder} is not the same folder for all ranks: rank 0 finds {found[0]} in it, rank {rank} {name}. "
+        f"Set runs to a folder that all nodes share"
+    )
+
+
+def require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
+    """Refuse ranks with other training data. Collective.
+
+    Each would follow a schedule of its own, and their weights would part without a word. Behind the memory trial, since
+    the data are opened for its batch.
+
+    Args:
+        samples: count and digest of this rank's, as `Modality.samples` gives them.
+        unit: what they are, in the plural.
+
+    Raises:
+        UserError: the first rank whose data are not rank 0's.
+    """
+    found = world.collect(samples)
+    if (odd := _first_other(found)) is None:
+        return
+    rank, other = odd
+    what = f"other {unit} of the same number" if other["count"] == found[0]["count"] else f"{other['count']}"
+    raise UserError(
+        f"the training data are not the same for all ranks: rank 0 has {found[0]['count']} {unit}, rank {rank} {what}. "
+        f"Put the same into data.path of every node"
+    )
+
+
+def _first_other(found: Sequence[Any]) -> tuple[int, Any] | None:
+    """The first rank whose value is not rank 0's, and that value."""
+    return next(((rank, value) for rank, value in enumerate(found) if value != found[0]), None)
