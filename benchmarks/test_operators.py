@@ -19,21 +19,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case import BACKWARD, BOTH, FORWARD, ON_GPU, Case, normal, size
+from objective_cases import (
+    centre_crop, flow_noise, latent_norm_flow_loss, latent_norm_mix, lpips_distance, patch_l1, philox_normal, rectified,
+)  # fmt: skip
 from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_fast.model.attention import attend
 from unite_fast.model.blocks import swiglu_hidden
 from unite_kernels.adaln import adaln_reference
 from unite_kernels.dispatch import aligned
-from unite_kernels.flow import flow_noise_reference
 from unite_kernels.fp8 import MIN_CAPABILITY
-from unite_kernels.latent import latent_norm_flow_loss_reference, latent_norm_mix_reference
-from unite_kernels.philox import normals
-from unite_kernels.pixels import lpips_distance_reference, patch_l1_reference
 from unite_kernels.qk_rope import qk_norm_rope_reference
 from unite_kernels.rectify import bias_relu_max_pool_reference, bias_relu_reference
-from unite_kernels.resample import centre_crop_reference, crop_plan
 from unite_kernels.swiglu import swiglu_reference
 
 
@@ -48,15 +47,16 @@ class Stream(NamedTuple):
 
 if ON_GPU:
     STREAMS = [Stream(b, n, c, h) for c, h in ((768, 12), (1024, 16)) for b, n in ((64, 544), (192, 288))]
-    BATCHES, IMAGES, SIDE = [64, 192], [64], 256
+    BATCHES, IMAGES = [64, 192], [64]
     BLOCKS, MATRICES = [12], [(12, 768)]
     MAPS = [(16, 64, 256), (64, 512, 16)]  # VGG16's first map and its last: images, channels, side
 else:
     STREAMS = [Stream(2, 136, 768, 12), Stream(6, 72, 768, 12)]
-    BATCHES, IMAGES, SIDE = [4], [2], 64
+    BATCHES, IMAGES = [4], [2]
     BLOCKS, MATRICES = [1], [(4, 128)]
     MAPS = [(2, 64, 32), (2, 512, 4)]
-CONTEXT, LATENTS, CHANNELS, DRAWS = 32, 256, 32, 3
+SHORT = [Stream(32, 28, 128, 4), Stream(128, 12, 128, 4)]  # the quickstart's passes
+CONTEXT = 32
 
 
 def adaln(function: Callable, *, gated=False, closing=False, weighted=False, layer=False) -> Callable:
@@ -122,6 +122,20 @@ def qk_norm_rope_apart(stream: Stream) -> Case:
     )  # fmt: skip
 
 
+def attention(stream: Stream) -> Case:
+    """Of few tokens, where cpu.c serves."""
+    batch, tokens, width, heads = stream
+    qkv = normal(batch, tokens, 3, heads, width // heads)
+
+    def eager(qkv):
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    # Forward: qkv read, a third as much written. Backward: that third and qkv read, the gradient of qkv written.
+    floor = {FORWARD: 4 * size(qkv) // 3, BACKWARD: 7 * size(qkv) // 3}
+    return Case(f"{batch}x{tokens}x3x{heads}x{width // heads}", attend, eager, (qkv,), floor)
+
+
 def layer_norm(*, added: bool) -> Callable:
     """The case of a LayerNorm, alone or of x + branch."""
 
@@ -178,136 +192,6 @@ def fp8_linear(stream: Stream) -> Case:
     )
 
 
-def flow_noise(batch: int) -> Case:
-    z = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
-    drawn, times = DRAWS * size(z), DRAWS * batch * 4
-    # Forward: z read, z_t and t written. Backward: the gradient of z_t and t read, that of z written.
-    return Case(
-        f"{DRAWS}x{batch}x{LATENTS}x{CHANNELS}",
-        lambda z: uk.flow_noise(z, DRAWS, 0, 0),
-        lambda z: flow_noise_reference(z, DRAWS, 0, 0, 0, "logit_normal", 0.5, 0),
-        (z,),
-        {FORWARD: size(z) + drawn + times, BACKWARD: drawn + times + size(z)},
-    )
-
-
-def philox_normal(batch: int) -> Case:
-    shape = (batch, LATENTS, CHANNELS)
-    count = batch * LATENTS * CHANNELS
-    draw = torch.zeros(1, dtype=torch.int64, device=measure.DEVICE)
-    # Written alone.
-    return Case(
-        "x".join(map(str, shape)),
-        lambda: uk.philox_normal(shape, 0, 0, 0, device=measure.DEVICE),
-        lambda: normals(count, draw, 0, 0, 0).view(shape),
-        (),
-        {FORWARD: count * 4},
-    )
-
-
-def latent_norm_mix(batch: int) -> Case:
-    z = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
-    noise = normal(*z.shape, dtype=torch.float32, grad=False)
-    weight, bias = (normal(CHANNELS, dtype=torch.float32) for _ in range(2))
-    mask = torch.arange(batch, device=measure.DEVICE) % 2 == 0
-    t = torch.rand(batch, device=measure.DEVICE)
-    # Forward: z and the noise of the mixed half read, both outputs written. Backward: two gradients and z read, one
-    # gradient written.
-    return Case(
-        f"{batch}x{LATENTS}x{CHANNELS}",
-        lambda z, weight, bias, mask, t, noise: uk.latent_norm_mix(z, weight, bias, mask=mask, t=t, noise=noise),
-        lambda *inputs: latent_norm_mix_reference(*inputs, 1e-5),
-        (z, weight, bias, mask, t, noise),
-        {FORWARD: 3 * size(z) + size(noise) // 2, BACKWARD: 4 * size(z)},
-    )
-
-
-def latent_norm_flow_loss(batch: int) -> Case:
-    pred = normal(DRAWS, batch, LATENTS, CHANNELS, dtype=torch.float32)
-    z1 = normal(batch, LATENTS, CHANNELS, dtype=torch.float32)
-    t = torch.rand(DRAWS, batch, device=measure.DEVICE)
-    weight, bias = (normal(CHANNELS, dtype=torch.float32) for _ in range(2))
-    # Both directions as one, since the forward pass makes the gradients: pred, z1 and t read, two gradients
-    # written.
-    return Case(
-        f"{DRAWS}x{batch}x{LATENTS}x{CHANNELS}",
-        uk.latent_norm_flow_loss,
-        lambda *inputs: latent_norm_flow_loss_reference(*inputs, 0.05, True, 1e-5),
-        (pred, z1, t, weight, bias),
-        {BOTH: 2 * size(pred, z1) + size(t)},
-    )
-
-
-def patch_l1(batch: int) -> Case:
-    patch = 16
-    images = torch.rand(batch, 3, SIDE, SIDE, device=measure.DEVICE)
-    tokens = normal(batch, (SIDE // patch) ** 2, patch * patch * 3)
-    # Forward: tokens and images read, the image written. Backward: image, images and the image's gradient read, that of
-    # the tokens written.
-    return Case(
-        f"{batch}x3x{SIDE}x{SIDE}",
-        lambda tokens, images: uk.patch_l1(tokens, images, patch),
-        lambda tokens, images: patch_l1_reference(tokens, images, patch),
-        (tokens, images),
-        {FORWARD: 2 * size(tokens) + size(images), BACKWARD: 3 * size(tokens) + size(images)},
-    )
-
-
-def lpips_distance(features: tuple[int, int, int]) -> Case:
-    batch, channels, side = features
-    a, b = (
-        normal(batch, side, side, channels, grad=False).permute(0, 3, 1, 2).requires_grad_(wanted)
-        for wanted in (False, True)
-    )
-    weight = torch.rand(channels, device=measure.DEVICE)
-    # Forward: both maps read. Backward: both read, the gradient of the reconstruction's written.
-    return Case(
-        f"{batch}x{channels}x{side}x{side}",
-        uk.lpips_distance,
-        lpips_distance_reference,
-        (a, b, weight),
-        {FORWARD: 2 * size(a), BACKWARD: 3 * size(a)},
-    )
-
-
-def rectified(function: Callable, eager: Callable, *, pool: bool) -> Callable:
-    """The case of a convolution's bias and ReLU, alone or with the pool behind them."""
-
-    def case(features: tuple[int, int, int]) -> Case:
-        batch, channels, side = features
-        x = normal(batch, side, side, channels, grad=False).permute(0, 3, 1, 2).requires_grad_()
-        bias = torch.randn(channels, device=measure.DEVICE)
-        pooled = size(x) // 4 if pool else 0
-        # Forward: x read, the map (and its pool) written. Backward: the gradients of both and the map read, that of x
-        # written.
-        return Case(
-            f"{batch}x{channels}x{side}x{side}",
-            function,
-            eager,
-            (x, bias),
-            {FORWARD: 2 * size(x) + pooled + size(bias), BACKWARD: 3 * size(x) + pooled},
-        )
-
-    return case
-
-
-def centre_crop(batch: int) -> Case:
-    height, width, side = (375, 500, 256) if ON_GPU else (90, 120, 64)
-    pixels = torch.randint(256, (batch * 3 * height * width,), dtype=torch.uint8, device=measure.DEVICE)
-    sizes = [(height, width)] * batch
-    plan = crop_plan(height, width, side)
-    window = (plan.rows[1] - plan.rows[0]) * (plan.columns[1] - plan.columns[0])
-    # The window that counts read, the crop written.
-    return Case(
-        f"{batch}x{height}x{width} to {side}",
-        lambda pixels: uk.centre_crop(pixels, sizes, side),
-        lambda pixels: centre_crop_reference(pixels, sizes, side, False),
-        (pixels,),
-        {FORWARD: 3 * batch * (window + side * side)},
-        compiled=False,
-    )
-
-
 OPERATORS = {
     "rms_norm_modulate": (adaln(uk.rms_norm_modulate, weighted=True), STREAMS),
     "gated_residual_rms_norm_modulate": (
@@ -321,13 +205,13 @@ OPERATORS = {
         STREAMS,
     ),
     "qk_norm_rope": (qk_norm_rope, STREAMS),
-    # Forms that training takes on a GPU alone; elsewhere they are their own references.
-    "qk_norm_rope_apart": (qk_norm_rope_apart, STREAMS if ON_GPU else []),
-    "layer_norm": (layer_norm(added=False), STREAMS if ON_GPU else []),
-    "residual_layer_norm": (layer_norm(added=True), STREAMS if ON_GPU else []),
-    "bias_swiglu": (bias_swiglu, STREAMS if ON_GPU else []),
+    "qk_norm_rope_apart": (qk_norm_rope_apart, STREAMS),
+    "attention": (attention, SHORT),
+    "layer_norm": (layer_norm(added=False), STREAMS),
+    "residual_layer_norm": (layer_norm(added=True), STREAMS),
     "swiglu": (swiglu, STREAMS),
-    "fp8_linear": (fp8_linear, STREAMS if ON_GPU and torch.cuda.get_device_capability() >= MIN_CAPABILITY else []),
+    "bias_swiglu": (bias_swiglu, STREAMS),
+    "fp8_linear": (fp8_linear, STREAMS),
     "flow_noise": (flow_noise, BATCHES),
     "philox_normal": (philox_normal, BATCHES),
     "latent_norm_mix": (latent_norm_mix, BATCHES),
@@ -342,6 +226,11 @@ OPERATORS = {
     "muon_update_": (muon_update_, BLOCKS),
     "newton_schulz": (newton_schulz, MATRICES),
 }
+# The others are their own references on a CPU: beside themselves they would show their checks of arguments.
+ON_CPU = {
+    "rms_norm_modulate", "gated_residual_rms_norm_modulate", "block_boundary", "qk_norm_rope", "swiglu", "attention",
+    "ema_update_", "muon_momentum_", "muon_update_", "newton_schulz",
+}  # fmt: skip
 FORWARD_ONLY = {
     "philox_normal", "centre_crop", "ema_update_", "muon_momentum_", "muon_update_", "newton_schulz",
 }  # fmt: skip
@@ -353,7 +242,15 @@ def directions(operator: str) -> tuple[str, ...]:
     return (FORWARD,) if operator in FORWARD_ONLY else (FORWARD, BACKWARD)
 
 
-SELECTED = [
+def measured_here(operator: str) -> bool:
+    if not ON_GPU:
+        return operator in ON_CPU
+    if operator == "attention":  # libraries'
+        return False
+    return operator != "fp8_linear" or torch.cuda.get_device_capability() >= MIN_CAPABILITY
+
+
+CASES = [
     pytest.param(operator, size, direction, id=f"{operator}-{index}-{direction}")
     for operator, (_, sizes) in OPERATORS.items()
     for index, size in enumerate(sizes)
@@ -387,7 +284,7 @@ def prepared(function: Callable, case: Case, direction: str) -> Callable[[], Cal
     return prepare
 
 
-@pytest.mark.parametrize("operator, sizes, direction", SELECTED)
+@pytest.mark.parametrize("operator, sizes, direction", [case for case in CASES if measured_here(case.values[0])])
 @pytest.mark.benchmark(timer=measure.CLOCK)
 def test_operator(operator, sizes, direction, benchmark, bandwidth, results):
     torch.manual_seed(0)

@@ -12,16 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import test_operators as subject
 
 
-# Those that a CPU leaves out, at sizes of their own.
-LEFT_OUT = [
-    (operator, subject.Stream(2, 40, 96, 6), direction)
-    for operator, (_, sizes) in subject.OPERATORS.items()
-    for direction in subject.directions(operator)
-    if not sizes
-]
-
-
-@pytest.mark.parametrize("operator, sizes, direction", [*(value.values for value in subject.SELECTED), *LEFT_OUT])
+@pytest.mark.parametrize("operator, sizes, direction", subject.CASES)
 def test_the_rival_computes_the_same(operator, sizes, direction):
     torch.manual_seed(0)
     case = subject.OPERATORS[operator][0](sizes)
