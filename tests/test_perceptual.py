@@ -58,19 +58,27 @@ def straightforward(a, b) -> torch.Tensor:
     return total.mean()
 
 
+def typical_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Median over images of the gradients' relative error.
+
+    Where rounding puts an activation on the other side of a ReLU, an image's gradient jumps by up to 2e-2, which on one
+    kind of CPU or another happens to one image of 32x32 pixels in four.
+    """
+    return float(((found - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)).median())
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_distance_and_gradient(files, rescale):
-    # Fixed numbers: where rounding puts an activation on the other side of a ReLU, the gradient jumps (3e-3, rarely).
     torch.manual_seed(0)
     model = configured(files, rescale=rescale)
-    a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    a, b = torch.rand(9, 3, 16, 16), torch.rand(9, 3, 16, 16, requires_grad=True)
     c = b.detach().clone().requires_grad_()
     found = model(a, b)
     expected = straightforward(2 * a - 1, 2 * c - 1) if rescale else straightforward(a, c)
     assert torch.allclose(found, expected, rtol=1e-4)
     found.backward()
     expected.backward()
-    assert float((b.grad - c.grad).norm() / c.grad.norm()) < 1e-3
+    assert typical_error(b.grad, c.grad) < 1e-4
     assert all(parameter.grad is None for parameter in model.parameters())
     assert float(model(a, a)) == 0
 
@@ -79,17 +87,17 @@ def test_the_objective_weighs_it_and_moves_the_reconstruction(files):
     torch.manual_seed(0)
     lpips = LpipsConfig(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"), weight=0.3)
     objective = Objective(ObjectiveConfig(lpips=lpips, l1_weight=2.0), null_label=3)
-    images, image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32, requires_grad=True)
+    images, image = torch.rand(9, 3, 16, 16), torch.rand(9, 3, 16, 16, requires_grad=True)
 
     def run(phase: str, noise: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return noise, (image - images).abs().mean(), image
 
     draws = SeededDraws(objective.config, seed=0, step=0, stream=0, device=torch.device("cpu"))
-    loss, terms, _ = objective.reconstruction(run, images, draws, torch.Size((1, 4, 4)))
+    loss, terms, _ = objective.reconstruction(run, images, draws, torch.Size((9, 4, 4)))
     expected = 2 * (image - images).abs().mean() + 0.3 * straightforward(images, image)
     assert terms["lpips"] > 0.01 and torch.allclose(loss, expected, rtol=1e-4)
     (found,), (truth,) = torch.autograd.grad(loss, image), torch.autograd.grad(expected, image)
-    assert float((found - truth).norm() / truth.norm()) < 1e-3
+    assert typical_error(found, truth) < 1e-4
 
 
 def test_fused_operators_compute_the_same_maps(files):
@@ -160,7 +168,7 @@ def test_dropout_has_the_address_of_its_micro_batch(files):
     def distance(**address: int) -> float:
         torch.rand(7)  # whatever else has drawn from PyTorch's generator
         draws = SeededDraws(objective.config, **address, device=torch.device("cpu"))
-        return float(objective.reconstruction(run, images, draws, torch.Size((1, 4, 4)))[1]["lpips"])
+        return float(objective.reconstruction(run, images, draws, torch.Size((9, 4, 4)))[1]["lpips"])
 
     addresses = [dict(seed=seed, step=step, stream=stream) for seed in (0, 1) for step in (0, 1) for stream in (0, 1)]
     found = [distance(**address) for address in addresses]
