@@ -155,10 +155,13 @@ def test_preset_fills_sizes_and_explicit_sizes_win():
 
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/one")
-    keys = ("runs", "data.path", "data.val_path", "objective.lpips.vgg", "objective.lpips.linear")
+    keys = (
+        "runs", "data.path", "data.val_path", "objective.lpips.vgg", "objective.lpips.linear", "train.start_from",
+    )  # fmt: skip
     keys_of = {
-        "images": (*keys, "evaluation.inception", "evaluation.reference"), "molecules": ("runs", "data.path", "data.cache")
-    }  # fmt: skip
+        "images": (*keys, "evaluation.inception", "evaluation.reference"),
+        "molecules": ("runs", "data.path", "data.cache", "train.start_from"),
+    }
     for modality, paths in keys_of.items():
         path = tmp_path / "c.json"
         path.write_text(json.dumps({"modality": modality, "train": MINIMAL["train"]}))

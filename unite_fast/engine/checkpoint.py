@@ -215,7 +215,7 @@ def samples_seen(state: Mapping[str, Any], global_batch: int) -> int:
 def changed_keys(state: Mapping[str, Any], config: Config) -> list[str]:
     """The keys of the configuration that are not as in a checkpoint of this `read_state`, each with both values."""
     now = config.model_dump(mode="json")
-    return [f"{key} {here!r} (was {there!r})" for key, here, there in _changes(now, state["config"])]
+    return [f"{key} {here!r} (was {there!r})" for key, here, there in changes(now, state["config"])]
 
 
 def ema_file(decay: float) -> str:
@@ -378,7 +378,7 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
     same_shapes = mine == state["parameters"]
     changed = [
         f"{key} is {here!r}, there {there!r}"
-        for key, here, there in _changes(
+        for key, here, there in changes(
             engine.config.model.model_dump(mode="json"), state["config"].get("model"), "model"
         )
         if not same_shapes or key not in FREE
@@ -393,10 +393,10 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
         )
 
 
-def _changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(here, dict) and isinstance(there, dict):
         for name in [name for name in here if name in there]:  # one alone has what another version added
-            yield from _changes(here[name], there[name], f"{key}.{name}" if key else name)
+            yield from changes(here[name], there[name], f"{key}.{name}" if key else name)
     elif here != there:
         yield key, here, there
 
