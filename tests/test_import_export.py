@@ -20,6 +20,7 @@ from unite_fast.model.published import to_published
 from unite_fast.weights import read_file
 
 EMA, MODEL = toy_model(seed=1), toy_model(seed=2)
+PATCH_POSITIONS = "patch_embed.position_embeddings"
 
 
 def _published(model):
@@ -200,6 +201,8 @@ def _plain(**changes):
         (_plain(**{"latent_tokens": torch.zeros(1, 16, 16, dtype=torch.int8)}), "is of torch.int8; weights are"),
         (_plain(**{"latent_tokens": torch.zeros(1, 16, 16, dtype=torch.complex64)}), "is of torch.complex64; weights"),
         (_plain(**{"module.latent_tokens": torch.zeros(1)}), "two entries are named 'latent_tokens'"),
+        (_plain(**{PATCH_POSITIONS: torch.full((1, 17, 16), 0.1)}), f"{PATCH_POSITIONS} holds other positions than"),
+        (_plain(**{"decoder.decoder_pos_embed": torch.zeros(1, 17, 16)}), "which are sines and cosines of the grid"),
         (EMA.state_dict(), "is in unite_fast's own naming already"),
     ],
 )

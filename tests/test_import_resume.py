@@ -323,8 +323,9 @@ def test_golden_names_and_shapes(tmp_path):
     weights = published_weights(golden())
     sizes = read_published(_saved(tmp_path / "w.pt", weights)).config
     order = parameter_order(weights, sizes)
-    state = {name: weights[published] for published, name in our_names(weights, sizes).items()}
-    averages = {name: tensor + 0.01 for name, tensor in weights.items()}
+    trained = our_names(weights, sizes)
+    state = {name: weights[published] for published, name in trained.items()}
+    averages = {name: tensor + 0.01 if name in trained else tensor for name, tensor in weights.items()}
     content = {"step": 8, "epoch": 0, "model": weights, "ema": averages}
     for key, kind in (("optimizer", torch.optim.AdamW), ("optimizer_muon", torch.optim.Muon)):
         parameters = [torch.nn.Parameter(state[name].clone()) for name in order[key]]

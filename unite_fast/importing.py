@@ -16,7 +16,7 @@ from unite_fast.config import Config, ModelConfig, SamplingConfig, Sizes
 from unite_fast.engine import checkpoint
 from unite_fast.errors import UserError
 from unite_fast.model.io import build_model, check_state, read_model, save_model
-from unite_fast.model.published import from_published, to_published
+from unite_fast.model.published import check_positions, from_published, to_published
 from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.versions import versions
 from unite_fast.weights import read_file, read_tensors, write_tensors
@@ -193,6 +193,7 @@ def translate(
         config, state = from_published(
             published, heads=heads, decoder_heads=decoder_heads, context_start=context_start
         )
+        check_positions(published, config)
     except UserError as error:
         raise UserError(f"cannot import {path}: {error}") from None
     except (ValueError, IndexError, ZeroDivisionError, AttributeError) as error:

@@ -56,7 +56,9 @@ _DECODER_BLOCK = {
     "ffn_down": "mlp_out",
 }
 _IGNORED = ("encoder.feat_rope", "lpips_loss.")
-_UNUSED = ("encoder.pos_embed", "patch_embed.position_embeddings")
+_UNUSED = ("encoder.pos_embed",)
+_ADDED = ("patch_embed.position_embeddings", "decoder.decoder_pos_embed")  # fixed positions that tokens get
+POSITION_ROUNDING = 1e-2  # sines and cosines stored in bfloat16 are 4e-3 off
 
 
 def published_names(config: ModelConfig) -> dict[str, str]:
@@ -115,7 +117,7 @@ def from_published(
         target = _renamed(name, names)
         if target is not None:
             ours[target] = tensor
-        elif not name.startswith((*_IGNORED, *_UNUSED, "decoder.decoder_pos_embed")):
+        elif not name.startswith((*_IGNORED, *_UNUSED, *_ADDED)):
             unknown.append(name)
     expected = Unite.state_shapes(config)
     missing = sorted(set(expected) - set(ours))
@@ -152,19 +154,45 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     published = {}
     for name, tensor in state.items():
         published[_renamed(name, back) or name] = tensor
+    return published | _fixed_tables(config)
+
+
+def check_positions(weights: dict[str, Tensor], config: ModelConfig) -> None:
+    """Refuse published weights whose fixed positions are not those that our network computes in their place.
+
+    Args:
+        weights: published name -> tensor, whose sizes `from_published` gave.
+
+    Raises:
+        UserError: positions of patches that are not zero, or of the decoder that are no sines and cosines of the grid.
+    """
+    tables = _fixed_tables(config)
+    for name in _ADDED:
+        found, table = weights.get(name), tables[name]
+        if found is not None and (
+            found.shape != table.shape or not torch.allclose(found.float(), table, rtol=0, atol=POSITION_ROUNDING)
+        ):
+            form = "sines and cosines of the grid" if table.any() else "zeros"
+            raise UserError(f"{name} holds other positions than the published models', which are {form}")
+
+
+def _fixed_tables(config: ModelConfig) -> dict[str, Tensor]:
+    """Published name -> the buffers that follow from the sizes: positions, and rotary tables."""
     width, head = config.width, config.width // config.heads
-    published["encoder.pos_embed"] = sincos_2d(math.isqrt(config.patches), width)[None]
-    published["patch_embed.position_embeddings"] = torch.zeros(1, config.patches + 1, width)
     side, decoder_width = math.isqrt(config.patches), config.decoder.width
-    extra = torch.zeros(1, decoder_width)
-    published["decoder.decoder_pos_embed"] = torch.cat([extra, sincos_2d(side, decoder_width)])[None]
     cos, sin = (table.repeat_interleave(2, dim=-1) for table in rotary_tables(config.registers + config.patches, head))
-    published |= {"encoder.feat_rope.freqs_cos": cos, "encoder.feat_rope.freqs_sin": sin}
+    tables = {
+        "encoder.pos_embed": sincos_2d(side, width)[None],
+        "patch_embed.position_embeddings": torch.zeros(1, config.patches + 1, width),
+        "decoder.decoder_pos_embed": torch.cat([torch.zeros(1, decoder_width), sincos_2d(side, decoder_width)])[None],
+        "encoder.feat_rope.freqs_cos": cos,
+        "encoder.feat_rope.freqs_sin": sin,
+    }
     if config.context_len:
         still = torch.ones(config.context_len, head)
-        published["encoder.feat_rope_incontext.freqs_cos"] = torch.cat([still, cos])
-        published["encoder.feat_rope_incontext.freqs_sin"] = torch.cat([torch.zeros_like(still), sin])
-    return published
+        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat([still, cos])
+        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat([torch.zeros_like(still), sin])
+    return tables
 
 
 def _infer_sizes(
