@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from unite_fast.config import Config, ModelConfig, TwoPassConfig
+from unite_fast.engine.optim import lr_factor, peak_lr
 from unite_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,19 +39,38 @@ PUBLISHED = {  # UNITE, arXiv 2603.22283
                       time_law="logit_normal", time_shift=0.5, weighting="velocity", t_floor=0.05, decoder_noise="mix",
                       mix_probability=0.5, mix_t_min=0.7, additive_sigma=0.7),
     "optimizer": dict(kind="muon", lr=1e-4, lr_batch=384, momentum=0.95, newton_schulz_steps=5, betas=(0.9, 0.999),
-                      eps=1e-6, weight_decay=0, clip_norm=3, ema_decay=0.9978, warmup_epochs=40, hold_until_epoch=60,
-                      cosine_until_epoch=100, final_ratio=0.5),
+                      eps=1e-6, weight_decay=0, clip_norm=3, ema_decay=0.9978, final_ratio=0.5),
 }  # fmt: skip
 
 
-def test_what_is_not_given_is_the_published_recipe():
-    """The configuration of its B gives sizes, S, the schedule and paths alone."""
-    config = Config.load(ROOT / "configs" / "b_h100.json")
+# Encoder, epochs, flow draws, global batch, end of warm-up, hold and cosine in epochs. The published code counts
+# micro-batches: its 20, 30 and 50 are twice as many epochs where two make a step, as they did at 1024 images.
+RECIPES = {
+    **dict.fromkeys(("b_h100", "b_a100"), ("B", 240, 14, 1024, (40, 60, 100))),
+    **dict.fromkeys(("l_h100", "l_a100"), ("L", 120, 14, 1024, (40, 60, 100))),
+    **dict.fromkeys(("xl_h100", "xl_a100"), ("XL", 120, 14, 1024, (40, 60, 100))),
+    "b_24gb": ("B", 80, 3, 384, (20, 30, 50)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_not_given_is_the_published_recipe(name):
+    """The configurations of its sizes give sizes, S, the batch, the schedule and paths alone."""
+    preset, epochs, draws, batch, schedule = RECIPES[name]
+    config = Config.load(ROOT / "configs" / f"{name}.json")
     for section, values in PUBLISHED.items():
         found = getattr(config, section).model_dump()
         assert {key: found[key] for key in values} == values
-    lpips = config.objective.lpips
-    assert (lpips.weight, lpips.rescale, lpips.dropout, config.model.decoder.inner) == (1, False, False, 768)
+    lpips, model, optimizer, train = config.objective.lpips, config.model, config.optimizer, config.train
+    assert (lpips.weight, lpips.rescale, lpips.dropout, model.decoder.inner) == (1, False, False, 768)
+    assert (model.preset, model.decoder.preset) == (preset, "B")
+    assert (train.epochs, config.objective.flow_draws, train.global_batch, train.precision) == (epochs, draws, batch, "auto")
+    assert (optimizer.warmup_epochs, optimizer.hold_until_epoch, optimizer.cosine_until_epoch) == schedule
+    assert lr_factor(epochs - 1, 1, optimizer) == 0.5  # the schedule ends within the run
+    assert peak_lr(optimizer, batch) == pytest.approx(1e-4 * batch / 384)
+    assert (config.data.crop, config.data.flip) == ("adm", True)
+    sampling = config.sampling
+    assert (sampling.steps, sampling.interval, sampling.guidance) == (50, (0.1, 1.0), 2.4)
     assert TwoPassConfig().flow_draws == 3
 
 
