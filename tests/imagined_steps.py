@@ -278,10 +278,13 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
         ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 7, 4, 1, False),
         ("b_h100.json", (5, 3), {"checkpoint_activations": True}, 2, 2, 1, True),
         ("b_h100.json", (5, 1), {"shared": False}, 2, 2, 1, False),
+        ("b_h100.json", (5, 1), {"latent_norm": "rms"}, 2, 1, 1, False),
         ("l_h100.json", (5, 1), {}, 3, 2, 1, False),
         ("l_h100.json", (5, 1), {}, 2, 1, 1, True),
         ("qm9_s.json", (3, 2), {}, 4, 2, 1, False),
         ("qm9_s.json", (2, 3), {}, 2, 2, 2, True),
+        ("qm9_s.json", (2, 2), {"latent_norm": "rms"}, 3, 1, 1, False),
+        ("qm9_s.json", (2, 2), {"latent_norm": "none", "register_noise": False}, 3, 1, 1, False),
     ],
 )
 def test_the_plans_launches_are_those_of_the_step(file, depths, form, draws, chunk, accumulation, fp8):

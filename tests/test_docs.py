@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from unite_fast.config_reference import reference
+from unite_fast.config import Config
+from unite_fast.config_reference import ABLATIONS, reference
+from unite_fast.section import section_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +23,14 @@ def test_the_reference_states_every_bound():
     assert rows["| `clip_norm`"] == "number > 0 or null"
     assert rows["| `betas`"] == "[number ≥ 0 and < 1, number ≥ 0 and < 1]"
     assert rows["| `seed`"] == "integer, ≥ 0, < 2,147,483,648"
+
+
+def test_the_ablations_name_keys_that_exist():
+    named = re.findall(r"`((?:model|objective|sampling)\.\w+)`", ABLATIONS)
+    assert len(named) > 10
+    for key in named:
+        section, name = key.split(".")
+        assert name in section_of(Config.model_fields[section].annotation).model_fields, key
 
 
 def test_every_key_of_the_shipped_configurations_is_documented():

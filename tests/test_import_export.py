@@ -274,6 +274,10 @@ def test_what_the_published_naming_cannot_hold(tmp_path, capsys):
     save_toy(tmp_path / "model", config=CONFIG.model_copy(update={"registers": 8}))
     base = ["export", tmp_path / "model", "--published"]
     assert "needs one register a patch" in mistake(capsys, *base, tmp_path / "p.pt")
+    for changed in ({"register_noise": False}, {"latent_norm": "rms"}):
+        save_toy(tmp_path / "other", config=CONFIG.model_copy(update=changed))
+        says = mistake(capsys, "export", tmp_path / "other", "--published", tmp_path / "p.pt")
+        assert "a published model starts its registers from noise and ends in a LayerNorm" in says
     assert "must end in .pt, .pth or .safetensors" in mistake(capsys, *base, tmp_path / "p.bin")
     assert not list(tmp_path.glob("p.*"))
 

@@ -286,6 +286,8 @@ def test_an_optimizer_that_leaves_the_unused_parameter_out(folder, trained, file
         ({"model": {"decoder": {"depth": 2, "width": 16, "heads": 2, "inner": 16}}}, "model.decoder.depth is 2, there"),
         ({"model": {"num_classes": 5, "latent_dim": 8}}, "latent_dim is 8, there 4; model.num_classes is 5, there 2"),
         ({"model": {"shared": False}}, "set model.shared to true"),
+        ({"model": {"register_noise": False}}, "model.register_noise is False, there True"),
+        ({"model": {"latent_norm": "none"}}, "model.latent_norm is none, there layer"),
         ({"optimizer": {"kind": "adamw"}}, "continues under optimizer.kind muon"),
         ({"name": "first", "runs": None}, "already holds a run: choose another name"),
     ],

@@ -7,6 +7,7 @@ import torch
 from unite_fast import ModelConfig, Unite, generate
 from unite_fast.config import ENCODER_PRESETS
 from unite_fast.model.conditioning import rotary_tables, sincos_1d, sincos_2d
+from unite_fast.model.two_pass import LatentNorm
 
 TINY = dict(
     image_size=16, patch_size=4, registers=16, latent_dim=4, depth=3, width=16, heads=2, num_classes=3,
@@ -52,6 +53,8 @@ def test_presets_are_the_documented_sizes():
         dict(context_start=2),
         dict(depth=1, context_start=0),
         dict(shared=False),
+        dict(latent_norm="rms"),
+        dict(latent_norm="none", register_noise=False),
         dict(image_size=12, patch_size=2, latent_dim=7, registers=36),
     ],
 )
@@ -64,6 +67,47 @@ def test_free_sizes(sizes):
     assert model.denoise(z0, torch.rand(2), torch.tensor([0, 3])).shape == z0.shape
     assert model.decode(z0).shape == images.shape
     assert generate(model, torch.tensor([0, 2, 1]), solver="euler", steps=3, guidance=2.0).shape[0] == 3
+
+
+@torch.no_grad()
+def test_registers_begin_as_noise_or_at_zero():
+    images, t = torch.rand(1, 3, 16, 16), torch.zeros(1)
+    noise = torch.randn(2, 1, 16, 4)
+    for begins, model in ((True, tiny()), (False, tiny(register_noise=False))):
+        one, other = (model.tokenize(images, noise=numbers, t=t) for numbers in noise)
+        at_zero = tiny().tokenize(images, noise=torch.zeros(1, 16, 4), t=t)
+        assert torch.equal(one, other) is not begins and torch.equal(one, at_zero) is not begins
+        assert not torch.allclose(one[:, 0], one[:, 1])  # learned positions tell the registers apart
+
+
+@pytest.mark.parametrize("weighting", [True, False])
+@pytest.mark.parametrize("kind", ["layer", "rms", "none"])
+def test_latent_norms_and_what_is_fused_with_them(kind, weighting):
+    norm = LatentNorm(6, kind)
+    weight, bias = torch.rand(6) + 0.5, torch.rand(6)
+    learned = {"layer": {"weight": weight, "bias": bias}, "rms": {"weight": weight}, "none": {}}[kind]
+    norm.load_state_dict(learned)
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        if kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        scale = 1.0 if kind == "none" else weight / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * scale + (bias if kind == "layer" else 0.0)
+
+    latent, noise, t = torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.tensor([0.7, 0.8, 0.99])
+    mask = torch.tensor([True, False, True])
+    z0, mixed = norm.mix(latent, mask, t, noise)
+    share = t[:, None, None]
+    torch.testing.assert_close(norm(latent), expected(latent))
+    torch.testing.assert_close(z0, expected(latent))
+    torch.testing.assert_close(mixed[mask], (share * z0 + (1 - share) * noise)[mask])
+    assert torch.equal(mixed[1], z0[1])
+    predictions, times = torch.randn(2, 3, 4, 6), torch.stack([t, t / 2])
+    loss = norm.flow_loss(predictions, latent, times, weighting=weighting, floor=0.05)
+    error = latent - expected(predictions)
+    if weighting:
+        error = error / (1 - times).clamp(min=0.05)[..., None, None]
+    torch.testing.assert_close(loss, error.square().mean((1, 2, 3)).sum())
 
 
 def test_context_changes_denoising_and_tables_match_their_formula():

@@ -124,7 +124,9 @@ def test_each_register_reads_its_own_atom_and_the_order_matters():
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
-@pytest.mark.parametrize("sizes", [dict(), dict(shared=False), dict(checkpoint_activations=True)])
+@pytest.mark.parametrize("sizes", [
+    dict(), dict(shared=False), dict(checkpoint_activations=True), dict(latent_norm="rms", register_noise=False),
+])
 def test_gradients_equal_those_of_one_graph(stop_gradient, sizes):
     network = model(**sizes)
     options = dict(flow_draws=3, draws_per_chunk=2, stop_gradient=stop_gradient)

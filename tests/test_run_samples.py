@@ -79,6 +79,7 @@ def test_labels_that_stand_for_other_classes_are_remarked_once(folder, resumed):
 def test_keys_that_change_what_the_same_weights_compute_are_refused(folder):
     for changed, says in (
         ({"context_start": 0}, "another model: model.context_start is 0, there 1"),
+        ({"register_noise": False}, "another model: model.register_noise is False, there True"),
         ({"decoder": {"depth": 1, "width": 16, "heads": 4, "inner": 16}}, "model.decoder.heads is 4, there 2"),
     ):
         with pytest.raises(UserError, match=says):

@@ -50,7 +50,14 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
-@pytest.mark.parametrize("sizes", [dict(), dict(shared=False), dict(registers=5)], ids=["shared", "separate", "queries"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(), dict(shared=False), dict(registers=5), dict(latent_norm="rms"),
+        dict(latent_norm="none", register_noise=False),
+    ],
+    ids=["shared", "separate", "queries", "RMSNorm", "no norm, no noise"],
+)  # fmt: skip
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_gradients_equal_those_of_one_graph(stop_gradient, sizes, chunk):
     model = tiny(**sizes)

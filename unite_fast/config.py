@@ -108,6 +108,11 @@ class DecoderConfig(Section):
         return self
 
 
+LatentNormKind = Literal["layer", "rms", "none"]
+LATENT_NORM = "norm of the latents and of every denoised prediction: LayerNorm, RMSNorm with a learned scale, or none; layer alone is a fused operator"
+REGISTER_NOISE = "registers of tokenization start as N(0, 1) noise; false: at zero, told apart by their learned positions alone"
+
+
 class Sizes(Section):
     """Base of a modality's network sizes."""
 
@@ -136,6 +141,8 @@ class ModelConfig(Sizes):
     context_start: Annotated[int, Field(ge=0)] = Field(4, description="block before which the context is prepended")
     decoder: DecoderConfig = Field(DecoderConfig(), description="the pixel decoder")
     shared: bool = Field(True, description="one set of weights for tokenization and denoising; false trains two")
+    register_noise: bool = Field(True, description=REGISTER_NOISE)
+    latent_norm: LatentNormKind = Field("layer", description=LATENT_NORM)
     checkpoint_activations: bool = Field(False, description="recompute block activations in the backward pass")
 
     @model_validator(mode="before")

@@ -30,6 +30,27 @@ MOLECULES = """
 With `"modality": "molecules"` these sections take the place of those of the same name; the others stay.
 """
 
+ABLATIONS = """
+# The paper's ablations
+
+| what is varied | key |
+| --- | --- |
+| one encoder, or two | `model.shared` |
+| gradients of the flow loss into the tokenizer | `objective.stop_gradient` |
+| flow draws S | `objective.flow_draws` |
+| latent channels D, number of registers K | `model.latent_dim`, `model.registers` |
+| norm behind the encoder | `model.latent_norm` |
+| registers from noise, or learned ones alone | `model.register_noise` |
+| noise before the decoder | `objective.decoder_noise` |
+| law of flow times, weighting of the flow loss | `objective.time_law`, `objective.weighting` |
+| solver, guidance and its interval | `sampling.solver`, `sampling.guidance`, `sampling.interval` |
+
+What is not the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
+number of patches) trains, samples and is evaluated like it, and cannot be exported under the published names. Not here:
+evaluation with labels drawn at random (classes are always balanced), adversarial fine-tuning of the decoder, and the
+paper's analyses by CKA, CKNNA, weight entropy and linear probing. Decoded denoising trajectories are in `report.html`.
+"""
+
 
 def reference() -> str:
     """The whole page as Markdown."""
@@ -41,6 +62,7 @@ def reference() -> str:
         + "".join(_section(name, section) for name, section in images)
         + MOLECULES
         + "".join(_section(f"molecules: {name or 'top level'}", section) for name, section in own)
+        + ABLATIONS
     )
 
 

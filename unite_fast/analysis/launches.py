@@ -41,6 +41,9 @@ EIGHT_FILLED, EIGHT_FILLED_CASTS = 4, 2
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
 # its gradient and two moments; shorter lists take more tensors.
 LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
+# By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone, in pass one and
+# in a chunk of pass two.
+LATENT_NORM = {"layer": (0, 0), "rms": (27, 22), "none": (7, 2)}
 LPIPS, LPIPS_DROPOUT = 145, 190  # of images; what dropout inside the 1×1 layers launches besides
 
 
@@ -62,7 +65,7 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
     """Of a network with an encoder and a decoder.
 
     Args:
-        config: the run, whose model has `depth`, `width`, `checkpoint_activations` and `decoder.depth`.
+        config: the run, whose model has `depth`, `width`, `latent_norm`, `checkpoint_activations`, `decoder.depth`.
         block, decoder_block: kernels of one block, its casts among them.
         reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
@@ -80,6 +83,7 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
         if config.train.fp8:
             block += EIGHT_FILLED
             block_casts += EIGHT_FILLED_CASTS
+    reconstruct, flow = (sum(pair) for pair in zip((reconstruct, flow), LATENT_NORM[model.latent_norm], strict=True))
     encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
     # Recomputation makes autocast forget its casts, see `two_pass_step`.
     casts = 0 if model.checkpoint_activations else model.depth * block_casts + OTHER_CASTS

@@ -223,7 +223,7 @@ class Evaluator:
     @contextmanager
     def _on_device(self, model: Unite):
         """The feature networks occupy the device only while they are used."""
-        device = model.latent_norm.weight.device
+        device = model.device
         networks: list[nn.Module] = [network for network in (self.inception, self.lpips) if network is not None]
         for network in networks:
             network.to(device)

@@ -62,7 +62,7 @@ def encode(model: Unite, pixels: Tensor, *, seed: int, first: int) -> Tensor:
 def register_noise(model: Unite, count: int, *, seed: int, stream: int, first: int) -> Tensor:
     """Normal numbers [count, K, D]: those of image number first + i depend on (seed, first + i) alone."""
     shape = (model.config.registers, model.config.latent_dim)
-    device = model.latent_norm.weight.device
+    device = model.device
     return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)
 
 

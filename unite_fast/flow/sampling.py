@@ -133,7 +133,7 @@ def generate(
     if model.config.modality != "images":
         raise ValueError(f"this model makes {model.config.modality}: call unite_fast.molecules.sampling.generate")
     check_options(SOLVERS, solver, steps, guidance, interval, time_shift)
-    device = model.latent_norm.weight.device
+    device = model.device
     check_integers("labels", labels, 0, model.null_label)
     labels = labels.to(device, torch.int64)
     if noise is not None:

@@ -141,10 +141,16 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """Our state dict under the published names, the entries we do not need recomputed (fixed positions, rotary tables, zeros).
 
     Raises:
-        UserError: a model the published naming cannot hold (separate weights, registers other than patches).
+        UserError: a model that is none of the published form (separate weights, registers other than patches or without
+            noise, another latent norm).
     """
     if not config.shared:
         raise UserError("the published naming holds one encoder; this model was trained with model.shared = false")
+    if not config.register_noise or config.latent_norm != "layer":
+        raise UserError(
+            f"a published model starts its registers from noise and ends in a LayerNorm; this one was trained with "
+            f"model.register_noise = {str(config.register_noise).lower()} and model.latent_norm = {config.latent_norm}"
+        )
     if config.registers != config.patches:
         raise UserError(
             f"the published naming needs one register a patch; this model has {config.registers} registers and "

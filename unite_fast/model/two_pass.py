@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unite_kernels as uk
-from unite_fast.config import TwoPassConfig
+from unite_fast.config import LatentNormKind, TwoPassConfig
 from unite_fast.model.generative_encoder import GenerativeEncoder
 
 TOKENIZE_T_MAX = TwoPassConfig.model_fields["tokenize_t_max"].default  # of weights that come without a record of it
@@ -23,27 +23,46 @@ LATENT_NORM_EPS = 1e-5
 
 
 class LatentNorm(nn.Module):
-    """LayerNorm over the D latent channels in float32; outside the encoder, in both modes."""
+    """The norm over the D latent channels in float32; outside the encoder, in both modes.
 
-    def __init__(self, latent_dim: int):
+    Args:
+        latent_dim: D.
+        kind: LayerNorm as published, whose noise and loss are fused operators, or in plain PyTorch RMSNorm or nothing.
+    """
+
+    def __init__(self, latent_dim: int, kind: LatentNormKind = "layer"):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(latent_dim))
-        self.bias = nn.Parameter(torch.zeros(latent_dim))
+        self.kind = kind
+        if kind != "none":
+            self.weight = nn.Parameter(torch.ones(latent_dim))
+        if kind == "layer":
+            self.bias = nn.Parameter(torch.zeros(latent_dim))
 
     def forward(self, latent: Tensor) -> Tensor:
-        return F.layer_norm(latent.float(), self.weight.shape, self.weight, self.bias, LATENT_NORM_EPS)
+        latent = latent.float()
+        if self.kind == "layer":
+            return F.layer_norm(latent, self.weight.shape, self.weight, self.bias, LATENT_NORM_EPS)
+        return F.rms_norm(latent, self.weight.shape, self.weight, LATENT_NORM_EPS) if self.kind == "rms" else latent
 
     def mix(self, latent: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(z0, decoder input): where mask [B], the input is t·z0 + (1−t)·noise."""
-        return uk.latent_norm_mix(
-            latent.float(), self.weight, self.bias, mask=mask, t=t, noise=noise, eps=LATENT_NORM_EPS
-        )
+        if self.kind == "layer":
+            return uk.latent_norm_mix(
+                latent.float(), self.weight, self.bias, mask=mask, t=t, noise=noise, eps=LATENT_NORM_EPS
+            )
+        z0, t = self(latent), t[:, None, None]
+        return z0, torch.where(mask[:, None, None], t * z0 + (1 - t) * noise, z0)
 
     def flow_loss(self, latent: Tensor, z1: Tensor, t: Tensor, *, weighting: bool, floor: float) -> Tensor:
-        """Σ over draws of mean(((z1 − LatentNorm(latent)) / max(1−t, floor))²); undivided without weighting."""
-        return uk.latent_norm_flow_loss(
-            latent.float(), z1, t, self.weight, self.bias, floor=floor, weighting=weighting, eps=LATENT_NORM_EPS
-        )
+        """Σ over draws of mean(((z1 − norm(latent)) / max(1−t, floor))²); undivided without weighting."""
+        if self.kind == "layer":
+            return uk.latent_norm_flow_loss(
+                latent.float(), z1, t, self.weight, self.bias, floor=floor, weighting=weighting, eps=LATENT_NORM_EPS
+            )
+        error = z1 - self(latent)
+        if weighting:
+            error = error / (1 - t).clamp_min(floor)[:, :, None, None]
+        return error.square().mean((1, 2, 3)).sum()
 
 
 class TwoPassModel(nn.Module, ABC):
@@ -63,10 +82,10 @@ class TwoPassModel(nn.Module, ABC):
         # This order of the parts is that of the initial random numbers and of the optimizer's parameters.
         self.patches = self.make_patches(config)
         self.encoder = GenerativeEncoder(config)
-        self.latent_norm = LatentNorm(config.latent_dim)
+        self.latent_norm = LatentNorm(config.latent_dim, config.latent_norm)
         if not config.shared:
             self.denoiser = GenerativeEncoder(config)
-            self.denoiser_norm = LatentNorm(config.latent_dim)
+            self.denoiser_norm = LatentNorm(config.latent_dim, config.latent_norm)
         self.decoder = self.make_decoder(config)
 
     @abstractmethod
@@ -97,6 +116,11 @@ class TwoPassModel(nn.Module, ABC):
         return self.config.num_classes
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.register_position.device
+
+    @property
     def tokenize_time(self) -> float:
         """The tokenization time of evaluation, reconstruction and everything else outside of training."""
         return self.tokenize_t_max / 2
@@ -104,6 +128,10 @@ class TwoPassModel(nn.Module, ABC):
     def forward(self, phase: str, **inputs):
         """The training passes, `reconstruct` and `flow`; one entry point so that a wrapper's hooks see both."""
         return {"reconstruct": self._reconstruct, "flow": self._flow}[phase](**inputs)
+
+    def _registers(self, noise: Tensor) -> Tensor:
+        """What the registers of tokenization start as, of noise in its shape."""
+        return noise if self.config.register_noise else torch.zeros_like(noise)
 
     def _denoiser(self) -> tuple[GenerativeEncoder, LatentNorm]:
         return (self.encoder, self.latent_norm) if self.config.shared else (self.denoiser, self.denoiser_norm)

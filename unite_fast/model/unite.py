@@ -44,9 +44,8 @@ class Unite(TwoPassModel):
 
     def latent_noise(self, batch: int, *, generator: torch.Generator | None = None) -> Tensor:
         """N(0, 1) of shape [B, K, D] on the model's device."""
-        weight = self.latent_norm.weight
         shape = (batch, self.config.registers, self.config.latent_dim)
-        return torch.randn(shape, device=weight.device, generator=generator)
+        return torch.randn(shape, device=self.device, generator=generator)
 
     def tokenize(self, images: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Images to latents.
@@ -122,7 +121,7 @@ class Unite(TwoPassModel):
 
     def _encode(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         null = torch.full((images.shape[0],), self.null_label, device=images.device)
-        return self.encoder(noise, t, null, self.patches(images))
+        return self.encoder(self._registers(noise), t, null, self.patches(images))
 
     def _check_latents(self, name: str, latents: Tensor, batch: int | str) -> None:
         check_tensor(name, latents, batch, self.config.registers, self.config.latent_dim)

@@ -6,7 +6,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from unite_fast.config import Config, Interval, LocalPath, PositiveInt, Sizes, TwoPassConfig, fill_preset
+from unite_fast.config import (
+    LATENT_NORM,
+    REGISTER_NOISE,
+    Config,
+    Interval,
+    LatentNormKind,
+    LocalPath,
+    PositiveInt,
+    Sizes,
+    TwoPassConfig,
+    fill_preset,
+)
 from unite_fast.section import Section
 
 ELEMENTS = 5  # H C N O F
@@ -64,6 +75,8 @@ class MoleculeModelConfig(Sizes):
     num_classes: PositiveInt = Field(1, description="labels: bins of data.condition; one more row serves as the null label")
     decoder: AtomDecoderConfig = Field(AtomDecoderConfig(), description="the decoder of atoms")
     shared: bool = Field(True, description="one set of weights for tokenization and denoising; false trains two")
+    register_noise: bool = Field(True, description=REGISTER_NOISE)
+    latent_norm: LatentNormKind = Field("layer", description=LATENT_NORM)
     checkpoint_activations: bool = Field(False, description="recompute block activations in the backward pass")
 
     @model_validator(mode="before")

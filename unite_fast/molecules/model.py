@@ -179,7 +179,7 @@ class MoleculeUnite(TwoPassModel):
     def _encode(self, elements: Tensor, positions: Tensor, packed: Packed, noise: Tensor, t: Tensor) -> Tensor:
         null = torch.full_like(packed.counts, self.null_label)
         patches = self.patches(elements, positions, packed.position)
-        return self.encoder(packed.pack(noise), t, null, patches, packed)
+        return self.encoder(packed.pack(self._registers(noise)), t, null, patches, packed)
 
     def matrix_parameters(self) -> set[str]:
         """As in `TwoPassModel`, without the heads: an orthogonal update of 3 × C moves coordinates by a fixed length,

@@ -58,7 +58,7 @@ def draw_counts(histogram: ArrayLike, count: int, *, seed: int, first: int = 0) 
 def noise(model: MoleculeUnite, packed: Packed, *, seed: int, first: int, stream: int) -> Tensor:
     """Normal numbers [B, N, D]: those of molecule number first + i depend on (seed, first + i) alone."""
     shape = (model.config.registers, model.config.latent_dim)
-    device = model.latent_norm.weight.device
+    device = model.device
     whole = philox_normal(shape, seed, 0, stream, draws=len(packed.counts), first_draw=first, device=device)
     return whole[:, : packed.length].contiguous()
 
@@ -93,7 +93,7 @@ def generate(
         ValueError: an unknown solver, too few steps, guidance, interval or time_shift out of range; counts or labels
             that are no integer tensor [B] or out of range.
     """
-    device = model.latent_norm.weight.device
+    device = model.device
     check_options(SOLVERS, solver, steps, guidance, interval, time_shift)
     check_integers("atom counts", counts, 1, model.config.registers)
     if not len(counts):
@@ -121,7 +121,7 @@ def encode(
         positions: [B, ≥ N, 3] in Å, zero mean.
         counts: [B].
     """
-    device = model.latent_norm.weight.device
+    device = model.device
     packed = Packed.of(counts, device=device)
     known = noise(model, packed, seed=seed, first=first, stream=ENCODE_STREAM)
     elements = elements[:, : packed.length].to(device).long()

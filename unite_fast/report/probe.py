@@ -160,7 +160,7 @@ def _trajectory(
 
     x̂0 = z_t + max(1 − t, 0.05) · v(t, z_t), guidance included: what the sampler believes at t.
     """
-    device = model.latent_norm.weight.device
+    device = model.device
     labels = labels.to(device)
     times = shifted(torch.linspace(0, 1, settings["steps"], device=device), settings["time_shift"])
     # Even in t: the shift crowds the solver's own points near the noise, where little can be seen.
@@ -201,7 +201,7 @@ def _tokenize(
     model: Unite, images: Tensor, options: Options, result: Probe, advance: Callable[[int], None]
 ) -> None:
     """Latents of the images, their statistics, and reconstructions of some."""
-    device = model.latent_norm.weight.device
+    device = model.device
     shown = torch.tensor(_spread(len(images), SHOWN_RECONSTRUCTIONS))
     pieces, decoded = [], []
     for first in range(0, len(images), options.batch):
