@@ -74,6 +74,16 @@ def test_what_is_not_given_is_the_published_recipe(name):
     assert TwoPassConfig().flow_draws == 3
 
 
+def test_qm9_is_trained_by_the_papers_recipe():
+    """Appendix C: S backbone, 16 latent channels, batch 512, AdamW 1e-4 as it is, 8,000 epochs."""
+    config = Config.load(ROOT / "configs" / "qm9_s.json")
+    model, optimizer, train = config.model, config.optimizer, config.train
+    assert (model.preset, model.decoder.preset, model.latent_dim, model.num_classes) == ("qm9_s", "qm9_s", 16, 1)
+    assert (optimizer.kind, peak_lr(optimizer, 512), lr_factor(9e6, 195, optimizer)) == ("adamw", 1e-4, 1)
+    assert (train.global_batch, train.epochs, config.data.orientation) == (512, 8000, "random")
+    assert (config.sampling.solver, config.sampling.steps) == ("euler", 101)
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -189,7 +189,7 @@ class TwoPassConfig(Section):
     draws_per_chunk: PositiveInt | Literal["auto"] = Field("auto", description="draws in one forward and backward; memory grows with it, not with S. auto: of the even shares of S the largest that needs no more memory than the reconstruction does; on CUDA then the largest that fits beside the micro-batch, measured at the start")
     flow_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the flow loss")
     stop_gradient: bool = Field(True, description="detach z0 in the flow loss")
-    tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this) in training, and half of this in all that uses the model")
+    tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this) in training, and half of this in evaluation and in every command")
     label_drop: Fraction = Field(0.1, description="share of labels replaced by the null label in the flow pass")
     time_law: Literal["logit_normal", "uniform"] = Field("logit_normal", description="law of flow times; uniform is the paper's form")
     time_shift: Annotated[float, Field(gt=0)] = Field(0.5, description="alpha of t = alpha u / (1 + (alpha-1) u); applies to logit_normal and to sampling")
