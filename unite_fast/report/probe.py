@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unite_fast.analysis.trajectories import trajectory
 from unite_fast.config import Config
 from unite_fast.data.loader import load_images
 from unite_fast.engine.meter import latent_statistics
 from unite_fast.errors import UserError
-from unite_fast.evaluation.generation import SAMPLE_STREAM, draw, encode, register_noise
+from unite_fast.evaluation.generation import draw, encode
 from unite_fast.evaluation.reconstruction import psnr, unit_images
-from unite_fast.flow.sampling import T_FLOOR, integrate, shifted, velocity
 from unite_fast.importing import Trained
 from unite_fast.model.unite import Unite
 from unite_fast.report.neighbours import Neighbours, find_neighbours
 
-TRAJECTORY_CLASSES, TRAJECTORY_TIMES = 6, 9
+TRAJECTORY_CLASSES = 6
 NEIGHBOUR_CLASSES, NEIGHBOUR_SAMPLES = 6, 2
 SHOWN_RECONSTRUCTIONS = 24
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 4.0, 64  # latents are layer-normalised: beyond ±4 lies about nothing
@@ -126,9 +126,10 @@ def probe(trained: Trained, model: Unite, config: Config, options: Options, prog
     result.samples = [Row(names[label], _pixels(images)) for label, images in zip(classes, by_class, strict=True)]
     chosen = [classes[k] for k in _spread(len(classes), TRAJECTORY_CLASSES)]
     with progress("trajectory", len(chosen)) as advance:
-        result.times, rows = _trajectory(model, torch.tensor(chosen), settings, options.seed)
+        found = trajectory(model, torch.tensor(chosen), settings, options.seed)
         advance(len(chosen))
-    result.trajectory = [Row(names[label], _pixels(row)) for label, row in zip(chosen, rows, strict=True)]
+    result.times, by_label = found.times, found.images.unbind(1)
+    result.trajectory = [Row(names[label], _pixels(row)) for label, row in zip(chosen, by_label, strict=True)]
     held_out = _held_out(config, trained, options.held_out, result.notes)
     if held_out is not None:
         with progress("reconstructions and latents", len(held_out[0])) as advance:
@@ -151,32 +152,6 @@ def _draw(
         pieces.append(draw(model, piece, settings, seed=options.seed, first=first).cpu())
         advance(len(piece))
     return torch.cat(pieces)
-
-
-def _trajectory(
-    model: Unite, labels: Tensor, settings: dict[str, Any], seed: int
-) -> tuple[list[float], list[Tensor]]:
-    """Times and, for each label, the decoded prediction x̂0 of clean latents at each of them [times, 3, H, H].
-
-    x̂0 = z_t + max(1 − t, 0.05) · v(t, z_t), guidance included: what the sampler believes at t.
-    """
-    device = model.device
-    labels = labels.to(device)
-    times = shifted(torch.linspace(0, 1, settings["steps"], device=device), settings["time_shift"])
-    # Even in t: the shift crowds the solver's own points near the noise, where little can be seen.
-    wanted = torch.linspace(0, 1, TRAJECTORY_TIMES, device=device)
-    stops = torch.unique((times[None] - wanted[:, None]).abs().argmin(1)).tolist()
-    field_ = velocity(model, labels, guidance=settings["guidance"], interval=settings["interval"])
-    z = register_noise(model, len(labels), seed=seed, stream=SAMPLE_STREAM, first=0)
-    shown, last = [], 0
-    for stop in stops:
-        if stop > last:
-            z = integrate(field_, z, times[last : stop + 1], settings["solver"])
-            last = stop
-        t = times[stop]
-        clean = z if stop == len(times) - 1 else z + field_(t, z) * (1 - t).clamp_min(T_FLOOR)
-        shown.append(model.decode(clean).clamp(0, 1).cpu())
-    return [float(times[stop]) for stop in stops], list(torch.stack(shown, dim=1))
 
 
 def _held_out(
