@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ["--metrics", "--reference", "--inception", "--search", "--ema-decay", "--save-images"],
     "reference": ["--out", "--inception", "--crop"],
     "compare": ["--anyway"],
+    "analyze": ["--run", "--out", "--data", "--count", "--train", "--times", "--weights", "--seed", "--batch"],
     "import": ["--out", "--heads", "--decoder-heads", "--weights", "--config", "--set"],
     "export": ["--out", "--weights", "--published", "--with-optimizer"],
     "report": ["--out", "--quick", "--held-out", "--seed"],

@@ -74,6 +74,18 @@ def test_sample_sheet_goes_class_by_class(tmp_path):
     assert label.min() < 128, "the row carries no label"
 
 
+def test_trajectory_sheet_goes_image_by_image_under_its_times(tmp_path):
+    path = tmp_path / "sheet.png"
+    images = torch.stack([_flat([10, 20]), _flat([30, 40]), _flat([50, 60])])  # three times of two images
+    pictures.trajectory_sheet(images, ["zero", "one"], [0.0, 0.5, 1.0], path)
+    picture = _read(path)
+    assert _tiles(picture) == [[10, 30, 50], [20, 40, 60]]
+    caption = picture[pictures.MARGIN : pictures.MARGIN + pictures.FONT_SIZE]
+    for edge in (3, 2, 1):  # a time above every column
+        right = picture.shape[1] - pictures.MARGIN - (edge - 1) * (SCALE * SIZE + pictures.GAP)
+        assert caption[:, right - SCALE * SIZE : right].min() < 128
+
+
 def test_tiny_images_are_enlarged_without_smoothing_and_large_ones_left_alone(tmp_path):
     path = tmp_path / "sheet.png"
     board = (torch.arange(8).view(1, 8, 1) + torch.arange(8).view(1, 1, 8)) % 2

@@ -115,6 +115,20 @@ def sample_sheet(
     _save(_sheet(rows), path)
 
 
+def trajectory_sheet(images: Tensor, names: Sequence[str], times: Sequence[float], path: str | Path) -> None:
+    """Write images along time, one row an image, its name at the left, the times above.
+
+    Args:
+        images: [T, B, 3, H, W]. names: B. times: T.
+        path: the PNG file; missing folders are made.
+
+    Raises:
+        UserError: NaN images, or a path that cannot be written.
+    """
+    rows = [(name, list(_pixels(row, "trajectories")), GAP) for name, row in zip(names, images.unbind(1), strict=True)]
+    _save(_sheet(rows, [f"t = {t:.2f}" for t in times]), path)
+
+
 # Panel title, axis scale, and the keys drawn in it with their legend.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Losses", "log", (
@@ -199,6 +213,11 @@ def _draw(axes: Any, title: str, scale: str, curves: list[tuple[str, str, np.nda
         axes.set_ylim(bottom=min(0, *(values.min() for *_, values in curves)))
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=2)
+    style_axes(axes, title)
+
+
+def style_axes(axes: Any, title: str) -> None:
+    """Title at the left, a light grid, the axis below alone."""
     axes.set_title(title, loc="left", fontsize=10, color="#222222")
     axes.grid(True, color="#e5e7eb", linewidth=0.7)
     axes.tick_params(labelsize=8, colors="#555555", length=0, which="both")
@@ -221,21 +240,24 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, np.full(window, 1 / window), mode="valid")
 
 
-def _sheet(rows: list[tuple[str, list[np.ndarray], int]]) -> Image.Image:
-    """Rows of (label, images [H, W, 3] uint8, gap below) on one page, labels in a column of their own."""
+def _sheet(rows: list[tuple[str, list[np.ndarray], int]], captions: Sequence[str] = ()) -> Image.Image:
+    """Rows of (label, images [H, W, 3] uint8, gap below) on one page, labels in a column of their own, captions above
+    the columns."""
     font = label_font()
     labels = [_shorten(label) for label, _, _ in rows]
     label_width = max(math.ceil(font.getlength(label)) for label in labels)
     height, width = _enlarge(rows[0][1][0]).shape[:2]
     columns = max(len(images) for _, images, _ in rows)
     left = MARGIN + label_width + 10
+    top = MARGIN + (FONT_SIZE + MARGIN // 2 if captions else 0)
     page = (
         left + columns * (width + GAP) - GAP + MARGIN,
-        2 * MARGIN + sum(height + gap for _, _, gap in rows),
+        top + sum(height + gap for _, _, gap in rows) + MARGIN,
     )
     sheet = Image.new("RGB", page, PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = MARGIN
+    for column, caption in enumerate(captions):
+        draw.text((left + column * (width + GAP) + width / 2, MARGIN + FONT_SIZE / 2), caption, INK, font, anchor="mm")
     for label, (_, images, gap) in zip(labels, rows, strict=True):
         draw.text((left - 10, top + height / 2), label, INK, font, anchor="rm")
         for column, image in enumerate(images):

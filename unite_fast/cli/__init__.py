@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from unite_fast.cli.analyze import analyze
 from unite_fast.cli.compare import compare, reference
 from unite_fast.cli.console import error, out, plain
 from unite_fast.cli.data import app as data
@@ -131,6 +132,7 @@ app.command()(export)
 app.command()(evaluate)
 app.command()(reference)
 app.command()(compare)
+app.command()(analyze)
 app.command(cls=TrainCommand)(plan)
 app.command(cls=TrainCommand)(profile)
 app.add_typer(data, name="data")
