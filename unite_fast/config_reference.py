@@ -47,8 +47,8 @@ ABLATIONS = """
 
 What is not the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
 number of patches) trains, samples and is evaluated like it, and cannot be exported under the published names. Not here:
-evaluation with labels drawn at random (classes are always balanced), adversarial fine-tuning of the decoder, and the
-paper's analyses by CKA, CKNNA, weight entropy and linear probing. Decoded denoising trajectories are in `report.html`.
+evaluation with labels drawn at random (classes are always balanced), and adversarial fine-tuning of the decoder. The
+paper's analyses of trained models are [`unite-fast analyze`](analysis.md).
 """
 
 

@@ -200,7 +200,7 @@ def denoise(
     encoder = model.encoder if model.config.shared else model.denoiser
     with register_tokens(encoder) as found:
         for first in range(0, len(z0), batch):
-            clean = z0[first : first + batch].to(model.latent_norm.weight.device)
+            clean = z0[first : first + batch].to(model.device)
             z_t = noised(model, clean, t, seed=seed, first=first)
             times = z_t.new_full((len(clean),), t)
             latents.append(model.denoise(z_t, times, labels[first : first + batch].to(z_t.device)).cpu())
