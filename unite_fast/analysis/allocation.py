@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ def peak_allocated(run: Callable[[], Any], device: torch.device) -> int:
 
     CUDA's allocator keeps the number; on a CPU every allocation is taken from torch.profiler's record.
     """
+    gc.collect()  # tensors in reference cycles would be freed while it runs and taken off what it holds
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
