@@ -109,12 +109,27 @@ def test_ranks_deal_the_missing_pieces_out(tmp_path):
     assert found[1] is None and torch.equal(found[0]["number"], torch.arange(9))
 
 
-def test_ranks_that_do_not_share_the_folder_are_told_so(tmp_path, monkeypatch):
+def test_pieces_of_other_nodes_are_waited_for(tmp_path, monkeypatch):
+    """A network folder shows them late, and those of another folder never."""
     # Rank 0 of two, whose other rank writes somewhere else.
     monkeypatch.setattr(World, "share", lambda self, value: value)
     monkeypatch.setattr(World, "barrier", lambda self: None)
+    waits = []
+    monkeypatch.setattr("unite_fast.evaluation.work.time.sleep", waits.append)
+    two = World(0, 2, 0, torch.device("cpu"))
     with pytest.raises(UserError, match="2 of 4 pieces did not appear.*must see the same folder"):
-        Work(tmp_path, World(0, 2, 0, torch.device("cpu"))).gather("x", {}, 8, 2, Maker())
+        Work(tmp_path, two).gather("x", {}, 8, 2, Maker())
+    assert sum(waits) > 60
+
+    def shown(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            Work(tmp_path, World(0, 1, 0, torch.device("cpu"))).gather("x", {}, 8, 2, Maker())
+
+    waits.clear()
+    monkeypatch.setattr("unite_fast.evaluation.work.time.sleep", shown)
+    found = Work(tmp_path, two).gather("x", {}, 8, 2, Maker())
+    assert torch.equal(found["number"], torch.arange(8)) and len(waits) == 3
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unite_fast.engine import checkpoint
-from unite_fast.engine.world import World
+from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
-
-# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
-SETTLED = 70
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:

@@ -18,6 +18,8 @@ from unite_fast.errors import UserError
 
 # A node that loads a cold file system can lag by minutes; a rank that died should still be noticed the same hour.
 TIMEOUT = timedelta(minutes=30)
+# Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
+SETTLED = 70
 DEFAULT_PORT = "29500"  # torchrun's own default
 GLOO_THREADS = "pt_gloo_runloop"  # what PyTorch calls those that run gloo's collectives
 LOOK = 0.01  # seconds: twice what a thread that waits for the interpreter's lock lets pass before it asks for it again

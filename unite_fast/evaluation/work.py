@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from unite_fast.engine.batch import is_out_of_memory
-from unite_fast.engine.world import World
+from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
 from unite_fast.weights import read_tensors, write_tensors
 
@@ -86,14 +86,22 @@ class Work:
         self.world.barrier()
         if not self.world.is_main:
             return None
-        absent = [span for span in spans if not _piece(folder, span).is_file()]
-        if absent:
+        if absent := self._absent(paths := [_piece(folder, span) for span in spans]):
             raise UserError(
-                f"{len(absent)} of {len(spans)} pieces did not appear in {folder}: ranks on other machines must see "
+                f"{absent} of {len(spans)} pieces did not appear in {folder}: ranks on other machines must see "
                 f"the same folder"
             )
-        pieces = [read_tensors(_piece(folder, span)) for span in spans]
+        pieces = [read_tensors(path) for path in paths]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _absent(self, paths: Sequence[Path]) -> int:
+        """How many of these files rank 0 does not see, once a network folder had time to show those of other nodes."""
+        for _ in range(SETTLED):
+            absent = sum(not path.is_file() for path in paths)
+            if not absent or self.world.size == 1:
+                break
+            time.sleep(1)
+        return absent
 
     def discard(self) -> None:
         """Delete the pieces gathered here: the result is on record. For rank 0.
