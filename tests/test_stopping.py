@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from engine_toy import toy_config, toy_model, toy_step
 from runs import config, image_tree
 
 from unite_fast.engine import checkpoint, stopping
+from unite_fast.engine.engine import Engine
 from unite_fast.engine.loop import train
 from unite_fast.engine.report import Report
 from unite_fast.engine.stopping import Interrupted, StopSignals
@@ -100,6 +102,37 @@ def test_a_stop_breaks_off_pictures_and_metrics_which_resuming_makes(tmp_path, m
     assert len(list(run.glob("evaluations/step_00000004-*.json"))) == 1
     assert drawn in (None, (run / "samples_00000004.png").stat().st_mtime_ns), "what is there is not drawn again"
     assert [record["step"] for record in read_lines(run / METRICS)] == [1, 4, 5, 8]
+
+
+def test_an_error_within_an_evaluation_is_followed_by_nothing_collective(monkeypatch):
+    """The other ranks are elsewhere: what all must call together would wait for them, and not end."""
+    engine = Engine(toy_model(), toy_config(), ALONE, steps_per_epoch=10)
+    toy_step(engine, 0)
+    weights, published = dict(engine.model_state()), []
+    monkeypatch.setattr(engine.backend, "publish", lambda: published.append(engine.model.training))
+    with pytest.raises(Interrupted), engine.weights(ema=True):
+        raise Interrupted
+    assert published == [True] and engine.model.training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in engine.model_state())
+    with engine.weights(ema=True):
+        pass
+    assert len(published) == 3
+
+
+def test_a_stop_behind_a_save_does_not_ask_the_folder_whether_to_save(tmp_path, monkeypatch):
+    """Nodes of a network folder may see different checkpoints in it, and saving takes all ranks."""
+    image_tree(tmp_path / "train")
+    save, saved = checkpoint.save, []
+
+    def signalled(engine, folder, extra):
+        saved.append(engine.step_count)
+        send(signal.SIGTERM)
+        return save(engine, folder, extra)
+
+    monkeypatch.setattr(checkpoint, "save", signalled)
+    monkeypatch.setattr(checkpoint, "latest_step", lambda folder: None)
+    train(config(tmp_path, train={"steps": 8, "checkpoint_every": 4}))
+    assert saved == [4]
 
 
 def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):

@@ -120,23 +120,27 @@ class Engine:
     def weights(self, *, ema: bool) -> Iterator[nn.Module]:
         """The model with its EMA weights (or the trained ones), whole on every rank, in evaluation mode, no gradients.
 
-        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards.
+        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards. Behind an exception it
+        cannot: others may not be where it was raised, so nothing that is collective follows, and the model that computes
+        keeps what it has.
         """
         training = self.model.training
         if ema:
-            self._swap()
+            self.ema.swap()
+            self.backend.publish()
         self.model.eval()
         try:
             with self.backend.gathered(), without_fp8(self.model), torch.no_grad():
                 yield self.model
+        except BaseException:
+            if ema:
+                self.ema.swap()
+            raise
         finally:
             self.model.train(training)
-            if ema:
-                self._swap()
-
-    def _swap(self) -> None:
-        self.ema.swap()
-        self.backend.publish()
+        if ema:
+            self.ema.swap()
+            self.backend.publish()
 
     def model_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name, new whole tensor) of the float32 weights and the persistent buffers. Collective under ZeRO 1 to 3."""

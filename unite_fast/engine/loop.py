@@ -124,6 +124,8 @@ class Run:
         elif resume:
             self._notices.append(f"no checkpoint in {self.folder}: the run begins")
         self.first_step = self.engine.step_count
+        # Not asked of the folder: a node may see it as it was before the last save, and saving is collective.
+        self._saved = None if latest is None else self.first_step
         # Steps of another batch count by the share of an epoch that they were of.
         other = self.first_step - self.engine.progress
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch + other))
@@ -186,7 +188,7 @@ class Run:
                     self._save(meter)
                 self._evaluate(due, meter, records)
             if self._stop.told_now():
-                if checkpoint.latest_step(self.folder) != engine.step_count:
+                if self._saved != engine.step_count:
                     self._save(meter)
                 self._say_stopped(line)
                 return self.folder
@@ -291,6 +293,7 @@ class Run:
                 "training_seconds": self._seconds_before + meter.seconds,
             }
             checkpoint.save(self.engine, self.folder, extra)
+        self._saved = self.engine.step_count
 
     def _check_finite(self, record: dict[str, float]) -> None:
         watched = [name for name in record if name.startswith("loss_")] + ["grad_norm"]
