@@ -3,9 +3,10 @@
 from unittest.mock import MagicMock
 
 import pytest
+from engine_toy import toy_config
 
 from unite_fast.engine import agreement
-from unite_fast.engine.agreement import newest_checkpoint, require_same_data
+from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
 from unite_fast.errors import UserError
 
 
@@ -29,3 +30,16 @@ def test_a_node_with_other_data_is_said(count, words):
     samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
     with pytest.raises(UserError, match=words):
         require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
+
+
+def test_a_node_with_a_configuration_of_its_own_is_said():
+    """But its data may lie elsewhere."""
+    config = toy_config()
+
+    def others(**changed):
+        return MagicMock(collect=lambda mine: [mine, {**mine, **changed}])
+
+    require_same_config(config, others(data=config.data.model_dump() | {"path": "/local/images"}))
+    optimizer = config.optimizer.model_dump() | {"lr": 0.5}
+    with pytest.raises(UserError, match="optimizer.lr is 0.02 for rank 0, 0.5 for rank 1[.]"):
+        require_same_config(config, others(optimizer=optimizer))

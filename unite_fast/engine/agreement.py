@@ -1,4 +1,4 @@
-"""What all ranks must find alike before they train together: the checkpoint to go on from, and the data."""
+"""What all ranks must find alike before they train together: configuration, checkpoint to go on from, and data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
+
+# Where things lie, which may be elsewhere on another node; `require_same_data` looks at what lies there.
+PLACES = {
+    "runs", "data.path", "data.val_path", "data.cache", "objective.lpips.vgg", "objective.lpips.linear",
+    "evaluation.reference", "evaluation.inception", "train.start_from",
+}  # fmt: skip
+
+
+def require_same_config(config: Config, world: World) -> None:
+    """Refuse ranks with other configurations, as where each node reads a file of its own. Collective.
+
+    Each would step its weights, or its share of them, by another learning rate, say, without a word.
+
+    Raises:
+        UserError: the first key that a rank has otherwise than rank 0.
+    """
+    found = world.collect(config.model_dump(mode="json"))
+    for rank, other in enumerate(found):
+        for key, first, there in checkpoint.changes(found[0], other):
+            if key not in PLACES:
+                raise UserError(
+                    f"the configuration is not the same for all ranks: {key} is {first!r} for rank 0, {there!r} for "
+                    f"rank {rank}. Give every node the same file"
+                )
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:

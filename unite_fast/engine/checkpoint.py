@@ -212,6 +212,15 @@ def samples_seen(state: Mapping[str, Any], global_batch: int) -> int:
     return images if isinstance(images, int) and images > 0 else state["step"] * global_batch
 
 
+def changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys of JSON values that both have and that differ, each with both values."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        for name in [name for name in here if name in there]:  # one alone has what another version added
+            yield from changes(here[name], there[name], f"{key}.{name}" if key else name)
+    elif here != there:
+        yield key, here, there
+
+
 def changed_keys(state: Mapping[str, Any], config: Config) -> list[str]:
     """The keys of the configuration that are not as in a checkpoint of this `read_state`, each with both values."""
     now = config.model_dump(mode="json")
@@ -391,14 +400,6 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
         raise UserError(
             f"checkpoint {directory} is of another optimizer: optimizer.kind is {kind!r}, there {saved.get('kind')!r}"
         )
-
-
-def changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(here, dict) and isinstance(there, dict):
-        for name in [name for name in here if name in there]:  # one alone has what another version added
-            yield from changes(here[name], there[name], f"{key}.{name}" if key else name)
-    elif here != there:
-        yield key, here, there
 
 
 def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
-from unite_fast.engine.agreement import newest_checkpoint, require_same_data
+from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
 from unite_fast.engine.batch import is_out_of_memory
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
@@ -69,6 +69,7 @@ class Run:
 
     def __init__(self, config: Config, world: World, *, resume: bool):
         self.config, self.world = config, world
+        require_same_config(config, world)
         self.folder = Path(config.runs) / config.name
         latest = newest_checkpoint(self.folder, world)
         if latest is not None and not resume:
