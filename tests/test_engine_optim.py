@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -327,6 +328,18 @@ def test_exchange_applies_a_function_to_whole_matrices(monkeypatch, shapes, size
     torch.testing.assert_close(found, expected)
     assert sorted(seen) == sorted(rows * columns for rows, columns in shapes), "each matrix on exactly one rank"
     assert group.calls == collectives
+
+
+def test_a_matrix_in_two_slices_goes_to_the_rank_with_less_to_do():
+    """By what a Newton-Schulz step costs: two rows [1, 8] cost 16 multiply-adds, a matrix [3, 4] 36."""
+    rows, matrix, cut = [(1, 8), (1, 8)], [(3, 4)], (2, 5)
+    for before, after, owner in ((rows, matrix, 0), (matrix, rows, 1)):
+        shapes = [*before, cut, *after]
+        exchange = MatrixExchange(shapes, 19, 0, 2)
+        assert exchange.straddling == [len(before)] and exchange.owners[len(before)] == owner
+    load = [0, 0]
+    owners = [MatrixExchange([(2, 2)], 2, rank, 2, load).owners for rank in (0, 1)]
+    assert owners == [[0], [1]] and load == [8, 8], "what other groups brought a rank counts"
 
 
 def test_eight_ranks_share_preset_b_evenly_and_move_little():
