@@ -5,9 +5,10 @@ Usage: gathering_worker.py FOLDER
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -44,28 +45,38 @@ def configured(*, stage: int, kind: str = "muon", stop_gradient: bool = True, **
 
 
 class Late:
-    """Stands for a gather that is through only when somebody waits for it; before, its target is not a number."""
+    """Stands for a collective that is through only when somebody waits for it; before, its target is not a number."""
 
-    def __init__(self, gather, target: torch.Tensor, mine: torch.Tensor):
-        self.gather, self.target, self.mine = gather, target, mine.clone()
+    def __init__(self, target: torch.Tensor, bring: Callable[[], object], waited: Callable[[], None] = lambda: None):
+        self.bring, self.waited = bring, waited
         target.fill_(torch.nan)
 
     def wait(self) -> None:
-        self.gather(self.target, self.mine)
+        self.waited()
+        self.bring()
 
 
 @contextmanager
-def late() -> Iterator[list[int]]:
-    """No rank has weights after an update until it waits for them; gives the bytes of each tensor that brings them."""
-    gather, reduce, begin, sent = dist.all_gather_into_tensor, dist.all_reduce, WeightGather.begin, []
+def late() -> Iterator[tuple[list[int], list[int]]]:
+    """No rank has weights after an update until it waits for them.
+
+    Gives the bytes of each tensor that brings them, and the numbers of the gathers in the order in which they are
+    waited for.
+    """
+    gather, reduce, begin = dist.all_gather_into_tensor, dist.all_reduce, WeightGather.begin
+    sent, waits, numbers = [], [], itertools.count()
 
     def call(target: torch.Tensor, mine: torch.Tensor, async_op: bool) -> Late:
         sent.append(target.nbytes)
-        return Late(gather, target, mine)
+        number, kept = next(numbers), mine.clone()
+        return Late(target, lambda: gather(target, kept), lambda: waits.append(number))
 
-    def noted(tensor: torch.Tensor, async_op: bool = False):
-        sent.extend([tensor.nbytes] if async_op else [])  # beside the gradient norm's, which is not
-        return reduce(tensor, async_op=async_op)
+    def noted(tensor: torch.Tensor, async_op: bool = False) -> Late | None:
+        if not async_op:  # the gradient norm's
+            return reduce(tensor)
+        sent.append(tensor.nbytes)
+        kept = tensor.clone()
+        return Late(tensor, lambda: reduce(tensor.copy_(kept)))
 
     def poisoned(self: WeightGather) -> None:
         begin(self)
@@ -77,7 +88,7 @@ def late() -> Iterator[list[int]]:
         mock.patch.object(dist, "all_reduce", noted),
         mock.patch.object(WeightGather, "begin", poisoned),
     ):
-        yield sent
+        yield sent, waits
 
 
 @contextmanager
@@ -122,11 +133,11 @@ def main(folder: Path) -> None:
     world, report = init_world(toy_config()), {}
     for name, case in CASES.items():
         config = configured(**case)
-        with late() as sent:
+        with late() as (sent, waits):
             report[name], weights = steps(config, world, sent)
         with at_once():
             expected, whole = steps(config, world, [])
-        report[name]["expected"] = expected["norms"]
+        report[name] |= {"expected": expected["norms"], "waits": waits}
         if world.is_main:
             save_file(weights, folder / f"{name}.safetensors")
             save_file(whole, folder / f"{name}.expected.safetensors")

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from ranks import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unite_fast.engine import checkpoint
+from unite_fast.engine import checkpoint, deepspeed_backend, optim
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import parameter_groups
+from unite_fast.engine.reduction import GradientMean
 from unite_fast.engine.world import World, init_world
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -209,6 +212,15 @@ def test_zero_on_a_lone_process_needs_no_launcher(monkeypatch, references):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(deepspeed_backend, "BUCKET_ELEMENTS", 50)
+    monkeypatch.setattr(optim, "STAGE_ELEMENTS", 50)
+    final, sent = GradientMean._final, []
+
+    def noted(self: GradientMean, *arguments: Any) -> None:
+        final(self, *arguments)
+        sent.append(self._next / len(self._windows))
+
+    monkeypatch.setattr(GradientMean, "_final", noted)
     config = toy_config(stage=2)
     world = init_world(config)
     try:
@@ -216,5 +228,6 @@ def test_zero_on_a_lone_process_needs_no_launcher(monkeypatch, references):
         norms = [toy_step(engine, step).item() for step in range(5)]
         assert_same(dict(engine.model_state()), references["muon"][0])
         assert norms == pytest.approx(references["muon"][1], rel=1e-4)
+        assert median(sent) > 0.4, "gradients leave while the last backward still runs"
     finally:
         torch.distributed.destroy_process_group()

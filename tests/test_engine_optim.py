@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import pytest
 import torch
 from engine_toy import float32_newton_schulz, toy_model
+from thread_ranks import Ranks
 
 import unite_kernels as uk
 from unite_fast.config import ModelConfig, OptimizerConfig
-from unite_fast.engine import optim, sharding
+from unite_fast.engine import optim
 from unite_fast.engine.backend import clip_coefficient, gradient_norm, total_norm
 from unite_fast.engine.ema import Ema
 from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr
@@ -263,39 +263,6 @@ def test_learning_rate_scales_with_the_batch():
     assert peak_lr(OptimizerConfig(lr=1e-4, lr_batch=None), 1024) == 1e-4
 
 
-class Ranks:
-    """Threads that stand for ranks; all_to_all_single between them."""
-
-    def __init__(self, size: int):
-        self.size, self.local, self.barrier = size, threading.local(), threading.Barrier(size, timeout=20)
-        self.sent: dict[int, list[torch.Tensor]] = {}
-        self.calls = 0
-
-    def all_to_all_single(self, output, source, output_splits, input_splits):
-        rank = self.local.rank
-        self.calls += rank == 0
-        self.sent[rank] = list(source.split(input_splits))
-        self.barrier.wait()
-        pieces = [self.sent[other][rank] for other in range(self.size)]
-        assert [piece.numel() for piece in pieces] == output_splits
-        output.copy_(torch.cat(pieces))
-        self.barrier.wait()
-
-    def run(self, function) -> list:
-        results: list = [None] * self.size
-
-        def body(rank: int) -> None:
-            self.local.rank = rank
-            results[rank] = function(rank)
-
-        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
 @pytest.mark.parametrize(
     ("shapes", "size", "padding", "collectives"),
     [
@@ -312,7 +279,7 @@ def test_exchange_applies_a_function_to_whole_matrices(monkeypatch, shapes, size
     partition, left = divmod(flat.numel(), size)
     assert left == 0
     group = Ranks(size)
-    monkeypatch.setattr(sharding.dist, "all_to_all_single", group.all_to_all_single)
+    group.patch(monkeypatch)
     seen: list[int] = []
 
     def function(mine: list[torch.Tensor]) -> list[torch.Tensor]:

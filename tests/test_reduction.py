@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from engine_toy import toy_model
 from test_chunks import RECOMPUTED, passes, small
+from thread_ranks import Ranks
 
 from unite_fast.analysis.overlap import departures
 from unite_fast.config import ModelConfig
@@ -98,6 +99,53 @@ def test_gradients_that_are_missing_count_as_zeros_and_hooks_go_away(alone):
     mean.begin(loss.detach())  # nothing is reached: all leaves at once, and finish waits for it
     assert mean.finish() == []
     assert not any(p._post_accumulate_grad_hooks for p in parameters)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all-reduce", "reduce-scatter"])
+def test_three_ranks_have_the_mean_of_their_gradients(monkeypatch, whole):
+    """In buffers that wait for what they carry, slices that end inside of parameters, and with gradients that a rank,
+    or all ranks, have from an earlier backward alone or not at all."""
+    group = Ranks(3)
+    group.patch(monkeypatch)
+
+    def body(rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        model, unreached, unused = chain(4), chain(2), chain(1)
+        groups = [[*model.parameters()], [*unreached.parameters(), *unused.parameters()]]
+        finals = [[-place for place in range(len(parameters))] for parameters in groups]
+        partitions = None if whole else [-(-sum(p.numel() for p in parameters) // 3) for parameters in groups]
+        mean = GradientMean(groups, partitions, finals, ranks=3, bucket=21, like=torch.zeros(1))
+        generator = torch.Generator().manual_seed(rank)
+        alone = []
+        for _ in range(2):  # the second step begins from nothing, as after an update
+            for parameter in sum(groups, []):
+                parameter.grad = None
+            first, second = torch.randn(2, 3, 5, generator=generator)
+            if rank:
+                unreached(first).sum().backward()
+            (model(first).sum() + model(second).square().sum()).backward()
+            alone = [[p.grad if p.grad is None else p.grad.clone() for p in parameters] for parameters in groups]
+            for parameter in groups[0]:
+                parameter.grad = None
+            model(first).sum().backward()
+            mean.begin(loss := model(second).square().sum())
+            loss.backward()
+            slices = mean.finish()
+        alone = [
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(*pair, strict=True)])
+            for pair in zip(alone, groups, strict=True)
+        ]
+        if whole:
+            assert slices == []
+            slices = [torch.cat([parameter.grad.flatten() for parameter in parameters]) for parameters in groups]
+        return alone, slices
+
+    found = group.run(body)
+    for number in (0, 1):
+        expected = sum(alone[number] for alone, _ in found) / 3
+        slices = [mean[number] for _, mean in found]
+        for flat in slices if whole else [torch.cat(slices)]:
+            torch.testing.assert_close(flat[: len(expected)], expected)
+            assert not flat[len(expected) :].any()
 
 
 def test_windows_cover_every_slice_once():
