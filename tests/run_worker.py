@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch.distributed as dist
 from runs import config
 from torch import Tensor
 
@@ -97,8 +96,8 @@ def other_data(folder: Path, rank: int) -> str:
 
 
 def main(folder: Path) -> None:
-    world.join_world("cpu")
-    rank, report = dist.get_rank(), {}
+    place = world.join_world("cpu")
+    rank, report = place.rank, {"place": [place.rank, place.size, place.local_size]}
     with mock.patch.object(loop, "leave_world", lambda: None):
         for name, stage in STAGES.items():
             loop.train(run_config(folder, name, stage=stage))

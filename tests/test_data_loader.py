@@ -18,11 +18,15 @@ import pytest
 import torch
 from data_trees import picture, running, tree, wait_until
 from PIL import Image
+from runs import config, image_tree
 
 from unite_fast.config import DataConfig
 from unite_fast.data.loader import ImageStream, load_images
 from unite_fast.data.sampler import Sampler, flips
+from unite_fast.engine.batch import Batch
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.images import Images
 
 COUNT = 15  # of tree()'s default
 
@@ -248,6 +252,19 @@ def test_cache_larger_than_memory(tmp_path):
         stream(tree(tmp_path / "d"), cache=True, crop="adm", size=10**7)
 
 
+def test_every_process_of_a_machine_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    image_tree(tmp_path / "train")  # 24 images
+    settings, batch = config(tmp_path), Batch(2, 1, 6)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2 * 24 * 3 * 16**2)
+
+    def opened(local_size):
+        return Images().stream(settings, batch, World(0, 3, 0, torch.device("cpu"), local_size), start_step=0)
+
+    opened(2).close()
+    with pytest.raises(UserError, match="24 images of .* in each of 3 processes, this machine has"):
+        opened(3)
+
+
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="this system has no /dev/shm")
 def test_too_little_shared_memory(tmp_path):
     with pytest.raises(UserError, match=r"data.prefetch.*--shm-size"):
@@ -262,6 +279,8 @@ def test_shared_memory_is_asked_for_what_all_workers_keep_ready(tmp_path, monkey
         stream(root, workers=2, prefetch=3)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=need, f_frsize=1))
     stream(root, workers=2, prefetch=3).close()
+    with pytest.raises(UserError, match=r"--shm-size"):
+        stream(root, workers=2, prefetch=3, local_size=2)
 
 
 def test_closed_stream(tmp_path):

@@ -82,6 +82,10 @@ def reports(folder) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
+def test_ranks_know_their_place(reports):
+    assert [report["place"] for report in reports] == [[rank, RANKS, RANKS] for rank in range(RANKS)]
+
+
 def test_a_signal_stops_all_ranks_at_the_same_step(reports):
     """One to a single rank, and one to all while they measure, each at another place of it."""
     for report in reports:

@@ -49,6 +49,7 @@ class Images:
             accumulation=batch.accumulation,
             rank=world.rank,
             world_size=world.size,
+            local_size=world.local_size,
             start_step=start_step,
         )
 

@@ -65,6 +65,7 @@ class FolderStream(ABC):
         accumulation: int,
         rank: int = 0,
         world_size: int = 1,
+        local_size: int = 1,
         start_step: int = 0,
     ):
         """Scan the folder, or read the index of the shards.
@@ -79,6 +80,7 @@ class FolderStream(ABC):
             accumulation: micro-batches an optimizer step.
             rank: of this process, below world_size.
             world_size: processes that share the global batch.
+            local_size: those of them that share this machine's memory, each with as much of it.
             start_step: first optimizer step to read.
 
         Raises:
@@ -89,6 +91,7 @@ class FolderStream(ABC):
         self.classes: tuple[str, ...] = folder.classes
         self.steps_per_epoch: float = len(folder) / global_batch
         self._folder, self._config, self._seed, self._start_step = folder, config, seed, start_step
+        self._local_size = local_size
         self._files = FileReader(folder, image_size, config.crop)
         self._bad = BadFiles(folder, config.max_bad_share)
         self._sampler = Sampler(len(folder), seed, global_batch, micro_batch, accumulation, rank, world_size)
@@ -161,11 +164,12 @@ class ImageStream(FolderStream):
         }  # fmt: skip
         reader: FileReader | MemoryReader = self._files
         if config.cache:
-            reader = MemoryReader(reader, config.workers)
+            reader = MemoryReader(reader, config.workers, copies=self._local_size)
             self._bad.add(len(self._folder) - len(reader.problems), reader.problems.values())
         workers = 0 if config.cache else config.workers
         if workers:
-            _require_shared_memory(workers * config.prefetch * self._sampler.micro_batch * 3 * reader.image_size**2)
+            ready = workers * config.prefetch * self._sampler.micro_batch * self._local_size
+            _require_shared_memory(ready * 3 * reader.image_size**2)
         self._dataset = _Pieces(reader, seed=self._seed, flip=config.flip, workers=workers)
         self._loader = DataLoader(
             self._dataset,
@@ -347,8 +351,8 @@ def _require_shared_memory(need: int) -> None:
     free = status.f_bavail * status.f_frsize
     if need > free:
         raise UserError(
-            f"data workers keep {need / 2**20:.0f} MiB of images ready (data.workers × data.prefetch × micro-batch) "
-            f"but {SHARED_MEMORY} has {free / 2**20:.0f} MiB free: lower data.workers or data.prefetch, or give the "
+            f"data workers keep {need / 2**20:.0f} MiB of images ready (data.workers × data.prefetch × micro-batch × "
+            f"processes of this machine) but {SHARED_MEMORY} has {free / 2**20:.0f} MiB free: lower data.workers or data.prefetch, or give the "
             f"container more shared memory (docker run --shm-size)"
         )
 

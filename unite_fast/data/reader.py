@@ -89,20 +89,26 @@ class MemoryReader:
         problems: the files that could not be used, by index.
     """
 
-    def __init__(self, files: FileReader, threads: int):
+    def __init__(self, files: FileReader, threads: int, *, copies: int = 1):
         """Decode everything.
+
+        Args:
+            files: reads an image.
+            threads: that decode.
+            copies: processes of this machine that keep all images, each for itself.
 
         Raises:
             UserError: the decoded images exceed this machine's memory.
             WrongSizeError: as `FileReader.pixels`.
         """
         self.folder, self.image_size = files.folder, files.image_size
-        need = len(self.folder) * 3 * self.image_size**2
+        need = copies * len(self.folder) * 3 * self.image_size**2
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if need > memory:
             raise UserError(
-                f"data.cache needs {need / 2**30:.1f} GiB for the {len(self.folder)} images of {self.folder.root}, "
-                f"this machine has {memory / 2**30:.1f} GiB: set data.cache to false"
+                f"data.cache needs {need / 2**30:.1f} GiB for the {len(self.folder)} images of {self.folder.root}"
+                + (f" in each of {copies} processes" if copies > 1 else "")
+                + f", this machine has {memory / 2**30:.1f} GiB: set data.cache to false"
             )
         self._images = np.empty((len(self.folder), self.image_size, self.image_size, 3), np.uint8)
         self.problems: dict[int, Problem] = {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ class World:
         size: number of processes.
         local_rank: 0 … on this node; the CUDA device index.
         device: where this process computes.
+        local_size: number of processes on this node, which share its memory.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -137,7 +140,6 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
     size = int(launched.get("WORLD_SIZE", 1))
     local_rank = int(launched.get("LOCAL_RANK", 0))
     device = _device(wanted, local_rank)
-    world = World(rank, size, local_rank, device)
     if (size > 1 or always_group) and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if size > 1:
@@ -146,7 +148,8 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    return world
+    world = World(rank, size, local_rank, device)
+    return replace(world, local_size=world.collect(node := platform.node()).count(node))
 
 
 def leave_world() -> None:
