@@ -122,8 +122,10 @@ def test_three_ranks_read_what_their_slices_make_together(monkeypatch):
     before the next one leaves nothing behind."""
     ranks = Ranks(3)
     ranks.patch(monkeypatch)
-    groups = [["blocks.1.2.weight"], ["blocks.1.0.weight", "blocks.1.0.bias"], ["blocks.0.2.weight"]]
-    groups += [["blocks.0.0.weight"], ["norm.weight", "norm.bias", "blocks.0.0.bias", "blocks.0.2.bias", "blocks.1.2.bias"]]
+    groups = [
+        ["blocks.1.2.weight"], ["blocks.1.0.weight", "blocks.1.0.bias"], ["blocks.0.2.weight"], ["blocks.0.0.weight"],
+        ["norm.weight", "norm.bias", "blocks.0.0.bias", "blocks.0.2.bias", "blocks.1.2.bias"],
+    ]  # fmt: skip
     rounded = {"blocks.1.2.weight", "blocks.1.0.weight", "blocks.0.0.weight"}
 
     def body(rank: int) -> None:

@@ -73,7 +73,7 @@ class Ranks:
 
     def all_gather_into_tensor(self, output: Tensor, source: Tensor, async_op: bool = False) -> Late | None:
         if output.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
-            assert source.data_ptr() == output.chunk(self.size)[self.rank].data_ptr(), "NCCL takes it in its place alone"
+            assert source.data_ptr() == output.chunk(self.size)[self.rank].data_ptr(), "NCCL takes it in its place"
         result = torch.cat(self._all("all_gather", source.clone()))
         return self._done(output, result, source.clone(), async_op)
 

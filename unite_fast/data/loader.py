@@ -352,8 +352,8 @@ def _require_shared_memory(need: int) -> None:
     if need > free:
         raise UserError(
             f"data workers keep {need / 2**20:.0f} MiB of images ready (data.workers × data.prefetch × micro-batch × "
-            f"processes of this machine) but {SHARED_MEMORY} has {free / 2**20:.0f} MiB free: lower data.workers or data.prefetch, or give the "
-            f"container more shared memory (docker run --shm-size)"
+            f"processes of this machine) but {SHARED_MEMORY} has {free / 2**20:.0f} MiB free: lower data.workers or "
+            f"data.prefetch, or give the container more shared memory (docker run --shm-size)"
         )
 
 

@@ -120,9 +120,8 @@ class Engine:
     def weights(self, *, ema: bool) -> Iterator[nn.Module]:
         """The model with its EMA weights (or the trained ones), whole on every rank, in evaluation mode, no gradients.
 
-        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards. Behind an exception it
-        cannot: others may not be where it was raised, so nothing that is collective follows, and the model that computes
-        keeps what it has.
+        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards, but not behind an
+        exception: other ranks may be elsewhere, so nothing collective follows it, and the model keeps what it has.
         """
         training = self.model.training
         if ema:
