@@ -135,7 +135,7 @@ def fitted(config: Config, *, memory: float, ranks: int = 8, device: str = "cuda
         if predict(run, extent=Extent(size), ranks=ranks).peak > memory:
             raise torch.OutOfMemoryError
 
-    world = SimpleNamespace(device=torch.device(device), size=ranks, all_true=lambda fits: fits)
+    world = SimpleNamespace(device=torch.device(device), size=ranks, local_size=ranks, all_true=lambda fits: fits)
     batch, run = fit(config, world, Extent, try_step)
     return batch.micro_batch, run.objective.chunk, tried
 

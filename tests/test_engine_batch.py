@@ -121,6 +121,10 @@ def test_a_cpu_is_not_driven_out_of_memory():
     bounded = bounded_on_cpu(try_step, available=lambda: 170, peak=lambda: used[0])
     assert find_micro_batch(bounded, [1, 2, 4, 8, 16]) == 8
     assert ran == [1, 2, 4, 8], "16 needs 160 of 85 bytes and must not be tried"
+    used[0] = 100
+    ran.clear()
+    bounded = bounded_on_cpu(try_step, processes=2, available=lambda: 170, peak=lambda: used[0])
+    assert find_micro_batch(bounded, [1, 2, 4, 8, 16]) == 4 and ran == [1, 2, 4], "the other process needs as much"
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}

@@ -164,6 +164,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def bounded_on_cpu(
     try_step: Callable[[int], None],
     *,
+    processes: int = 1,
     available: Callable[[], int] | None = None,
     peak: Callable[[], int] | None = None,
 ) -> Callable[[int], None]:
@@ -173,6 +174,7 @@ def bounded_on_cpu(
     to need more than half of the free memory raises torch.OutOfMemoryError without being run.
 
     Args:
+        processes: on this machine that try sizes at once, each with its share of what is free.
         available, peak: bytes free on the machine and bytes this process has needed at most; measured if None.
     """
     available = available or _available_bytes
@@ -184,7 +186,7 @@ def bounded_on_cpu(
         smaller = [done for done in measured if done <= size]
         if smaller:
             last = max(smaller)
-            if measured[last] * size / last > CPU_MEMORY_SHARE * available():
+            if measured[last] * size / last > CPU_MEMORY_SHARE * available() / processes:
                 raise torch.OutOfMemoryError(f"a micro-batch of {size} is predicted not to fit")
         try_step(size)
         measured[size] = peak() - baseline

@@ -57,7 +57,7 @@ def fit(
         candidates = micro_batch_candidates(train, world.size)
         micro = candidates[0]
         if len(candidates) > 1:
-            step = try_size if device == "cuda" else bounded_on_cpu(try_size)
+            step = try_size if device == "cuda" else bounded_on_cpu(try_size, processes=world.local_size)
             micro = find_micro_batch(step, candidates, agree=world.all_true)
     batch = resolve_batch(train, world.size, micro)
     micro = batch.micro_batch
