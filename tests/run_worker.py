@@ -71,7 +71,8 @@ def stopped_measuring(folder: Path, rank: int) -> int | None:
     def drawn(*arguments: Any, **options: Any) -> Tensor:
         made = draw(*arguments, **options)
         if rank == 0:
-            while not waiting.exists():
+            until = time.monotonic() + 60
+            while not waiting.exists() and time.monotonic() < until:
                 time.sleep(0.01)
             for process in (int(waiting.read_text()), os.getpid()):
                 os.kill(process, signal.SIGTERM)
