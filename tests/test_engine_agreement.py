@@ -7,6 +7,7 @@ from engine_toy import toy_config
 
 from unite_fast.engine import agreement
 from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
+from unite_fast.engine.report import Report
 from unite_fast.errors import UserError
 
 
@@ -30,6 +31,14 @@ def test_a_node_with_other_data_is_said(count, words):
     samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
     with pytest.raises(UserError, match=words):
         require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
+
+
+def test_what_is_left_to_evaluate_is_what_the_main_rank_sees(tmp_path):
+    """Pictures and metrics are made by all ranks or by none."""
+    (tmp_path / "samples_00000003.png").touch()
+    for told in ({"pictures"}, {"metrics"}):
+        world = MagicMock(share=lambda mine: told if mine == {"pictures"} else None)
+        assert Report.made(MagicMock(folder=tmp_path, world=world), 3) == told
 
 
 def test_a_node_with_a_configuration_of_its_own_is_said():

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
+from cli_toy import CONFIG, toy_model
 
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.evaluation.evaluator import Evaluation, Evaluator, Plan
 from unite_fast.evaluation.generation import Pictures
 from unite_fast.evaluation.work import Patience, Work, digest, progress
 
@@ -81,7 +83,8 @@ def test_memory_that_ends_halves_what_is_made_and_goes_on(tmp_path, capsys):
 
 
 def test_ranks_deal_the_missing_pieces_out(tmp_path):
-    """Two ranks as threads: each is told the same missing pieces, and rank 0 waits for both."""
+    """Two ranks as threads: each is told those that rank 0 misses, whatever it sees itself, and rank 0 waits for both."""
+    Work(tmp_path, ALONE).gather("x", {}, 2, 2, Maker())
     barrier, told = threading.Barrier(2), []
 
     class Rank(World):
@@ -98,15 +101,26 @@ def test_ranks_deal_the_missing_pieces_out(tmp_path):
 
     def run(rank):
         work = Work(tmp_path, Rank(rank, 2, rank, torch.device("cpu")), shown=False)
-        found[rank] = work.gather("x", {}, 9, 2, makers[rank])
+        found[rank] = work.gather("x", {}, 9, 2, makers[rank], kept=lambda first, stop: rank == 0)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert makers[0].calls == [(0, 2), (4, 6), (8, 9)] and makers[1].calls == [(2, 4), (6, 8)]
+    assert makers[0].calls == [(2, 4), (6, 8)] and makers[1].calls == [(4, 6), (8, 9)]
     assert found[1] is None and torch.equal(found[0]["number"], torch.arange(9))
+
+
+def test_all_ranks_hear_the_numbers_that_rank_0_computed():
+    """A search goes on from them, on all ranks alike."""
+
+    class Told(World):
+        def share(self, value):
+            return {"gfid": 3.0}, {"seed": 1}
+
+    evaluator = Evaluator(Plan(()), CONFIG, Told(1, 2, 1, torch.device("cpu")), files=(None, None, None))
+    assert evaluator.measure(toy_model(), {}, {}, None) == Evaluation({"gfid": 3.0}, {"seed": 1})
 
 
 def test_pieces_of_other_nodes_are_waited_for(tmp_path, monkeypatch):

@@ -53,6 +53,16 @@ def test_what_is_saved_is_left_at_once(number):
     assert signal.getsignal(number) is before
 
 
+def test_what_another_rank_was_told_counts():
+    """Also right before an evaluation, which the others would begin without it."""
+    flags = []
+    with StopSignals(SimpleNamespace(size=2, device=ALONE.device, all_true=lambda flag: flags.append(flag))) as stop:
+        assert stop.told() and stop.told_now() and stop.received is None
+        with pytest.raises(Interrupted), stop.at_once():
+            pytest.fail("another rank will not come here")
+    assert flags == [True, True, True]
+
+
 def test_votes_among_gpus_are_cast_beside_the_stream_of_the_step(monkeypatch):
     """On it they would make the next forward wait for every collective that was asked for before."""
     streams = ["of the step"]
