@@ -4,9 +4,11 @@ from unittest.mock import MagicMock
 
 import pytest
 from engine_toy import toy_config
+from runs import config, image_tree
 
-from unite_fast.engine import agreement
+from unite_fast.engine import agreement, loop
 from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
+from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.report import Report
 from unite_fast.errors import UserError
 
@@ -33,6 +35,20 @@ def test_a_node_with_other_data_is_said(count, words):
         require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
 
 
+@pytest.mark.parametrize("asked", ["require_same_config", "newest_checkpoint", "require_same_data"])
+def test_a_run_asks_before_it_trains(tmp_path, monkeypatch, asked):
+    image_tree(tmp_path / "train")
+    monkeypatch.setattr(loop, asked, MagicMock(side_effect=UserError(f"{asked} was asked")))
+    with pytest.raises(UserError, match=f"{asked} was asked"):
+        loop.train(config(tmp_path))
+
+
+def test_a_folder_that_the_main_rank_cannot_hold_is_refused_on_all():
+    with pytest.raises(UserError, match="is being trained in"):
+        with sole_trainer(None, MagicMock(is_main=False, share=lambda mine: "it is being trained in")):
+            pytest.fail("the main rank is gone")
+
+
 def test_what_is_left_to_evaluate_is_what_the_main_rank_sees(tmp_path):
     """Pictures and metrics are made by all ranks or by none."""
     (tmp_path / "samples_00000003.png").touch()
@@ -43,12 +59,12 @@ def test_what_is_left_to_evaluate_is_what_the_main_rank_sees(tmp_path):
 
 def test_a_node_with_a_configuration_of_its_own_is_said():
     """But its data may lie elsewhere."""
-    config = toy_config()
+    settings = toy_config()
 
     def others(**changed):
         return MagicMock(collect=lambda mine: [mine, {**mine, **changed}])
 
-    require_same_config(config, others(data=config.data.model_dump() | {"path": "/local/images"}))
-    optimizer = config.optimizer.model_dump() | {"lr": 0.5}
+    require_same_config(settings, others(data=settings.data.model_dump() | {"path": "/local/images"}))
+    optimizer = settings.optimizer.model_dump() | {"lr": 0.5}
     with pytest.raises(UserError, match="optimizer.lr is 0.02 for rank 0, 0.5 for rank 1[.]"):
-        require_same_config(config, others(optimizer=optimizer))
+        require_same_config(settings, others(optimizer=optimizer))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_toy import toy_config
 
-from unite_fast.config import TrainConfig
+from unite_fast.analysis.extent import Extent
+from unite_fast.config import Config, TrainConfig
+from unite_fast.engine import fitting
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
 from unite_fast.engine.world import init_world, launch_environment
 from unite_fast.errors import UserError
@@ -125,6 +129,16 @@ def test_a_cpu_is_not_driven_out_of_memory():
     ran.clear()
     bounded = bounded_on_cpu(try_step, processes=2, available=lambda: 170, peak=lambda: used[0])
     assert find_micro_batch(bounded, [1, 2, 4, 8, 16]) == 4 and ran == [1, 2, 4], "the other process needs as much"
+
+
+def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fitting, "bounded_on_cpu", lambda step, processes: asked.append(processes) or step)
+    train = {"steps": 1, "global_batch": 8, "micro_batch": "auto", "device": "cpu"}
+    config = Config.parse({"train": train, "data": {"path": "-"}, "objective": {"lpips": {"weight": 0}}})
+    world = SimpleNamespace(device=torch.device("cpu"), size=4, local_size=2, all_true=lambda fits: fits)
+    batch, _ = fitting.fit(config, world, Extent, lambda run, size: None)
+    assert asked == [2] and batch == Batch(2, 1, 8)
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}

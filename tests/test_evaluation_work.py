@@ -83,7 +83,7 @@ def test_memory_that_ends_halves_what_is_made_and_goes_on(tmp_path, capsys):
 
 
 def test_ranks_deal_the_missing_pieces_out(tmp_path):
-    """Two ranks as threads: each is told those that rank 0 misses, whatever it sees itself, and rank 0 waits for both."""
+    """Two ranks as threads: each is told what rank 0 misses, whatever it sees itself, and rank 0 waits for both."""
     Work(tmp_path, ALONE).gather("x", {}, 2, 2, Maker())
     barrier, told = threading.Barrier(2), []
 

@@ -113,7 +113,7 @@ def test_three_ranks_have_the_mean_of_their_gradients(monkeypatch, whole):
         groups = [[*model.parameters()], [*unreached.parameters(), *unused.parameters()]]
         finals = [[-place for place in range(len(parameters))] for parameters in groups]
         partitions = None if whole else [-(-sum(p.numel() for p in parameters) // 3) for parameters in groups]
-        mean = GradientMean(groups, partitions, finals, ranks=3, bucket=21, like=torch.zeros(1))
+        mean = GradientMean(groups, partitions, finals, ranks=3, bucket=23, like=torch.zeros(1))
         generator = torch.Generator().manual_seed(rank)
         alone = []
         for _ in range(2):  # the second step begins from nothing, as after an update
@@ -146,6 +146,19 @@ def test_three_ranks_have_the_mean_of_their_gradients(monkeypatch, whole):
         for flat in slices if whole else [torch.cat(slices)]:
             torch.testing.assert_close(flat[: len(expected)], expected)
             assert not flat[len(expected) :].any()
+
+
+def test_windows_that_no_gradient_has_sent_leave_at_the_end(alone, monkeypatch):
+    parameters = list(chain(2).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    mean = mean_of([parameters], whole=False, bucket=20)
+    journal = Journal(monkeypatch, parameters)
+    mean.begin(sum(parameter.sum() for parameter in parameters))
+    assert journal.events == ["sent"], "padding, alone in its window"
+    (flat,) = mean.finish()
+    assert journal.events == 4 * ["sent"]
+    torch.testing.assert_close(flat[:-1], torch.cat([p.grad.flatten() for p in parameters]))
 
 
 def test_windows_cover_every_slice_once():

@@ -127,10 +127,11 @@ def test_the_loss_falls(folder):
 
 def test_every_micro_batch_of_a_run_has_draws_of_its_own(folder, monkeypatch):
     """Of each step, rank and seed; the losses on record are the means over them."""
-    noises, one = [], torch.tensor(1.0)
+    noises, lasts, one = [], [], torch.tensor(1.0)
 
     def step(engine, objective, data, labels, draws, *, shape, weight, last):
         noises.append(draws.tokenize(shape).noise)
+        lasts.append(last)
         return StepLosses(one, {"l1": one}, one, torch.zeros(shape), None)
 
     monkeypatch.setattr("unite_fast.engine.loop.two_pass_step", step)
@@ -144,6 +145,7 @@ def test_every_micro_batch_of_a_run_has_draws_of_its_own(folder, monkeypatch):
                 assert (losses.total, losses.terms["l1"], losses.flow) == (1, 1, 1)
         run.stream.close()
     assert len(noises) == 2 * 2 * 2 * 2
+    assert lasts == 2 * 2 * 2 * [False, True], "ranks communicate once a step"
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
 
 
