@@ -81,7 +81,7 @@ def test_what_is_read_first_is_sent_first(reports, name):
     if name == "two-encoders":
         pytest.skip("the decoder is read before the denoiser, whose gradients are the last backward's")
     for report in reports:
-        assert len(report[name]["waits"]) > 3 and report[name]["waits"] == sorted(report[name]["waits"])
+        assert len(report[name]["waits"]) > 2 and report[name]["waits"] == sorted(report[name]["waits"])
 
 
 @needs_deepspeed
