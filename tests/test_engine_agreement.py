@@ -1,15 +1,20 @@
 """Ranks that find different checkpoints or data are told so, and those of a network folder that lags are waited for."""
 
+import shutil
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
-from engine_toy import toy_config
+import torch
+from engine_toy import toy_config, toy_model, toy_step
 from runs import config, image_tree
 
-from unite_fast.engine import agreement, loop
+from unite_fast.engine import agreement, checkpoint, loop
 from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
+from unite_fast.engine.engine import Engine
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.report import Report
+from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
 
@@ -33,6 +38,20 @@ def test_a_node_with_other_data_is_said(count, words):
     samples, other = {"count": 24, "digest": "a"}, {"count": count, "digest": "b"}
     with pytest.raises(UserError, match=words):
         require_same_data(samples, MagicMock(collect=lambda mine: [mine, mine, other]), "images")
+
+
+def test_other_ranks_write_and_delete_no_checkpoint(tmp_path):
+    settings = toy_config()
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"keep_checkpoints": 1})})
+    engine = Engine(toy_model(), settings, World(0, 1, 0, torch.device("cpu")), steps_per_epoch=10)
+    kept = checkpoint.save(engine, tmp_path, {})
+    toy_step(engine, 0)
+    engine.world = replace(engine.world, rank=1)
+    checkpoint.save(engine, tmp_path, {})
+    assert list(kept.parent.iterdir()) == [kept]
+    shutil.copytree(kept, kept.with_name("step_00000002"))
+    checkpoint.save(engine, tmp_path, {})
+    assert len(list(kept.parent.iterdir())) == 2, "which of them go is the main rank's to say"
 
 
 @pytest.mark.parametrize("asked", ["require_same_config", "newest_checkpoint", "require_same_data"])

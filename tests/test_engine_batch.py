@@ -131,14 +131,15 @@ def test_a_cpu_is_not_driven_out_of_memory():
     assert find_micro_batch(bounded, [1, 2, 4, 8, 16]) == 4 and ran == [1, 2, 4], "the other process needs as much"
 
 
-def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
-    asked = []
+def test_ranks_try_sizes_together(monkeypatch):
+    """Each with its share of the machine's free memory, and for all no more than fits on every one."""
+    asked, tried = [], []
     monkeypatch.setattr(fitting, "bounded_on_cpu", lambda step, processes: asked.append(processes) or step)
     train = {"steps": 1, "global_batch": 8, "micro_batch": "auto", "device": "cpu"}
     config = Config.parse({"train": train, "data": {"path": "-"}, "objective": {"lpips": {"weight": 0}}})
-    world = SimpleNamespace(device=torch.device("cpu"), size=4, local_size=2, all_true=lambda fits: fits)
-    batch, _ = fitting.fit(config, world, Extent, lambda run, size: None)
-    assert asked == [2] and batch == Batch(2, 1, 8)
+    world = SimpleNamespace(device=torch.device("cpu"), size=2, local_size=2, all_true=lambda fits: tried[-1] < 4)
+    batch, _ = fitting.fit(config, world, Extent, lambda run, size: tried.append(size))
+    assert asked == [2] and tried == [1, 2, 4] and batch == Batch(2, 2, 8)
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
