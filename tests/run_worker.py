@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from runs import config
+from runs import config, latest_step
 from torch import Tensor
 
 from unite_fast.config import Config
-from unite_fast.engine import checkpoint, loop, world
+from unite_fast.engine import loop, world
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluator
 
@@ -53,7 +53,7 @@ def stopped_by_one(folder: Path, rank: int) -> int | None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with mock.patch.object(loop.ProgressLine, "advance", told):
-        return checkpoint.latest_step(loop.train(run_config(folder, "one", stage=1)))
+        return latest_step(loop.train(run_config(folder, "one", stage=1)))
 
 
 def stopped_measuring(folder: Path, rank: int) -> int | None:
@@ -81,7 +81,7 @@ def stopped_measuring(folder: Path, rank: int) -> int | None:
     with mock.patch.object(world.World, "barrier", wait), mock.patch.object(evaluator, "draw", drawn):
         settings = run_config(folder, "measuring", stage=1).model_dump()
         settings["evaluation"]["every"] = STEPS  # pictures have a barrier of their own
-        return checkpoint.latest_step(loop.train(Config.parse(settings)))
+        return latest_step(loop.train(Config.parse(settings)))
 
 
 def other_data(folder: Path, rank: int) -> str:

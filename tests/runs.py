@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unite_fast.config import Config
+from unite_fast.engine import checkpoint
 
 
 def image_tree(root: Path, *, per_class: int = 12, size: int = 16, classes: int = 2) -> Path:
@@ -53,3 +54,9 @@ def config_file(folder: Path, **sections: dict) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(settings(folder, **sections)))
     return path
+
+
+def latest_step(run: Path) -> int | None:
+    """Optimizer steps of the newest checkpoint of a run, or None."""
+    path = checkpoint.latest(run)
+    return None if path is None else checkpoint.step_of(path)

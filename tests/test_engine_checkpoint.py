@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_toy import toy_batch, toy_config, toy_model, toy_step
+from runs import latest_step
 from safetensors.torch import load_file, save_file
 
 from unite_fast.engine import checkpoint
@@ -133,13 +134,13 @@ def test_files_are_plain_tensors_under_their_own_names(tmp_path):
 
 
 def test_the_newest_are_kept(tmp_path):
-    assert checkpoint.latest(tmp_path) is None and checkpoint.latest_step(tmp_path) is None
+    assert checkpoint.latest(tmp_path) is None and latest_step(tmp_path) is None
     engine = engine_at(0, keep=2)
     for _ in range(4):
         advance(engine, 1)
         checkpoint.save(engine, tmp_path, {})
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000003", "step_00000004"]
-    assert checkpoint.latest_step(tmp_path) == 4
+    assert latest_step(tmp_path) == 4
 
 
 def test_an_old_checkpoint_that_is_still_read_on_nfs_does_not_stop_the_run(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_an_old_checkpoint_that_is_still_read_on_nfs_does_not_stop_the_run(tmp_p
         for _ in range(3):
             advance(engine, 1)
             checkpoint.save(engine, tmp_path, {})
-        assert checkpoint.latest_step(tmp_path) == 3 and len(os.listdir(tmp_path / "checkpoints")) == 3
+        assert latest_step(tmp_path) == 3 and len(os.listdir(tmp_path / "checkpoints")) == 3
     advance(engine, 1)
     checkpoint.save(engine, tmp_path, {})
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000004"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_toy import mistake, run, small_disk
 from golden import golden, needs_golden, published_weights
-from runs import config, config_file, image_tree, settings
+from runs import config, config_file, image_tree, latest_step, settings
 from safetensors.torch import load_file
 
 from unite_fast.config import Config, ModelConfig
@@ -107,7 +107,7 @@ def test_training_goes_on_as_if_it_had_never_left(folder, trained, file, capsys)
     for name in ("imported", "straight"):
         train(config(folder, name=name, train=longer), resume=True)
     expected, found = _tensors(checkpoint.latest(straight)), _tensors(checkpoint.latest(imported))
-    assert checkpoint.latest_step(imported) == STEPS + 4
+    assert latest_step(imported) == STEPS + 4
     assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
 
 

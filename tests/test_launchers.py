@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from data_trees import wait_until
-from runs import config, config_file, image_tree
+from runs import config, config_file, image_tree, latest_step
 from safetensors.torch import load_file
 
-from unite_fast.engine import checkpoint
 from unite_fast.engine.loop import train
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
@@ -42,7 +41,7 @@ def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert "stopped by SIGINT" in said and checkpoint.latest_step(run) > 0
+    assert "stopped by SIGINT" in said and latest_step(run) > 0
     assert "run: 0.2 M parameters" in said, "of the whole model, though no rank holds it"
 
 

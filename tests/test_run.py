@@ -16,7 +16,7 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 from kernel_testing import on_backend
-from runs import config, config_file, image_tree
+from runs import config, config_file, image_tree, latest_step
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -197,7 +197,7 @@ def test_a_run_that_is_further_than_its_configuration_is_not_said_to_be_at_its_e
     assert "more than the 2 steps" in "".join(capsys.readouterr())
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
     assert json.loads((run / "export" / "model.json").read_text())["made_by"]["step"] == 6
-    assert checkpoint.latest_step(run) == 6 and not list(run.glob("evaluations/*00000002*"))
+    assert latest_step(run) == 6 and not list(run.glob("evaluations/*00000002*"))
 
 
 def test_an_existing_run_is_not_overwritten(folder):
@@ -232,7 +232,7 @@ def test_two_trainers_do_not_share_a_run_folder(folder):
         holder.kill()
         holder.wait()
         train(config(folder), resume=True)
-        assert checkpoint.latest_step(run) == 20
+        assert latest_step(run) == 20
     finally:
         holder.kill()
         os.kill(worker, signal.SIGKILL)
@@ -254,7 +254,7 @@ def test_a_file_system_without_locks_trains_all_the_same(folder, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.lockf", unsupported)
-    assert checkpoint.latest_step(train(config(folder, train={"steps": 2}))) == 2
+    assert latest_step(train(config(folder, train={"steps": 2}))) == 2
 
 
 def test_a_disk_full_of_records_is_one_sentence(folder, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_step_whose_gradients_are_not_finite_is_not_saved(folder, monkeypatch)
     monkeypatch.setattr(run.engine, "step", lambda: healthy() + (math.inf if run.engine.step_count == 10 else 0))
     with pytest.raises(UserError, match="^grad_norm became not finite .* and 10; the last good .*step_00000005"):
         run.go()
-    assert checkpoint.latest_step(folder / "runs" / "run") == 5
+    assert latest_step(folder / "runs" / "run") == 5
 
 
 def test_a_learning_rate_that_explodes_is_reported_as_such(folder):
@@ -376,7 +376,7 @@ def test_micro_batch_auto_runs(folder):
     """And what was tried changes no number of the run."""
     auto = {"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}
     run = train(config(folder, train=auto))
-    assert checkpoint.latest_step(run) == 2
+    assert latest_step(run) == 2
     found, given = tensors(checkpoint.latest(run)), train(config(folder, name="given", train=auto | {"micro_batch": 6}))
     expected = tensors(checkpoint.latest(given))
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_toy import toy_config, toy_model, toy_step
-from runs import config, image_tree
+from runs import config, image_tree, latest_step
 
 from unite_fast.engine import checkpoint, stopping
 from unite_fast.engine.engine import Engine
@@ -104,7 +104,7 @@ def test_a_stop_breaks_off_pictures_and_metrics_which_resuming_makes(tmp_path, m
     monkeypatch.setattr(Report, what, interrupted)
     run = train(settings)
     assert "stopped by SIGTERM at step 4 of 8, saved" in "".join(capsys.readouterr())
-    assert checkpoint.latest_step(run) == 4 and not list(run.glob("evaluations/step_00000004-*"))
+    assert latest_step(run) == 4 and not list(run.glob("evaluations/step_00000004-*"))
     assert (run / "samples_00000004.png").exists() == (what == "measure")
     drawn = (run / "samples_00000004.png").stat().st_mtime_ns if what == "measure" else None
     monkeypatch.setattr(Report, what, made)
@@ -140,7 +140,7 @@ def test_a_stop_behind_a_save_does_not_ask_the_folder_whether_to_save(tmp_path, 
         return save(engine, folder, extra)
 
     monkeypatch.setattr(checkpoint, "save", signalled)
-    monkeypatch.setattr(checkpoint, "latest_step", lambda folder: None)
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: None)
     train(config(tmp_path, train={"steps": 8, "checkpoint_every": 4}))
     assert saved == [4]
 
@@ -151,7 +151,7 @@ def test_another_batch_goes_on_at_the_same_epoch(tmp_path, capsys):
     schedule = {"cosine_until_epoch": 4.0, "final_ratio": 0.0}
     settings = {"log_every": 1, "checkpoint_every": 1, "steps": None, "global_batch": None, "accumulation": 1}
     run = train(config(tmp_path, train=settings | {"epochs": 2, "micro_batch": 4}, optimizer=schedule))
-    assert checkpoint.latest_step(run) == 12
+    assert latest_step(run) == 12
     capsys.readouterr()
     train(config(tmp_path, train=settings | {"epochs": 4, "micro_batch": 8}, optimizer=schedule), resume=True)
     said = " ".join("".join(capsys.readouterr()).split())

@@ -244,12 +244,6 @@ def latest(run_dir: str | Path) -> Path | None:
     return next(reversed(_listed(run_dir)), None)
 
 
-def latest_step(run_dir: str | Path) -> int | None:
-    """Optimizer steps of the newest checkpoint of a run, or None."""
-    path = latest(run_dir)
-    return None if path is None else step_of(path)
-
-
 def step_of(path: Path) -> int:
     """Optimizer steps of a checkpoint, from its name."""
     return int(_NAME.fullmatch(path.name).group(1))
