@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.analysis.profiled_step import ProfiledStep, StepMemory, seconds_of_collectives_alone
 from unite_fast.analysis.profiling import Measured, Row, measure_rates, times
 from unite_fast.cli.profile import _print, _share
+from unite_fast.config import Config
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import ProgressLine
@@ -34,6 +36,7 @@ from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import StepLosses
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -296,3 +299,21 @@ def test_a_share_keeps_to_six_characters():
     assert [_share(share) for share in shares] == [
         "-102%", "-41.4%", "-0.2%", "0.0%", "92.2%", "99.9%", "100%", "100%", "1234%"
     ]  # fmt: skip
+
+
+def test_ranks_profile_the_batch_that_the_fullest_device_has_room_for(monkeypatch):
+    gpu = torch.device("cuda")
+    settings = Config.load(CONFIGS / "b_h100.json")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def sizes(free: list[int]) -> set[tuple[int, int]]:
+        monkeypatch.setattr(World, "collect", lambda self, value: free)
+        found = set()
+        for rank, here in enumerate(free):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, here=here: (here, 80 * 2**30))
+            batch, resolved = profiling._batch(settings, World(rank, len(free), rank, gpu), None)
+            found.add((batch.micro_batch, resolved.objective.chunk))
+        return found
+
+    (alike,), (smaller,) = sizes([78 * 2**30, 78 * 2**30]), sizes([78 * 2**30, 30 * 2**30])
+    assert smaller < alike

@@ -257,7 +257,8 @@ def _batch(config: Config, world: World, micro_batch: int | None) -> tuple[Batch
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()  # of what the rates were measured with, more than 2 GiB: the driver counts it as used
-    room = USABLE_MEMORY * torch.cuda.mem_get_info(world.device)[0] if on_gpu else 0
+    # Of the fullest device: ranks that take other batches would wait for each other for ever.
+    room = USABLE_MEMORY * min(world.collect(torch.cuda.mem_get_info(world.device)[0])) if on_gpu else 0
     if micro_batch is not None:
         accumulation = train.accumulation or 1
         batch = Batch(micro_batch, accumulation, micro_batch * accumulation * world.size)
