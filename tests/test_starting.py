@@ -1,6 +1,7 @@
 """What a new run begins with: the weights of another one, whose classes may be others."""
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from runs import config, image_tree
 
 from unite_fast.cli import main
 from unite_fast.config import Config
+from unite_fast.engine import loop
 from unite_fast.engine.loop import Run, train
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
 from unite_fast.importing import open_trained
+from unite_fast.starting import starting_weights
 from unite_fast.weights import read_tensors, write_json
 
 STEPS = {"steps": 3, "checkpoint_every": 3}
@@ -54,7 +57,7 @@ def test_a_run_begins_with_the_average_of_another_and_classes_by_their_names(fol
     expected = torch.cat([before[label][1:2], fresh[label][1:3], before[label][2:]])
     assert torch.equal(found[label], expected)
     (notice,) = notices
-    assert "begins with the weights of" in notice and "step 3; of 3 classes 2 are new" in notice
+    assert "begins with the weights of" in notice and "step 3; 2 of 3 classes are new" in notice
 
 
 def test_averages_begin_there_too_and_a_resumed_run_goes_on_with_its_own(folder):
@@ -80,7 +83,7 @@ def test_names_that_are_not_on_record_leave_the_labels_in_their_order(folder):
         found, notices = begun(others(folder, f"by_number_{count}", start=imported.name, model=model, data=data))
         same = torch.equal(found["encoder.label.weight"][:2], open_trained(imported).state["encoder.label.weight"][:2])
         assert same == (count == 2)
-        assert ("of 3 classes 3 are new" in notices[0]) == (count == 3)
+        assert ("3 of 3 classes are new" in notices[0]) == (count == 3)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +114,26 @@ def test_molecules_begin_with_molecules(folder, tmp_path):
         begun(others(folder, "mixed", train=start))
 
 
-def test_a_folder_that_is_not_there_is_said_first(folder, capsys):
-    settings = others(folder, "nowhere", start="nowhere")
-    (folder / "c.json").write_text(settings.to_json())
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [("nowhere", "no folder "), ("others", "holds no model"), ("c.json", "c.json is a file; give a run")],
+)
+def test_what_holds_no_model_is_said_before_anything_is_measured(folder, capsys, monkeypatch, start, says):
+    monkeypatch.setattr(loop, "fit", None)
+    (folder / "c.json").write_text(others(folder, "nowhere", start=start).to_json())
     assert main(["train", "--config", str(folder / "c.json")]) == 2
-    assert "train.start_from: there is no" in " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: train.start_from: ") and says in error
+
+
+def test_ranks_that_find_other_weights_are_refused(folder):
+    settings = others(folder, "ranks")
+    steps, alike = [3, 6], ["a", "a"]
+    for hashes, refused in ((["a", "b"], True), (alike, False)):
+        answers = iter([steps, hashes])
+        world = MagicMock(size=2, collect=lambda mine: next(answers))
+        if refused:
+            with pytest.raises(UserError, match="rank 0 finds step 3, rank 1 step 6"):
+                starting_weights(settings, world)
+        else:
+            assert starting_weights(settings, world).made_by["step"] == 3

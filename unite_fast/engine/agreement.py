@@ -1,4 +1,5 @@
-"""What all ranks must find alike before they train together: configuration, checkpoint to go on from, and data."""
+"""What all ranks must find alike before they train together: configuration, checkpoint to go on from or weights to begin
+with, and data."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
+from unite_fast.evaluation.protocol import weights_hash
+from unite_fast.importing import Trained
 
 # Where things lie, which may be elsewhere on another node; `require_same_data` looks at what lies there.
 PLACES = {
@@ -81,6 +84,27 @@ def require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> No
     raise UserError(
         f"the training data are not the same for all ranks: rank 0 has {found[0]['count']} {unit}, rank {rank} {what}. "
         f"Put the same into data.path of every node"
+    )
+
+
+def require_same_start(trained: Trained, world: World) -> None:
+    """Refuse ranks that read other weights to begin with. Collective.
+
+    Each reads them by itself, from a folder of its own node perhaps, or of a run that saves in between.
+
+    Raises:
+        UserError: the first rank whose weights are not rank 0's.
+    """
+    if world.size == 1:
+        return
+    steps = world.collect(trained.made_by.get("step"))
+    if (odd := _first_other(world.collect(weights_hash(trained.state)))) is None:
+        return
+    rank, _ = odd
+    raise UserError(
+        f"train.start_from: {trained.origin} does not hold the same weights for all ranks (rank 0 finds step {steps[0]}, "
+        f"rank {rank} step {steps[rank]}). Put the same on every node, and of a run in training name one checkpoint, "
+        f"RUN/checkpoints/step_…"
     )
 
 

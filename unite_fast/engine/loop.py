@@ -32,7 +32,7 @@ from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
 from unite_fast.records import METRICS
-from unite_fast.starting import begin_from
+from unite_fast.starting import begin_from, starting_weights
 from unite_fast.weights import write_text
 
 
@@ -84,7 +84,8 @@ class Run:
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
         check_fp8(config, world.device)
-        _require(config, begins=latest is None)
+        _require_data(config)
+        start = starting_weights(config, world) if latest is None else None
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
         self.modality = modality_of(config)
@@ -105,8 +106,8 @@ class Run:
         model = self.modality.network(config.model)
         model.tokenize_t_max = config.objective.tokenize_t_max
         self._notices: list[str] = []
-        if state is None and config.train.start_from is not None:
-            self._notices.append(begin_from(model, config, self.stream.classes))
+        if start is not None:
+            self._notices.append(begin_from(start, model, self.stream.classes))
         steps_per_epoch = self.stream.steps_per_epoch
         self.engine = Engine(
             model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
@@ -312,14 +313,12 @@ class Run:
         )
 
 
-def _require(config: Config, *, begins: bool) -> None:
-    """Raise a UserError for folders that are not there, before minutes of measuring what fits into memory."""
-    folders = {f"data.{key}": (getattr(config.data, key, None), "the data are") for key in ("path", "val_path")}
-    if begins:
-        folders["train.start_from"] = (config.train.start_from, "a trained model is")
-    for key, (path, what) in folders.items():
+def _require_data(config: Config) -> None:
+    """Raise a UserError for data that are not there, before minutes of measuring what fits into memory."""
+    for key in ("path", "val_path"):
+        path = getattr(config.data, key, None)
         if path is not None and not Path(path).exists():
             raise UserError(
-                f"{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
-                + f": set it to where {what}, or put that there"
+                f"data.{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
+                + ": set it to where the data are, or put them there"
             )
