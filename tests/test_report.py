@@ -357,7 +357,10 @@ def test_neighbours_without_held_out_images(data):
 def test_statistics_of_latents():
     generator = torch.Generator().manual_seed(0)
     z0 = torch.randn(400, 8, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 0.0, 0.0]) + 0.5
+    wide = _statistics(20 * z0)  # as without a latent norm
+    assert wide.histogram.sum() * 2 * wide.range / len(wide.histogram) == pytest.approx(1, abs=0.01)
     latents = _statistics(z0)
+    assert latents.range == pytest.approx(4, abs=0.3)
     assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
     assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
     assert latents.rank == pytest.approx(4, abs=0.05)

@@ -86,7 +86,7 @@ def analyze(
             f"`unite-fast evaluate` measures it"
         )
     folder = out_dir or run_folder(run) / FOLDER
-    require_writable(folder, "the analysis", "Give --out a folder that takes some.")
+    require_writable(folder, "the analysis", "Give --out a folder that takes files.")
     images, fitted = _selections(trained, run_config(run), data, count, train, train_count)
     where = pick_device(device)
     model = trained.build(where)

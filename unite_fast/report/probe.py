@@ -28,7 +28,8 @@ from unite_fast.report.neighbours import Neighbours, find_neighbours
 TRAJECTORY_CLASSES = 6
 NEIGHBOUR_CLASSES, NEIGHBOUR_SAMPLES = 6, 2
 SHOWN_RECONSTRUCTIONS = 24
-HISTOGRAM_RANGE, HISTOGRAM_BINS = 4.0, 64  # latents are layer-normalised: beyond ±4 lies about nothing
+HISTOGRAM_BINS = 64
+HISTOGRAM_RANGE, HISTOGRAM_SHARE = 4.0, 0.999  # at least ±4, within which LayerNorm keeps nearly all, else so much of all
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -79,7 +80,7 @@ class Latents:
     spectrum: np.ndarray
     histogram: np.ndarray
     reference: np.ndarray
-    range: float = HISTOGRAM_RANGE
+    range: float
 
 
 @dataclass
@@ -201,7 +202,8 @@ def _statistics(z0: Tensor) -> Latents:
     deviation, rank = latent_statistics(z0).tolist()
     flat = (z0 - z0.mean(0, keepdim=True)).flatten(0, 1).double()
     eigenvalues = torch.linalg.eigvalsh(flat.T @ flat).clamp_min(0).flip(0)
-    edges = np.linspace(-HISTOGRAM_RANGE, HISTOGRAM_RANGE, HISTOGRAM_BINS + 1)
+    reach = max(HISTOGRAM_RANGE, float(np.quantile(z0.abs().numpy(), HISTOGRAM_SHARE)))
+    edges = np.linspace(-reach, reach, HISTOGRAM_BINS + 1)
     density = np.histogram(z0.numpy(), bins=edges)[0] / z0.numel() / np.diff(edges)
     centres = (edges[1:] + edges[:-1]) / 2
     return Latents(
@@ -213,6 +215,7 @@ def _statistics(z0: Tensor) -> Latents:
         spectrum=(eigenvalues / eigenvalues.sum().clamp_min(1e-12)).numpy(),
         histogram=density,
         reference=np.exp(-(centres**2) / 2) / np.sqrt(2 * np.pi),
+        range=reach,
     )
 
 
