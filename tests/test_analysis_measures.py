@@ -1,4 +1,4 @@
-"""The measures of `analyze` against known values and against their formulas written out."""
+"""The measures of `analyze` against known values and against their formulas written out; trajectories."""
 
 import math
 
@@ -10,7 +10,10 @@ from unite_fast.analysis.activations import register_tokens
 from unite_fast.analysis.entropy import BINS, GROUPS, KINDS, histogram_entropy, weight_entropies
 from unite_fast.analysis.probing import PENALTIES, linear_probe
 from unite_fast.analysis.similarity import alignment, cka, cka_kernel, cknna
+from unite_fast.analysis.trajectories import trajectory
 from unite_fast.errors import UserError
+from unite_fast.evaluation.generation import SAMPLE_STREAM, register_noise
+from unite_fast.flow.sampling import integrate, shifted, velocity
 from unite_fast.model.unite import Unite
 
 
@@ -173,6 +176,24 @@ def test_register_tokens_are_those_of_both_passes(context):
             torch.testing.assert_close(torch.stack(found), torch.stack(expected))
     model.denoise(latents, times, labels)
     assert len(raw) == 2 * CONFIG.depth and len(found) == CONFIG.depth, "the hooks are gone"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_trajectory_shows_what_the_model_predicts_on_the_samplers_path(solver):
+    """Without guidance x̂0 is the denoised z_t, also where 1 − t is below the floor of the velocity."""
+    model, labels = toy_model(), torch.tensor([0, 2])
+    settings = dict(guidance=1.0, interval=(0.0, 1.0), solver=solver, steps=4, time_shift=60.0)
+    found = trajectory(model, labels, settings, seed=5)
+    times = shifted(torch.linspace(0, 1, 4), 60.0)
+    assert found.times == pytest.approx(times[[0, 1, 3]].tolist()) and 0.95 < found.times[1] < 1
+    field = velocity(model, labels, guidance=1.0, interval=(0.0, 1.0))
+    z = register_noise(model, 2, seed=5, stream=SAMPLE_STREAM, first=0)
+    for place, upto in enumerate((1, 2)):
+        z_t = integrate(field, z, times[:upto], solver)
+        expected = model.denoise(z_t, times[upto - 1].expand(2), labels)
+        torch.testing.assert_close(found.clean[place], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.images[place], model.decode(expected).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
 def _classes(count, width, gap, seed=0):

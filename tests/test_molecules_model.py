@@ -113,6 +113,14 @@ def test_a_molecule_does_not_depend_on_its_neighbours():
         torch.testing.assert_close(alone[0], together[row, : int(count)], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_registers_begin_as_noise_or_at_zero(noisy):
+    network = model(register_noise=noisy)
+    elements, positions = molecules()
+    one, other = (encode(network, elements, positions, COUNTS, first=first)[0] for first in (0, 10))  # other noise
+    assert torch.equal(one, other) is not noisy
+
+
 def test_each_register_reads_its_own_atom_and_the_order_matters():
     """A permutation of the atoms is another input; nothing is claimed to be invariant."""
     network = model()

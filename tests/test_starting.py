@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from cli_toy import CONFIG
 from runs import config, image_tree
 
 from unite_fast.cli import main
@@ -13,8 +14,9 @@ from unite_fast.engine import loop
 from unite_fast.engine.loop import Run, train
 from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
-from unite_fast.importing import open_trained
-from unite_fast.starting import starting_weights
+from unite_fast.importing import Trained, open_trained
+from unite_fast.model.unite import Unite
+from unite_fast.starting import begin_from, starting_weights
 from unite_fast.weights import read_tensors, write_json
 
 STEPS = {"steps": 3, "checkpoint_every": 3}
@@ -84,6 +86,18 @@ def test_names_that_are_not_on_record_leave_the_labels_in_their_order(folder):
         same = torch.equal(found["encoder.label.weight"][:2], open_trained(imported).state["encoder.label.weight"][:2])
         assert same == (count == 2)
         assert ("3 of 3 classes are new" in notices[0]) == (count == 3)
+
+
+def test_both_encoders_keep_what_they_know_of_a_class():
+    sizes = [CONFIG.model_copy(update={"num_classes": count, "shared": False}) for count in (2, 3)]
+    before, model = (Unite(size) for size in sizes)
+    start = Trained(sizes[0], before.state_dict(), {"class_names": ["cat", "dog"]}, "there")
+    fresh = {name: x.clone() for name, x in model.state_dict().items()}
+    assert begin_from(start, model, ["ape", "cat", "dog"]).endswith("; 1 of 3 classes is new, with random embeddings")
+    for name, found in model.state_dict().items():
+        there = before.state_dict()[name]
+        new = torch.cat([fresh[name][:1], there]) if name.endswith(".label.weight") else there
+        assert torch.equal(found, new), name
 
 
 @pytest.mark.parametrize(
