@@ -107,9 +107,9 @@ def test_cknna_of_equal_and_of_independent_features():
 
 
 def test_too_few_images_are_said():
-    with pytest.raises(UserError, match="CKNNA of 10 neighbours needs at least 11 images, got 10"):
+    with pytest.raises(UserError, match="CKNNA of 10 neighbours needs at least 11 readable images, got 10"):
         cknna(_normal(10, 3), _normal(10, 3))
-    with pytest.raises(UserError, match="CKA needs at least 4 images, got 3"):
+    with pytest.raises(UserError, match="CKA needs at least 4 readable images, got 3"):
         cka(_normal(3, 3), _normal(3, 3))
 
 

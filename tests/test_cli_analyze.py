@@ -249,7 +249,7 @@ def test_too_few_images_and_diverged_weights(files, tmp_path, capsys):
         shutil.copy(files / "val" / "dog" / f"0{index}.png", tmp_path / "few")
     arguments = ["analyze", "--run", files / "model", "--out", tmp_path / "out"]
     says = mistake(capsys, *arguments, "--data", tmp_path / "few")
-    assert says.startswith("CKNNA of 10 neighbours needs at least 11 images, got 3")
+    assert says.startswith("CKNNA of 10 neighbours needs at least 11 readable images, got 3")
     state = _model().state_dict()
     state["encoder.blocks.0.norm3"][0] = float("nan")
     save_model(state, CONFIG, tmp_path / "nan", made_by={})

@@ -89,4 +89,6 @@ def cknna(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS) -> float:
 
 def _at_least(count: int, least: int, what: str) -> None:
     if count < least:
-        raise UserError(f"{what} needs at least {least} images, got {count}: raise --count, or give a larger --data")
+        raise UserError(
+            f"{what} needs at least {least} readable images, got {count}: raise --count, or give a larger --data"
+        )

@@ -102,9 +102,9 @@ def require_same_start(trained: Trained, world: World) -> None:
         return
     rank, _ = odd
     raise UserError(
-        f"train.start_from: {trained.origin} does not hold the same weights for all ranks (rank 0 finds step {steps[0]}, "
-        f"rank {rank} step {steps[rank]}). Put the same on every node, and of a run in training name one checkpoint, "
-        f"RUN/checkpoints/step_…"
+        f"train.start_from: {trained.origin} does not hold the same weights for all ranks (rank 0 finds step "
+        f"{steps[0]}, rank {rank} step {steps[rank]}). Put the same on every node, and of a run in training name one "
+        f"checkpoint, RUN/checkpoints/step_…"
     )
 
 

@@ -28,8 +28,8 @@ from unite_fast.report.neighbours import Neighbours, find_neighbours
 TRAJECTORY_CLASSES = 6
 NEIGHBOUR_CLASSES, NEIGHBOUR_SAMPLES = 6, 2
 SHOWN_RECONSTRUCTIONS = 24
-HISTOGRAM_BINS = 64
-HISTOGRAM_RANGE, HISTOGRAM_SHARE = 4.0, 0.999  # at least ±4, within which LayerNorm keeps nearly all, else so much of all
+# From −4 to 4, within which LayerNorm keeps nearly all latents, or where they reach further, this share of them.
+HISTOGRAM_RANGE, HISTOGRAM_SHARE, HISTOGRAM_BINS = 4.0, 0.999, 64
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
