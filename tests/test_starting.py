@@ -124,7 +124,7 @@ def test_molecules_begin_with_molecules(folder, tmp_path):
     before = open_trained(first).state
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
     assert "begins with" in notices[0] and "new" not in notices[0]
-    with pytest.raises(UserError, match="is another: it is one of molecules"):
+    with pytest.raises(UserError, match="is a model of molecules, and this run is of images"):
         begun(others(folder, "mixed", train=start))
 
 

@@ -70,29 +70,31 @@ def begin_from(trained: Trained, model: TwoPassModel, classes: Sequence[str]) ->
 
 
 def _check_sizes(trained: Trained, config: Config) -> None:
-    if config.model.modality != trained.config.modality:
-        problems = [f"it is one of {trained.config.modality}"]
-    else:
-        here, there = (sizes.model_dump(mode="json") for sizes in (config.model, trained.config))
-        problems = [
-            f"{key} is {mine!r}, there {its!r}"
-            for key, mine, its in changes(here, there, "model")
-            if key not in FREE | {"model.num_classes"}
-        ]
-        network = modality_of(config).network
-        own, its = (
-            {name: list(shape) for name, shape in network.state_shapes(sizes).items()}
-            for sizes in (config.model, trained.config)
+    if trained.config.modality != config.modality:
+        raise UserError(
+            f"train.start_from: {trained.origin} is a model of {trained.config.modality}, and this run is of "
+            f"{config.modality}: give one of those"
         )
-        problems = problems or [
-            f"{name} is {own.get(name, 'missing')}, there {its.get(name, 'missing')}"
-            for name in dict.fromkeys((*own, *its))
-            if name not in LABELS and own.get(name) != its.get(name)
-        ]
+    here, there = (sizes.model_dump(mode="json") for sizes in (config.model, trained.config))
+    problems = [
+        f"{key} is {mine!r}, there {its!r}"
+        for key, mine, its in changes(here, there, "model")
+        if key not in FREE | {"model.num_classes"}
+    ]
+    network = modality_of(config).network
+    own, its = (
+        {name: list(shape) for name, shape in network.state_shapes(sizes).items()}
+        for sizes in (config.model, trained.config)
+    )
+    problems = problems or [
+        f"{name} is {own.get(name, 'missing')}, there {its.get(name, 'missing')}"
+        for name in dict.fromkeys((*own, *its))
+        if name not in LABELS and own.get(name) != its.get(name)
+    ]
     if problems:
         raise UserError(
-            f"train.start_from: the model of {trained.origin} is another: {'; '.join(problems[:3])}. Take its sizes; "
-            f"model.num_classes alone may differ"
+            f"train.start_from: the model of {trained.origin} is another: {'; '.join(problems[:3])}. Set model as it "
+            f"is there; model.num_classes alone may differ"
         )
 
 
