@@ -49,11 +49,19 @@ def fingerprint(sources: Sequence[Path]) -> int:
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether cpu.c computes with these tensors: its library is there and they are plain, in float32 and on a CPU."""
-    if LIBRARY is None or get_backend() == "torch" or torch.compiler.is_compiling() or transformed():
+    if LIBRARY is None or not sees_plainly(*tensors):
+        return False
+    share_threads()
+    return True
+
+
+def sees_plainly(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors in float32 on a CPU, nothing traces, counts or transforms, and no backend
+    forbids operators of our own."""
+    if get_backend() == "torch" or torch.compiler.is_compiling() or transformed():
         return False
     if torch._C._len_torch_dispatch_stack():  # a mode that traces or counts would see memory that nobody writes
         return False
-    share_threads()
     return all(
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
         for x in tensors

@@ -73,11 +73,13 @@ def _as_utf8(part):
 
 @pytest.fixture()
 def gpu_memory(monkeypatch):
-    """What is kept for a backward is what a GPU keeps: the kernels' tensors, and no matrix of attention's scores."""
+    """What is kept for a backward is what a GPU keeps: the kernels' tensors, and no matrix of attention's scores; nor
+    does a product lay its operands out anew."""
     import unite_kernels
-    from unite_fast.model import attention
+    from unite_fast.model import attention, linear
 
     monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: False)
     unite_kernels.set_backend("triton")
     yield
     unite_kernels.set_backend("auto")

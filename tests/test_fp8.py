@@ -17,6 +17,7 @@ from unite_fast.engine.optim import parameter_groups
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.model import blocks
+from unite_fast.model.linear import Linear
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import Objective, two_pass_step
@@ -163,7 +164,7 @@ def test_weights_names_and_evaluation_are_those_of_the_model_without_it(tmp_path
     images, noise, t = digits()[0], torch.randn(BATCH, 16, 8), torch.zeros(BATCH)
     for ema in (False, True):  # no step yet: both are the first weights
         with engine.weights(ema=ema) as whole, torch.no_grad():
-            assert type(whole.encoder.blocks[0].qkv) is nn.Linear
+            assert type(whole.encoder.blocks[0].qkv) is Linear
             assert torch.equal(whole.decode(whole.tokenize(images, noise=noise, t=t)),
                                twin.decode(twin.tokenize(images, noise=noise, t=t)))  # fmt: skip
     with torch.no_grad():

@@ -10,6 +10,7 @@ from kernel_testing import on_backend
 from unite_fast.model import blocks
 from unite_fast.model.aligned import product_dtype, with_zeros
 from unite_fast.model.blocks import swiglu_hidden, swiglu_mlp
+from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 
 
@@ -21,10 +22,10 @@ def pretended_cuda(monkeypatch):
         yield
 
 
-def mlp(width: int = 32) -> tuple[nn.Linear, nn.Linear]:
+def mlp(width: int = 32) -> tuple[Linear, Linear]:
     torch.manual_seed(0)
     hidden = swiglu_hidden(width)
-    return nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+    return Linear(width, 2 * hidden), Linear(hidden, width)
 
 
 def run(inward, outward, x):

@@ -19,6 +19,7 @@ from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.errors import UserError
 from unite_fast.model.aligned import product_dtype
+from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 from unite_kernels.fp8 import MIN_CAPABILITY
 
@@ -69,7 +70,7 @@ def use_fp8(model: nn.Module) -> None:
     """
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and eligible(f"{path}.{name}", child):
+            if type(child) is Linear and eligible(f"{path}.{name}", child):
                 setattr(parent, name, _turned(child, Fp8Linear))
 
 
@@ -83,7 +84,7 @@ def without_fp8(model: nn.Module) -> Iterator[None]:
         if isinstance(child, Fp8Linear)
     ]
     for parent, name, child in swapped:
-        setattr(parent, name, _turned(child, nn.Linear))
+        setattr(parent, name, _turned(child, Linear))
     with contextlib.ExitStack() as stack:
         for parent, name, child in swapped:
             stack.callback(setattr, parent, name, child)

@@ -19,6 +19,7 @@ from torch.func import functional_call
 import unite_kernels as uk
 from unite_fast.model.aligned import product_dtype, with_zeros
 from unite_fast.model.attention import attend, attend_apart
+from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 
 
@@ -48,14 +49,14 @@ def swiglu_hidden(width: int) -> int:
 
 def _product(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b in the linear's own way, FP8 maybe, with these in place of its parameters."""
-    if type(linear) is nn.Linear:
+    if type(linear) is Linear:
         return F.linear(x, weight, bias)
     return functional_call(linear, {"weight": weight, "bias": bias}, (x,))
 
 
 def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
     """Linear, SwiGLU, Linear; on CUDA and in FP8 with `aligned` hidden rows, and the first bias added by SwiGLU."""
-    on_matrix_units = x.is_cuda or type(inward) is not nn.Linear
+    on_matrix_units = x.is_cuda or type(inward) is not Linear
     # ZeRO 3 gathers parameters in their linear's own forward. A CPU's products add a bias free.
     if not on_matrix_units or any(hasattr(linear.weight, "ds_id") for linear in (inward, outward)):
         return outward(uk.swiglu(inward(x)))
@@ -76,13 +77,13 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         hidden = swiglu_hidden(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = nn.Parameter(torch.ones(width // heads))
         self.k_norm = nn.Parameter(torch.ones(width // heads))
-        self.attention_out = nn.Linear(width, width)
+        self.attention_out = Linear(width, width)
         self.norm2 = nn.Parameter(torch.ones(width))
-        self.mlp_in = nn.Linear(width, 2 * hidden)
-        self.mlp_out = nn.Linear(hidden, width)
+        self.mlp_in = Linear(width, 2 * hidden)
+        self.mlp_out = Linear(hidden, width)
         self.norm3 = nn.Parameter(torch.ones(width))
         self.next_norm = nn.Parameter(torch.ones(width))
 

@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.model.linear import Linear
+
 TIME_FREQUENCIES = 256
 
 
@@ -25,8 +27,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("frequencies", torch.randn(TIME_FREQUENCIES))
-        self.lift = nn.Linear(2 * TIME_FREQUENCIES, width)
-        self.project = nn.Linear(width, width)
+        self.lift = Linear(2 * TIME_FREQUENCIES, width)
+        self.project = Linear(width, width)
         # Nothing reads it. Published models have it, so it is kept for their parameter counts and for round trips.
         self.special = nn.Parameter(torch.zeros(width))
 

@@ -16,6 +16,7 @@ import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.attention import attend
 from unite_fast.model.conditioning import sincos_1d, sincos_2d
+from unite_fast.model.linear import Linear
 
 LAYER_NORM_EPS = 1e-12
 
@@ -41,11 +42,11 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.attention_out = Linear(width, width)
         self.norm2 = ResidualLayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.mlp_in = Linear(width, 4 * width)
+        self.mlp_out = Linear(4 * width, width)
 
     def forward(self, x: Tensor, spans: uk.Spans | None = None, keep: slice | None = None) -> Tensor:
         """x [B, N, Cd], or [1, T, Cd] under `spans` -> the same shape.
@@ -72,8 +73,8 @@ class Decoder(nn.Module):
         super().__init__()
         sizes = config.decoder
         self.patches = config.patches
-        self.lift = nn.Linear(config.latent_dim, sizes.inner)
-        self.embed = nn.Linear(sizes.inner, sizes.width)
+        self.lift = Linear(config.latent_dim, sizes.inner)
+        self.embed = Linear(sizes.inner, sizes.width)
         self.token = nn.Parameter(torch.zeros(sizes.width))
         grid = sincos_2d(math.isqrt(config.patches), sizes.width)
         extra = torch.zeros(1, sizes.width)
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
         self.register_buffer("position", position[None], persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
         self.norm = LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
-        self.pixels = nn.Linear(sizes.width, config.patch_size**2 * 3)
+        self.pixels = Linear(sizes.width, config.patch_size**2 * 3)
 
     def forward(self, latent: Tensor) -> Tensor:
         x = self.embed(self.lift(latent))

@@ -16,6 +16,7 @@ import unite_kernels as uk
 from unite_fast.config import ModelConfig
 from unite_fast.model.blocks import Block, Modulation, Rotary
 from unite_fast.model.conditioning import TimeEmbedding, rotary_tables, sincos_1d
+from unite_fast.model.linear import Linear
 from unite_fast.model.packing import Packed
 
 
@@ -29,18 +30,18 @@ class GenerativeEncoder(nn.Module):
         self.null_label = config.num_classes
         self.context_start = config.context_start if config.context_len else None
         self.checkpoint_activations = config.checkpoint_activations
-        self.register_in = nn.Linear(config.latent_dim, width)
+        self.register_in = Linear(config.latent_dim, width)
         self.register_position = nn.Parameter(sincos_1d(torch.arange(config.registers), width)[None])
         self.time = TimeEmbedding(width)
         # One row a class, the null label, and a last row that published checkpoints carry unused.
         self.label = nn.Embedding(config.num_classes + 2, width)
         if config.context_len:
             self.context = nn.Parameter(torch.empty(1, config.context_len, width))
-        self.modulation = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(config.depth))
-        self.final_modulation = nn.Linear(width, 2 * width)
+        self.modulation = nn.ModuleList(Linear(width, 6 * width) for _ in range(config.depth))
+        self.final_modulation = Linear(width, 2 * width)
         self.opening_norm = nn.Parameter(torch.ones(width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
-        self.final = nn.Linear(width, config.latent_dim)
+        self.final = Linear(width, config.latent_dim)
         cos, sin = rotary_tables(config.registers + config.patches, width // config.heads)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from unite_fast.model.arguments import check_labels, check_tensor
 from unite_fast.model.conditioning import sincos_1d
 from unite_fast.model.decoder import LAYER_NORM_EPS, DecoderBlock
+from unite_fast.model.linear import Linear
 from unite_fast.model.packing import Packed
 from unite_fast.model.two_pass import TwoPassModel
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig
@@ -33,8 +34,8 @@ class AtomEmbedding(nn.Module):
         super().__init__()
         width = config.width
         self.element = nn.Embedding(ELEMENTS, width)
-        self.lift = nn.Linear(3, width)
-        self.project = nn.Linear(width, width)
+        self.lift = Linear(3, width)
+        self.project = Linear(width, width)
         self.register_buffer("index", sincos_1d(torch.arange(config.registers), width), persistent=False)
 
     def forward(self, elements: Tensor, positions: Tensor, place: Tensor) -> Tensor:
@@ -51,12 +52,12 @@ class AtomDecoder(nn.Module):
     def __init__(self, config: MoleculeModelConfig):
         super().__init__()
         sizes = config.decoder
-        self.lift = nn.Linear(config.latent_dim, sizes.width)
+        self.lift = Linear(config.latent_dim, sizes.width)
         self.register_buffer("index", sincos_1d(torch.arange(config.registers), sizes.width), persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(sizes.width, sizes.heads) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
-        self.elements = nn.Linear(sizes.width, ELEMENTS)
-        self.positions = nn.Linear(sizes.width, 3)
+        self.elements = Linear(sizes.width, ELEMENTS)
+        self.positions = Linear(sizes.width, 3)
 
     def forward(self, latent: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """latent [T, D] -> logits [T, 5] and positions [T, 3] in Å, zero mean in every molecule; both float32."""

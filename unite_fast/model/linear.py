@@ -1,0 +1,68 @@
+"""The Linear of every part of the model.
+
+PyTorch's float32 products on x86 CPUs are MKL's, which takes AVX2 on AMD's processors whatever they have. Where those
+have AVX-512, oneDNN, which PyTorch has as well, needs 0.42 to 0.57 of the time forward and for the input's gradient, and
+0.51 to 0.74 for the weight's (EPYC 9005, one core, 64 to 1,536 rows, widths of 128 to 768).
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from unite_kernels.cpu import sees_plainly
+from unite_kernels.dispatch import transformed
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b, on CPUs by the faster library of the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The compiler, whose products Inductor chooses, must not look further.
+        if x.is_cpu and not torch.compiler.is_compiling() and prefers_onednn():
+            tensors = (x, self.weight, self.bias)
+            if x.numel() and not torch.is_autocast_enabled("cpu") and sees_plainly(*tensors):
+                return _OneDnnLinear.apply(*tensors)
+        return super().forward(x)
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether this is a CPU of AMD with AVX-512, and PyTorch has oneDNN's product for tensors in its own layout."""
+    information = Path("/proc/cpuinfo")
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and information.is_file()
+        and "AuthenticAMD" in information.read_text()
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
+        # Where autograd or a vmap looks on, whose gradients have no memory of their own: they see into PyTorch's alone.
+        plain = not torch.is_grad_enabled() and not transformed() and torch._C._has_storage(grad)
+        product = _product if plain else F.linear
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            product(grads, weight.t()).view(x.shape) if wants_x else None,
+            product(grads.t(), rows.t()) if wants_weight else None,
+            grads.sum(0) if wants_bias else None,
+        )
