@@ -33,6 +33,7 @@ from unite_fast.engine.fp8 import check_fp8, use_fp8
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
+from unite_fast.model.linear import product
 from unite_fast.objective.two_pass import TwoPassObjective
 from unite_fast.writable import require_writable
 
@@ -120,8 +121,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, *, fp8: bool = False
     a = torch.randn(side, side, device=device).to(dtype)
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    product = torch.empty_like(a)
-    matmul = min(times(lambda: torch.mm(a, a, out=product), device, REPEATS))
+    matmul = min(times(lambda: product(a, a), device, REPEATS))
     copy = min(times(lambda: target.copy_(source), device, REPEATS))
     in_fp8 = fp8_rate(device) if fp8 and device.type == "cuda" else None
     return Rates(2 * side**3 / matmul, 2 * COPY_BYTES[device.type] / copy, in_fp8)
@@ -133,10 +133,10 @@ def fp8_rate(device: torch.device) -> float:
     a = torch.randn(side, side, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones((), device=device)
 
-    def product() -> torch.Tensor:
+    def in_fp8() -> torch.Tensor:
         return torch._scaled_mm(a, a.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2 * side**3 / min(times(product, device, REPEATS))
+    return 2 * side**3 / min(times(in_fp8, device, REPEATS))
 
 
 def times(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:

@@ -43,6 +43,12 @@ def prefers_onednn() -> bool:
     )
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ by the library that a Linear takes, without gradients: what rates are measured with."""
+    onednn = x.is_cpu and x.dtype == torch.float32 and prefers_onednn()
+    return _product(x, weight) if onednn else F.linear(x, weight)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -59,10 +65,10 @@ class _OneDnnLinear(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
         # Where autograd or a vmap looks on, whose gradients have no memory of their own: they see into PyTorch's alone.
         plain = not torch.is_grad_enabled() and not transformed() and torch._C._has_storage(grad)
-        product = _product if plain else F.linear
+        multiply = _product if plain else F.linear
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         return (
-            product(grads, weight.t()).view(x.shape) if wants_x else None,
-            product(grads.t(), rows.t()) if wants_weight else None,
+            multiply(grads, weight.t()).view(x.shape) if wants_x else None,
+            multiply(grads.t(), rows.t()) if wants_weight else None,
             grads.sum(0) if wants_bias else None,
         )
