@@ -29,6 +29,11 @@ LONGEST_LABEL = 18  # characters of a class name on a sheet
 PAPER, INK = (255, 255, 255), (75, 75, 80)
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` positions of `length`, evenly spread, the first and the last among them."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image [3, H, W], uint8 or floating point in [0, 1], pixel for pixel.
 

@@ -22,6 +22,7 @@ from unite_fast.analysis.similarity import NEIGHBOURS, alignment, cka_kernel, ck
 from unite_fast.analysis.trajectories import Trajectory, trajectory
 from unite_fast.importing import Trained
 from unite_fast.model.unite import Unite
+from unite_fast.pictures import spread
 
 TRAJECTORY_ROWS = 8
 DEFINITIONS = {
@@ -166,7 +167,7 @@ def study(
     compared, cosine = _compare(model, found, options, progress)
     settings = trained.sampling.model_dump() | {"time_shift": trained.time_shift}
     names = trained.class_names or [str(label) for label in range(trained.config.num_classes)]
-    chosen = np.linspace(0, len(names) - 1, min(TRAJECTORY_ROWS, len(names))).round().astype(int).tolist()
+    chosen = spread(len(names), TRAJECTORY_ROWS)
     with progress("trajectories", len(chosen)) as advance:
         path = trajectory(model, torch.tensor(chosen), settings, options.seed)
         advance(len(chosen))

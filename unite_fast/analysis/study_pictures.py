@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from unite_fast.analysis.entropy import BINS, GROUPS, KINDS
 from unite_fast.analysis.study import Study
-from unite_fast.pictures import COLOURS, save_figure, style_axes, trajectory_sheet
+from unite_fast.pictures import COLOURS, save_figure, spread, style_axes, trajectory_sheet
 
 MATRICES = 4  # times whose block-by-block matrices are drawn
 MEASURES = {"cka": "CKA", "cknna": "CKNNA"}
@@ -61,7 +61,7 @@ def alignment_curves(result: Study, path: Path) -> None:
 def alignment_matrices(result: Study, path: Path) -> None:
     """CKA (above) and CKNNA (below) of every block with every other, at some of the times."""
     times = result.options.times
-    shown = sorted({round(place) for place in np.linspace(0, len(times) - 1, min(MATRICES, len(times)))})
+    shown = spread(len(times), MATRICES)
     figure = _figure(2.6 * len(shown) + 0.9, 5.4)
     grid = figure.subplots(2, len(shown), squeeze=False)
     for row, (name, label) in zip(grid, MEASURES.items(), strict=True):

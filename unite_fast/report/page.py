@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from unite_fast.config import Config
-from unite_fast.pictures import NOISY, PANELS
+from unite_fast.pictures import NOISY, PANELS, spread
 from unite_fast.records import RunFolder, duration, number
 from unite_fast.report.charts import Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of, trends
@@ -180,8 +180,7 @@ def _history(run: RunFolder) -> list[tuple[int, str]]:
         found.append((steps if isinstance(steps, int) else run.step, run.path / "samples.png"))
     if len(found) < 2:
         return []
-    keep = sorted({round(k) for k in np.linspace(0, len(found) - 1, min(HISTORY_SHEETS, len(found)))})
-    encoded = [(found[k][0], sheet(found[k][1], HISTORY_WIDTH)) for k in keep]
+    encoded = [(found[k][0], sheet(found[k][1], HISTORY_WIDTH)) for k in spread(len(found), HISTORY_SHEETS)]
     return [(step, uri) for step, uri in encoded if uri]
 
 

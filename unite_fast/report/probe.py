@@ -23,6 +23,7 @@ from unite_fast.evaluation.generation import draw, encode
 from unite_fast.evaluation.reconstruction import psnr, unit_images
 from unite_fast.importing import Trained
 from unite_fast.model.unite import Unite
+from unite_fast.pictures import spread
 from unite_fast.report.neighbours import Neighbours, find_neighbours
 
 TRAJECTORY_CLASSES = 6
@@ -119,13 +120,13 @@ def probe(trained: Trained, model: Unite, config: Config, options: Options, prog
     settings = trained.sampling.model_dump() | {"time_shift": trained.time_shift}
     result = Probe(trained.origin, trained.made_by.get("step"), settings)
     names = trained.class_names or [str(label) for label in range(trained.config.num_classes)]
-    classes = _spread(len(names), config.evaluation.sheet_classes)
+    classes = spread(len(names), config.evaluation.sheet_classes)
     labels = torch.tensor(classes).repeat_interleave(options.columns)
     with progress("samples", len(labels)) as advance:
         samples = _draw(model, labels, settings, options, advance)
     by_class = samples.split(options.columns)
     result.samples = [Row(names[label], _pixels(images)) for label, images in zip(classes, by_class, strict=True)]
-    chosen = [classes[k] for k in _spread(len(classes), TRAJECTORY_CLASSES)]
+    chosen = [classes[k] for k in spread(len(classes), TRAJECTORY_CLASSES)]
     with progress("trajectory", len(chosen)) as advance:
         found = trajectory(model, torch.tensor(chosen), settings, options.seed)
         advance(len(chosen))
@@ -135,7 +136,7 @@ def probe(trained: Trained, model: Unite, config: Config, options: Options, prog
     if held_out is not None:
         with progress("reconstructions and latents", len(held_out[0])) as advance:
             _tokenize(model, held_out[0], options, result, advance)
-    compared = [position for position in _spread(len(classes), NEIGHBOUR_CLASSES)]
+    compared = [position for position in spread(len(classes), NEIGHBOUR_CLASSES)]
     with _explained(result.notes, "neighbours"):
         result.neighbours = find_neighbours(
             {classes[k]: by_class[k][:NEIGHBOUR_SAMPLES] for k in compared}, names, config, held_out, progress
@@ -178,7 +179,7 @@ def _tokenize(
 ) -> None:
     """Latents of the images, their statistics, and reconstructions of some."""
     device = model.device
-    shown = torch.tensor(_spread(len(images), SHOWN_RECONSTRUCTIONS))
+    shown = torch.tensor(spread(len(images), SHOWN_RECONSTRUCTIONS))
     pieces, decoded = [], []
     for first in range(0, len(images), options.batch):
         piece = images[first : first + options.batch]
@@ -219,9 +220,6 @@ def _statistics(z0: Tensor) -> Latents:
     )
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """At most `count` positions of `length`, evenly spread, the first and the last among them."""
-    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def _pixels(images: Tensor) -> np.ndarray:
