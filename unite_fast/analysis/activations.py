@@ -23,7 +23,7 @@ from unite_fast.data.reader import FileReader
 from unite_fast.data.source import open_images, open_source
 from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import encode, register_noise
-from unite_fast.evaluation.held_out import read_images
+from unite_fast.evaluation.held_out import evenly_chosen, read_images
 from unite_fast.evaluation.protocol import names_hash
 from unite_fast.evaluation.reconstruction import require_finite
 from unite_fast.evaluation.small_data import FEATURE_SIDE
@@ -98,9 +98,7 @@ class Images:
             folder = open_source(path, sizes.num_classes, image_size=sizes.image_size, expected=classes)
         except UserError as error:
             folder, unlabelled = open_images(path, image_size=sizes.image_size), str(error)
-        total = len(folder)
-        count = min(total, count)
-        chosen = [place * total // count for place in range(count)]
+        chosen = evenly_chosen(len(folder), count)
         if unlabelled is None:
             labels = torch.from_numpy(folder.labels[chosen])
         return cls(FileReader(folder, sizes.image_size, config.crop), chosen, labels, unlabelled)

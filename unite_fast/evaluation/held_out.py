@@ -25,6 +25,12 @@ READ_THREADS = 8  # Pillow's decoders release the GIL
 SSIM_WINDOW = 11  # pixels (Wang et al. 2004), who count only places where it lies inside the image
 
 
+def evenly_chosen(total: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of so many, evenly spread from the first on; None takes all."""
+    count = min(total, limit or total)
+    return [place * total // count for place in range(count)]
+
+
 class HeldOut:
     """A fixed selection of a folder's images and what is measured on them.
 
@@ -44,9 +50,7 @@ class HeldOut:
         self, reader: FileReader, limit: int | None, batch: int, inception: Inception | None, lpips: Lpips | None
     ):
         self._reader, self._batch, self._inception, self._lpips = reader, batch, inception, lpips
-        total = len(reader.folder)
-        count = min(total, limit or total)
-        self.chosen = [place * total // count for place in range(count)]
+        self.chosen = evenly_chosen(len(reader.folder), limit)
         names = [reader.folder.name(index) for index in self.chosen]
         self.about: dict[str, Any] = {"names_sha256": names_hash(names), "crop": reader.crop}
 
