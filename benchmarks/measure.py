@@ -15,6 +15,7 @@ import torch
 from gate import RECORDS
 
 from unite_fast.model.linear import product
+from unite_kernels.cpu import cpuinfo
 from unite_kernels.toolchain import AVAILABLE, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +126,7 @@ def device_class() -> str:
     """What a baseline is of: the name of a GPU, the maker and the vector instructions of a CPU."""
     if DEVICE == "cuda":
         return _slug(torch.cuda.get_device_properties(0).name).lower()
-    maker = MAKERS.get(_cpuinfo("vendor_id"), platform.machine())
+    maker = MAKERS.get(cpuinfo("vendor_id"), platform.machine())
     return _slug(f"cpu-{maker}-{torch.backends.cpu.get_cpu_capability()}").lower()
 
 
@@ -154,7 +155,7 @@ def environment() -> dict:
         properties = torch.cuda.get_device_properties(0)
         capability = f"{properties.major}.{properties.minor}"
         return described | {"device": properties.name, "capability": capability, "memory": properties.total_memory}
-    return described | {"device": _cpuinfo("model name") or platform.machine(), "threads": torch.get_num_threads()}
+    return described | {"device": cpuinfo("model name") or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def source() -> dict:
@@ -174,16 +175,6 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None
-
-
-def _cpuinfo(field: str) -> str | None:
-    """What Linux says of the first core."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith(field):
-                return line.partition(":")[2].strip()
-    return None
 
 
 def write_record(

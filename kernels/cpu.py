@@ -68,6 +68,16 @@ def sees_plainly(*tensors: Tensor | None) -> bool:
     )
 
 
+def cpuinfo(field: str) -> str | None:
+    """What Linux says of the first core; None elsewhere."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return None
+
+
 def share_threads() -> None:
     """Give the calling thread PyTorch's number of threads, which OpenMP keeps for each thread.
 

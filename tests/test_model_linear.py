@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unite_fast.model import linear as subject
 from unite_fast.model.linear import Linear
 from unite_fast.model.unite import Unite
+from unite_kernels import cpu
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN"
@@ -54,7 +55,7 @@ def test_what_takes_no_gradient_has_no_product_for_it(served):
 
 
 def test_second_derivatives_and_batches_of_gradients_are_plain_pytorchs(served):
-    made = layer().double().float()
+    made = layer()
     x = torch.randn(3, 12, requires_grad=True)
 
     def penalty(product):
@@ -83,7 +84,7 @@ def test_where_others_look_on_it_is_plain_pytorch(served):
 
 def test_only_amds_cpus_with_wide_vectors_prefer_it(monkeypatch, tmp_path):
     information, prefers = tmp_path / "cpuinfo", subject.prefers_onednn.__wrapped__
-    monkeypatch.setattr(subject, "Path", lambda path: information)
+    monkeypatch.setattr(cpu, "Path", lambda path: information)
     for vendor, vectors, expected in (
         ("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False),
         (None, "AVX512", False),
