@@ -1,6 +1,7 @@
 """`pytest benchmarks/` with --gate and --record: the benchmarks' own conftest over three made-up ones."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +19,14 @@ FAKES = """
 import pytest
 
 @pytest.mark.parametrize("name", {names})
-def test_fake(name, results):
-    results.append({{
+def test_fake(name, results, benchmark):
+    result = {{
         "operator": name, "direction": "step", "shape": "4 images", "dtype": "float32", "seconds":
-        {{"ours": {{"low": 1.0, "median": 1.0, "high": 1.0}}}}, "times_faster_than": {{"plain": 1.25}},
-    }})
+        {{"ours": {{"low": 1.0, "median": 1.0, "high": 1.0}}}}, "times_faster_than": {{"plain": {ratio}}},
+    }}
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info.update(result)
+    results.append(result)
 """
 
 
@@ -32,10 +36,12 @@ def bench(pytester, monkeypatch):
     for name in ("BASELINES", "RECORDS"):
         monkeypatch.setattr(gate, name, pytester.path / name.lower())
     monkeypatch.setattr(measure, "RECORDS", gate.RECORDS)
+    # For the processes that measure again.
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS), prepend=os.pathsep)
     folder = pytester.mkdir("benchmarks")
     shutil.copy(BENCHMARKS / "conftest.py", folder)
-    (folder / "test_steps.py").write_text(FAKES.format(names=["step one", "step two"]))
-    (folder / "test_parts.py").write_text(FAKES.format(names=["part of one"]))
+    (folder / "test_steps.py").write_text(fakes("step one", "step two"))
+    (folder / "test_parts.py").write_text(fakes("part of one"))
     write_expected("step one", "step two", "part of one")
 
     def run(*arguments: str) -> SimpleNamespace:
@@ -44,6 +50,11 @@ def bench(pytester, monkeypatch):
         return SimpleNamespace(ret=ran.ret, last=said[-1] if said else "", text=ran.stdout.str() + ran.stderr.str())
 
     return run
+
+
+def fakes(*names: str, ratio: str = "1.25") -> str:
+    """A file of benchmarks with these names, which find this ratio."""
+    return FAKES.format(names=names, ratio=ratio)
 
 
 def write_expected(*names: str) -> None:
@@ -97,7 +108,7 @@ def test_the_commit_of_a_record_is_that_of_the_beginning(bench, monkeypatch):
     head.write_text("measured")
     monkeypatch.setattr(measure, "source", lambda: {"commit": head.read_text(), "uncommitted_changes": False})
     commits = f"\ndef test_commit(results):\n    open({str(head)!r}, 'w').write('later')\n"
-    (head.parent / "benchmarks" / "test_parts.py").write_text(FAKES.format(names=["part of one"]) + commits)
+    (head.parent / "benchmarks" / "test_parts.py").write_text(fakes("part of one") + commits)
     bench("benchmarks", "--record")
     (path,) = gate.RECORDS.glob("*.json")
     assert head.read_text() == "later" and gate.read_record(path)["commit"] == "measured"
@@ -136,3 +147,37 @@ def test_an_interrupted_gate_says_how_far_it_came(bench, stop):
     came = 2 + (stop == "assert False")
     assert run.ret != 0 and f"gate: FAILED, interrupted: {came} of 4 ran (2 judged" in run.last
     assert "MISSING" not in run.text and "which no baseline takes" in run.text
+
+
+# Half as fast but where a file of the benchmark's name says otherwise, which it writes.
+SLOW_ONCE = "0.6 if not __import__('pathlib').Path(name).exists() and not open(name, 'w').close() else 1.25"
+
+
+def test_what_is_slower_is_measured_again_in_a_process_of_its_own(bench, monkeypatch):
+    monkeypatch.setattr(gate, "REPEATS", 1)  # a process takes seconds to begin
+    folder = gate.BASELINES.parent / "benchmarks"
+    (folder / "test_steps.py").write_text(fakes("step one", "step two", ratio="0.6 if name == 'step two' else 1.25"))
+    (folder / "test_parts.py").write_text(fakes("part of one", ratio=SLOW_ONCE))
+    run = bench("benchmarks", "--gate", "--record")
+    assert run.ret == 1 and "gate: FAILED, 1 slower than before (3 judged" in run.last
+    nodes = "benchmarks/test_parts.py::test_fake[part of one], benchmarks/test_steps.py::test_fake[step two]"
+    assert f"gate: 2 slower, measured again in another process: {nodes}" in run.text
+    (path,) = gate.RECORDS.glob("*.json")
+    kept = gate.measured(gate.read_record(path)["results"]).values()
+    assert sorted(ratio.value for ratio in kept) == [0.6, 0.6, 1.25]  # a baseline's bands are of single processes
+
+
+@pytest.mark.parametrize(
+    "there, told",
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("os.kill(os.getppid(), 15)", "gate: FAILED, 1 slower than before, interrupted: what is slower was not"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_measured_again_stays_slower(bench, monkeypatch, there, told):
+    monkeypatch.setattr(gate, "REPEATS", 1)
+    ratio = f"0.6 if os.getpid() == {os.getpid()} else {there}"
+    file = gate.BASELINES.parent / "benchmarks" / "test_parts.py"
+    file.write_text("import os\n" + fakes("part of one", ratio=ratio))
+    run = bench("benchmarks/test_parts.py", "--gate")
+    assert run.ret == 1 and "gate: FAILED, 1 slower than before" in run.last and told in run.text
