@@ -15,7 +15,7 @@ from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
-from unite_fast.engine.report import Report
+from unite_fast.engine.report import Report, files_of_evaluation
 from unite_fast.engine.world import World
 from unite_fast.modality import Inputs
 from unite_fast.model.unite import Unite
@@ -36,6 +36,9 @@ class Images:
 
     def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
         return Objective(config.objective, config.model.num_classes, device, autocast)
+
+    def check_evaluation(self, config: Config, device: torch.device) -> None:
+        files_of_evaluation(config, device)
 
     def stream(self, config: Config, batch: Batch, world: World, *, start_step: int) -> Stream:
         return open_stream(

@@ -68,6 +68,9 @@ class Modality(Protocol):
     def objective(self, config: Any, device: torch.device, autocast: torch.dtype | None) -> TwoPassObjective:
         """The losses."""
 
+    def check_evaluation(self, config: Any, device: torch.device) -> None:
+        """Raise a UserError for files of the run's evaluation that are missing or wrong, before anything takes time."""
+
     def stream(self, config: Any, batch: Batch, world: World, *, start_step: int) -> Stream:
         """The training data from an optimizer step on. Raises a UserError for data that cannot be used."""
 

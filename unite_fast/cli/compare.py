@@ -98,7 +98,7 @@ def compare(
     shown = [name for name in READINGS if any(name in row.metrics for row in rows)]
     if not shown:
         raise UserError(f"the records of {', '.join(map(str, runs))} hold none of {', '.join(METRICS)}")
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}  # what is said of metrics -> which
     names: list[str] = []
     columns: list[list[Text]] = [[] for _ in rows]
     for name in shown:
@@ -107,7 +107,8 @@ def compare(
             best = best_of(rows, name) if anyway else []
             verdict = "ranked all the same, --anyway" if anyway else "not ranked"
             more = f"; and {len(reasons) - DIFFERENCES_SHOWN} more" if len(reasons) > DIFFERENCES_SHOWN else ""
-            notes.append(f"{name}: {verdict}, protocols differ in {'; '.join(reasons[:DIFFERENCES_SHOWN])}{more}")
+            note = f"{verdict}, protocols differ in {'; '.join(reasons[:DIFFERENCES_SHOWN])}{more}"
+            notes.setdefault(note, []).append(name)
         for index, (row, column) in enumerate(zip(rows, columns, strict=True)):
             value = row.metrics.get(name)
             text = "" if value is None else f"{value:.4g}{' *' if index in best else ''}"
@@ -128,8 +129,8 @@ def compare(
         for name, *cells in zip(names, *(columns[index] for index in group), strict=True):
             table.add_row(name, *cells)
         out().print(table)
-    for note in notes:
-        out().print(f"≠ {note}", markup=False, soft_wrap=True)
+    for note, about in notes.items():
+        out().print(f"≠ {', '.join(about)}: {note}", markup=False, soft_wrap=True)
 
 
 def _groups(widths: list[int], room: int) -> list[list[int]]:

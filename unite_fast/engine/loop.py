@@ -85,10 +85,11 @@ class Run:
         check_compile(config, world.device)
         check_fp8(config, world.device)
         _require_data(config)
+        self.modality = modality_of(config)
+        self.modality.check_evaluation(config, world.device)
         start = starting_weights(config, world) if latest is None else None
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
-        self.modality = modality_of(config)
         self.objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
         trial = Trial(config, world, self.modality, self.objective)
         self.batch, resolved = fit(config, world, partial(self.modality.largest, config), trial)

@@ -17,7 +17,7 @@ from unite_fast.data.loader import load_images
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluator import Evaluator, check_files, plan_of
+from unite_fast.evaluation.evaluator import Evaluator, Files, Plan, check_files, plan_of
 from unite_fast.evaluation.generation import draw, encode
 from unite_fast.evaluation.protocol import FOLDER, WORK
 from unite_fast.evaluation.record import about_model, default_name, write_record
@@ -30,6 +30,19 @@ from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
 Due = Literal["pictures", "metrics"]  # what a run may owe after a step that is not its last
+
+
+def files_of_evaluation(config: Config, device: torch.device) -> tuple[Plan, Files]:
+    """What a run on images measures of itself, and the files which that needs, read.
+
+    Raises:
+        UserError: a file that is not given, missing, damaged or of something else.
+    """
+    plan = plan_of(config, device)
+    try:
+        return plan, check_files(plan, config.model)
+    except UserError as error:
+        raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
 
 
 class Report:
@@ -72,10 +85,7 @@ class Report:
     def _prepare(self) -> None:
         """Load what sheets and metrics need."""
         config = self.config
-        try:
-            files = check_files(plan := plan_of(config, self.world.device), config.model)
-        except UserError as error:
-            raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
+        plan, files = files_of_evaluation(config, self.world.device)
         self._evaluator = Evaluator(plan, config.model, self.world, self.classes, files=files)
         self._originals = "training image" if plan.on_training else "original"
         if plan.on_training:

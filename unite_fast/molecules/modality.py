@@ -37,6 +37,9 @@ class Molecular:
     ) -> MoleculeObjective:
         return MoleculeObjective(config.objective, config.model.num_classes)
 
+    def check_evaluation(self, config: MoleculeConfig, device: torch.device) -> None:
+        """Theirs needs no files."""
+
     def stream(self, config: MoleculeConfig, batch: Batch, world: World, *, start_step: int) -> MoleculeStream:
         from unite_fast.molecules.stream import MoleculeStream, load_for_all  # need RDKit, which using a model does not
 
