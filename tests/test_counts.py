@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unite_fast.analysis.counts import image_operations, repeats, step_parts
 from unite_fast.analysis.parts import Op, Part, Rates
 from unite_fast.config import DecoderConfig, ModelConfig, ObjectiveConfig
+from unite_fast.engine.fp8 import use_fp8
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import Lpips
@@ -144,16 +145,24 @@ def growth(model: Unite, goal: Objective, **run) -> int:
     return two - one
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("lpips", [False, True], ids=["plain", "lpips"])
-def test_saved_activations_are_what_autograd_keeps(gpu_memory, dtype, lpips):
+@pytest.mark.parametrize(
+    ("dtype", "lpips", "fp8"),
+    [(None, False, False), (None, True, False), (torch.bfloat16, False, False), (torch.bfloat16, True, False),
+     (torch.bfloat16, False, True)],
+    ids=["fp32", "fp32 lpips", "bf16", "bf16 lpips", "fp8"],
+)  # fmt: skip
+def test_saved_activations_are_what_autograd_keeps(gpu_memory, dtype, lpips, fp8):
     """Within 1 %: labels, times and masks are not counted."""
     with unnumbered():
-        model = Unite(ModelConfig(**SMALL | (dict(image_size=16) if lpips else {})))
+        sizes = dict(image_size=16) if lpips else dict(context_len=0) if fp8 else {}  # whose rows need no filling to 16
+        model = Unite(ModelConfig(**SMALL | sizes))
+        if fp8:
+            use_fp8(model)
         with unset_fake_temporarily():  # LPIPS goes into another memory format, which these tensors cannot
             goal = objective(model, lpips=lpips, flow_draws=1, dtype=dtype)
         grown = growth(model, goal, dtype=dtype)
-    parts = step_parts(model.config, goal.config, dtype="fp32" if dtype is None else "bf16", device="cuda")
+    width = "fp32" if dtype is None else "bf16"
+    parts = step_parts(model.config, goal.config, dtype=width, device="cuda", fp8=fp8)
     passes = (sum(parts[n].saved for n in parts if n != "denoise"), parts["denoise"].saved)
     assert grown == pytest.approx(max(passes), rel=0.01)
 

@@ -13,9 +13,11 @@ from unite_fast.analysis.counts import repeats, step_parts
 from unite_fast.config import Config, DecoderConfig, ModelConfig, ObjectiveConfig
 from unite_fast.engine import checkpoint, compiling, fp8
 from unite_fast.engine.engine import Engine
+from unite_fast.engine.fitting import Trial
 from unite_fast.engine.optim import parameter_groups
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.modality import modality_of
 from unite_fast.model import blocks
 from unite_fast.model.linear import Linear
 from unite_fast.model.unite import Unite
@@ -147,6 +149,16 @@ def test_the_loss_notices_a_wrong_scale(plain, monkeypatch):
 def test_the_gradients_notice_a_broken_cast(plain, plant, monkeypatch):
     plant(monkeypatch)
     assert gradient_error(plain[1], trained(1, fp8=True)[1]) > 1.2 * GRADIENT_BAND
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_fits_is_tried_as_it_will_be_computed(monkeypatch, on):
+    """FP8 needs less memory."""
+    config, right, casts = digits_config(fp8=on), kernels.fp8_quantize, []
+    monkeypatch.setattr(kernels, "fp8_quantize", lambda *given: casts.append(given) or right(*given))
+    trial = Trial(config, ALONE, modality_of(config), Objective(config.objective, 10))
+    trial(config, 2)
+    assert bool(casts) == on
 
 
 def test_weights_names_and_evaluation_are_those_of_the_model_without_it(tmp_path):

@@ -11,40 +11,62 @@ from traced_step import traced_peak
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.memory import perceptual_working, predict
-from unite_fast.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from unite_fast.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from unite_fast.modality import modality_of
 from unite_fast.objective import perceptual
 from unite_fast.objective.perceptual import Lpips
+from unite_kernels import fp8
 
 SINGLE = {"flow_draws": 1, "draws_per_chunk": 1}
+FOUR_TOGETHER = {"flow_draws": 4, "draws_per_chunk": 4}
 RECOMPUTED = {"checkpoint_activations": True}
 
 
+def with_fp8(config: Config, on: bool) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"fp8": on})})
+
+
 @pytest.mark.parametrize(
-    ("modality", "size", "micro_batches", "model", "objective"),
+    ("modality", "size", "micro_batches", "model", "objective", "eight"),
     [
-        ("images", 4, 1, {}, SINGLE),
-        ("images", 4, 2, {}, SINGLE),
-        ("images", 8, 1, {}, {"flow_draws": 4, "draws_per_chunk": 4}),
-        ("images", 8, 1, {"shared": False}, SINGLE),
-        ("images", 8, 1, {}, SINGLE | {"stop_gradient": False}),
-        ("images", 8, 1, RECOMPUTED, SINGLE),
-        ("molecules", 2, 1, {}, SINGLE),
-        ("molecules", 4, 1, RECOMPUTED, SINGLE),
+        ("images", 4, 1, {}, SINGLE, False),
+        ("images", 4, 2, {}, SINGLE, False),
+        ("images", 8, 1, {}, FOUR_TOGETHER, False),
+        ("images", 8, 1, {"shared": False}, SINGLE, False),
+        ("images", 8, 1, {}, SINGLE | {"stop_gradient": False}, False),
+        ("images", 8, 1, RECOMPUTED, SINGLE, False),
+        ("images", 8, 1, {}, SINGLE, True),
+        ("images", 8, 1, {}, FOUR_TOGETHER, True),
+        ("images", 8, 1, RECOMPUTED, SINGLE, True),
+        ("molecules", 2, 1, {}, SINGLE, False),
+        ("molecules", 4, 1, RECOMPUTED, SINGLE, False),
     ],
     ids=[
-        "first pass", "two micro-batches", "second pass", "separate", "through z0", "recomputed", "molecules",
-        "molecules recomputed",
+        "first pass", "two micro-batches", "second pass", "separate", "through z0", "recomputed", "fp8",
+        "second pass in fp8", "recomputed in fp8", "molecules", "molecules recomputed",
     ],
 )  # fmt: skip
-def test_predicted_memory_is_what_a_traced_step_holds(gpu_memory, modality, size, micro_batches, model, objective):
+def test_predicted_memory_is_what_a_traced_step_holds(
+    gpu_memory, monkeypatch, modality, size, micro_batches, model, objective, eight
+):
     """Within 5 %: gradients count from when they are made, activations until they are read."""
-    config = small(modality, model=model, **objective)
+    # As on a GPU, whose products in FP8 use nothing aside.
+    monkeypatch.setattr(fp8, "_product", lambda a, b, *rest, fast: a.new_empty(len(a), len(b), dtype=rest[2]))
+    config = with_fp8(small(modality, model=model, **objective), eight)
     config = config.model_copy(update={"optimizer": OptimizerConfig(kind="adamw")})  # whose update needs nothing
     extent = modality_of(config).largest(config, size)
     memory = predict(config, extent=extent, dtype="fp32", device="cpu", single=micro_batches == 1)
     resting = memory.state - memory.gradients
     assert resting + traced_peak(config, size, micro_batches) == pytest.approx(memory.peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "least", "most"), [({}, 0.8, 0.9), (RECOMPUTED, 1.0, 1.001)], ids=["kept", "recomputed"]
+)
+def test_fp8_saves_what_linears_keep(model, least, most):
+    on, off = (with_fp8(small("images", model=model, **SINGLE), flag) for flag in (True, False))
+    with_it, without = (predict(run, extent=modality_of(run).largest(run, 8), dtype="fp32") for run in (on, off))
+    assert with_it.state == without.state and least <= with_it.passes / without.passes <= most
 
 
 @pytest.mark.parametrize("side", [16, 32])

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unite_fast.config import Config
+from unite_fast.engine.fp8 import use_fp8
 from unite_fast.modality import modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import two_pass_step
@@ -53,6 +54,8 @@ def traced_peak(config: Config, size: int, micro_batches: int = 1) -> int:
     inputs = modality.probe(config, size, CPU)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = modality.network(config.model)
+        if config.train.fp8:
+            use_fp8(model)
         objective = modality.objective(config, CPU, None)
         held = [*model.parameters(), *model.buffers()]
         if config.modality == "images":

@@ -4,7 +4,7 @@ A multiply-add counts as two operations, and only matrix products, attention and
 costs one more product for each gradient that is really taken (Linears that read data take none for their input).
 Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
 Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an operand is
-read twice and written twice, once along either of its sides (kernels/fp8.py). Memory counts as without it.
+read twice and written twice, once along either of its sides (kernels/fp8.py). What a Linear keeps is in eight bits.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ class Rates(NamedTuple):
 
 
 class Eight(NamedTuple):
-    """What a Linear moves under `train.fp8` where it moves `forward_bytes` and `backward_bytes` without, for one image.
+    """What a Linear moves and keeps under `train.fp8` in place of its `Op`'s bytes, for one image.
 
     Attributes:
         forward, backward: by its products.
         forward_casts, backward_casts: by what makes their operands: its input, and the gradient of its output.
+        saved: its input, whoever else keeps that in another dtype.
     """
 
     forward: int
     backward: int
     forward_casts: int
     backward_casts: int
+    saved: int
 
 
 class Op(NamedTuple):
@@ -113,7 +115,16 @@ class Part:
     @property
     def saved(self) -> int:
         """Bytes of activations that wait for the backward pass, where no activation is recomputed."""
-        return sum(op.saved for op in self.ops)
+        return sum(self.kept(op) for op in self.ops)
+
+    @property
+    def eight_bit_weights(self) -> int:
+        """Bytes of weights that each forward pass keeps beside its activations: under `train.fp8`, of its Linears."""
+        return 0 if self.recomputes else sum(op.weights for op in self.ops if self.fp8 and op.fp8)
+
+    def kept(self, op: Op) -> int:
+        """What one of them keeps, bytes."""
+        return op.fp8.saved if self.fp8 and op.fp8 else op.saved
 
     def forward_bytes(self, images: int) -> int:
         """Bytes that one forward pass on a number of images (draws) must move, weights included."""
@@ -173,6 +184,7 @@ def linear_op(
         backward=rows * (outputs + inputs + input_grad * (outputs + width * inputs)),
         forward_casts=casts * rows * inputs,
         backward_casts=casts * rows * outputs,
+        saved=rows * inputs,
     )
     return Op(
         name,

@@ -22,6 +22,7 @@ from unite_fast.engine.batch import (
     micro_batch_candidates,
     resolve_batch,
 )
+from unite_fast.engine.fp8 import use_fp8
 from unite_fast.engine.world import World
 from unite_fast.modality import Modality
 from unite_fast.objective.draws import SeededDraws
@@ -113,6 +114,8 @@ class Probe:
 
     def __init__(self, modality: Modality, config: Config, device: torch.device):
         model = modality.network(config.model).to(device)
+        if config.train.fp8:
+            use_fp8(model)
         self._forward = AutocastForward(model, autocast_dtype(config, device))
         copies = 4 + len(config.optimizer.ema_decays)
         self._engine_state = torch.empty(copies * sum(p.numel() for p in model.parameters()), device=device)
