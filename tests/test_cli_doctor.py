@@ -35,6 +35,15 @@ def test_every_missing_part_has_a_cost_and_a_remedy(capsys, monkeypatch):
     assert all((name in table.split("how to get it")[1]) for name, part in found.items() if not part["active"])
 
 
+def test_the_rate_of_products_is_that_of_the_models_library(monkeypatch):
+    from unite_fast.model import linear
+
+    calls, product = [], linear.product
+    monkeypatch.setattr(linear, "product", lambda a, b: (calls.append(a.dtype), product(a, b))[1])
+    doctor._examine(next(part for part in doctor.PARTS if part.name == "bfloat16"))
+    assert {str(dtype) for dtype in calls} == {"torch.float32", "torch.bfloat16"}
+
+
 class Refuse(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Makes packages look installed and raise when they are imported."""
 
