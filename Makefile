@@ -27,7 +27,7 @@ bench: $(VENV)/.installed-test
 $(DIGITS): | $(VENV)/.installed-train
 	$(BIN)/python -m unite_fast.data.digits $(DIGITS)
 
-$(VENV)/.installed-%: setup.py pyproject.toml kernels/cpu.c kernels/cpu_rows.h
+$(VENV)/.installed-%: setup.py pyproject.toml kernels/cpu.c kernels/cpu_rows.h kernels/cpu_products.h
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "unite_fast needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

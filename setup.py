@@ -42,7 +42,7 @@ TEST = [
 
 # Plain C behind ctypes, no module: what it has of OpenMP is left to the runtime that torch has loaded (kernels/cpu.c).
 # Without a C compiler it is left out, and plain PyTorch serves.
-CPU = ["kernels/cpu.c", "kernels/cpu_rows.h"]
+CPU = ["kernels/cpu.c", "kernels/cpu_rows.h", "kernels/cpu_products.h"]
 SOURCES = zlib.crc32(b"".join((Path(__file__).parent / file).read_bytes() for file in CPU))
 OPENMP = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"
 cpu = Extension(

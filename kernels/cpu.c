@@ -12,7 +12,7 @@ enum { MAX_WIDTH = 2048, MAX_HEAD = 256, MAX_TOKENS = 64, WIDEST = 16 /* floats 
 /* Elements below which starting threads costs more than they save, as PyTorch has it (at::internal::GRAIN_SIZE). */
 enum { GRAIN = 32768 };
 
-/* CRC-32 of this file and cpu_rows.h, by which cpu.py tells a library that was compiled from others. */
+/* CRC-32 of this file and those that it includes, by which cpu.py tells a library that was compiled from others. */
 uint32_t unite_sources(void) { return UNITE_SOURCES; }
 
 struct adaln {
@@ -57,6 +57,14 @@ struct attention {
     int64_t samples, tokens, heads, width;
 };
 
+struct newton_schulz {
+    const float *g;   /* [matrices, rows, columns] */
+    float *out;       /* as g */
+    float *work;      /* [workers, size] */
+    int64_t matrices, rows, columns, steps, in_gram, workers, size;
+    float eps, scale, linear, cubic, quintic;
+};
+
 static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
     return offsets ? offsets[sample] : sample * tokens;
 }
@@ -74,6 +82,7 @@ int unite_offsets(const int32_t *offsets, int64_t samples, int64_t tokens, int64
 #define NAME(function) function##_baseline
 #define LANES 4
 #include "cpu_rows.h"
+#include "cpu_products.h"
 #undef NAME
 #undef LANES
 
@@ -84,6 +93,7 @@ int unite_offsets(const int32_t *offsets, int64_t samples, int64_t tokens, int64
 #define NAME(function) function##_avx2
 #define LANES 8
 #include "cpu_rows.h"
+#include "cpu_products.h"
 #undef NAME
 #undef LANES
 #pragma GCC pop_options
@@ -92,6 +102,7 @@ int unite_offsets(const int32_t *offsets, int64_t samples, int64_t tokens, int64
 #define NAME(function) function##_avx512
 #define LANES 16
 #include "cpu_rows.h"
+#include "cpu_products.h"
 #undef NAME
 #undef LANES
 #pragma GCC pop_options
@@ -168,4 +179,16 @@ void unite_attention_backward(const struct attention *o) {
 #pragma omp parallel for collapse(2) if (o->samples * o->tokens * o->heads * o->width * 3 > GRAIN) schedule(static)
     for (int64_t sample = 0; sample < o->samples; sample++)
         for (int64_t head = 0; head < o->heads; head++) run(o, sample, head);
+}
+
+/* Whether this CPU has wide vectors: without them the products of PyTorch's libraries are faster. */
+int unite_multiplies(void) { return set() > 0; }
+
+/* A matrix is one thread's, and does not know of the others. */
+void unite_newton_schulz(const struct newton_schulz *o) {
+    static void (*const of[SETS])(const struct newton_schulz *, int64_t, float *) = OF_EACH(newton_schulz);
+    void (*const run)(const struct newton_schulz *, int64_t, float *) = of[set()];
+#pragma omp parallel for if (o->workers > 1) schedule(static)
+    for (int64_t worker = 0; worker < o->workers; worker++)
+        for (int64_t i = worker; i < o->matrices; i += o->workers) run(o, i, o->work + worker * o->size);
 }

@@ -2,7 +2,7 @@
 
 setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile, in torch.func
 and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in
-adaln.py, qk_rope.py and swiglu.py.
+adaln.py, qk_rope.py, swiglu.py and optim.py, whose Newton–Schulz has no backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from .dispatch import first_derivatives, get_backend, transformed
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h")
+SOURCES = (HERE / "cpu.c", HERE / "cpu_rows.h", HERE / "cpu_products.h")
 MAX_TOKENS, MAX_HEAD, WIDEST = 64, 256, 16  # of attention, as in cpu.c
 
 
@@ -136,6 +136,14 @@ class _Attention(Structure):
     ]
 
 
+class _NewtonSchulz(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("g", "out", "work")),
+        *((name, c_int64) for name in ("matrices", "rows", "columns", "steps", "in_gram", "workers", "size")),
+        *((name, c_float) for name in ("eps", "scale", "linear", "cubic", "quintic")),
+    ]
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions of a compiled library take."""
     library.unite_swiglu.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
@@ -147,6 +155,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.unite_attention.argtypes = [POINTER(_Attention)]
     library.unite_attention_backward.argtypes = [POINTER(_Attention)]
     library.unite_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    library.unite_newton_schulz.argtypes, library.unite_newton_schulz.restype = [POINTER(_NewtonSchulz)], None
     for name in ("swiglu", "adaln", "rope", "attention"):
         getattr(library, f"unite_{name}").restype = None
         getattr(library, f"unite_{name}_backward").restype = None
@@ -363,3 +372,29 @@ def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> T
     if offsets is not None:
         check_offsets("attention", offsets, qkv.shape[1], longest)
     return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)
+
+
+def serves_newton_schulz(g: Tensor) -> bool:
+    """Whether `newton_schulz` computes with g: on a CPU with wide vectors, without which others multiply faster."""
+    return serves(g) and bool(LIBRARY.unite_multiplies())
+
+
+def newton_schulz(
+    g: Tensor, steps: int, eps: float, scale: float, coefficients: tuple[float, float, float], in_gram: bool
+) -> Tensor:
+    """The iteration of optim.py for g [n, r, c] that `serves_newton_schulz` accepts.
+
+    Of symmetric products half is computed. A matrix's result depends neither on the others nor on the threads.
+
+    Args:
+        coefficients: of X, X Xᵀ X and (X Xᵀ)² X.
+        in_gram: iterate on the Gram matrix alone; for steps from 1 on.
+    """
+    g = g.contiguous()
+    out, (short, long) = torch.empty_like(g), sorted(g.shape[1:])
+    workers, size = min(len(g), torch.get_num_threads()), short * (4 * short if in_gram else 2 * short + long)
+    work = g.new_empty(workers, size)
+    if out.numel():
+        shape = (*g.shape, steps, in_gram, workers, size)
+        LIBRARY.unite_newton_schulz(_NewtonSchulz(*map(_at, (g, out, work)), *shape, eps, scale, *coefficients))
+    return out

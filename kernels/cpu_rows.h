@@ -222,16 +222,22 @@ static void NAME(rope_backward)(const struct rope_backward *o, int64_t sample) {
     }
 }
 
+#define TALL (LANES == 16 ? 8 : 4) /* rows of the tallest tile: AVX-512 has 32 registers for its sums, others 16 */
+
 typedef float NAME(vector) __attribute__((vector_size(4 * LANES)));
 
-/* rows × vectors · LANES of C = A B, with the sums in registers. Number k of row r of A is A[r · lda + k · step], row k of
- * B and row r of C are ldb and ldc apart. rows and vectors are constants where this is called.
+/* rows × vectors · LANES of C = A B, or of C += A B where there are `more` summands, with the sums in registers. Number k
+ * of row r of A is A[r · lda + k · step], row k of B and row r of C are ldb and ldc apart. rows and vectors are constants
+ * where this is called.
  */
 static inline __attribute__((always_inline)) void NAME(tile)(
     const float *A, int64_t lda, int64_t step, int64_t K, const float *B, int64_t ldb, float *C, int64_t ldc, int rows,
-    int vectors
+    int vectors, int more
 ) {
-    NAME(vector) sum[4][2] = {{{0}}};
+    NAME(vector) sum[TALL][2] = {{{0}}};
+    if (more)
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) memcpy(&sum[r][v], C + r * ldc + v * LANES, sizeof sum[r][v]);
     for (int64_t k = 0; k < K; k++) {
         for (int v = 0; v < vectors; v++) {
             NAME(vector) b;
@@ -253,15 +259,15 @@ static void NAME(product)(
         int64_t i = 0;
         for (; i + 4 <= n; i += 4) {
             if (two)
-                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 2);
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 2, 0);
             else
-                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 1);
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 4, 1, 0);
         }
         for (; i < n; i++) {
             if (two)
-                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 2);
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 2, 0);
             else
-                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 1);
+                NAME(tile)(A + i * lda, lda, step, K, B + j, ldb, C + i * ldc + j, ldc, 1, 1, 0);
         }
         j += two ? 2 * LANES : LANES;
     }

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
 from .dispatch import NAMESPACE, aligned, check_eps, check_tensors, operator
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
@@ -55,7 +56,8 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
 
 # Columns a row from which the polynomial is cheaper in X Xᵀ than in X: five steps on r × c cost 20 r²c + 10 r³
 # operations on X, and 4 r²c + 34 r³ on its Gram matrix, less from c = 1.5 r. On one CPU core 4 matrices of 128 × 341,
-# 512 and 768 took 0.71, 0.62 and 0.49 of the time; square ones 1.3.
+# 512 and 768 took 0.71, 0.62 and 0.49 of the time; square ones 1.3. In cpu.c 128 × 192 take 0.93 and 256 0.79, square
+# ones 1.15.
 GRAM_FROM = 2
 
 
@@ -80,8 +82,13 @@ def newton_schulz_dtype(x: Tensor) -> torch.dtype:
 
 @operator("newton_schulz")
 def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Tensor:
-    x = g.to(newton_schulz_dtype(g))
     columns = g.shape[2]
+    short, long = sorted(g.shape[1:])
+    # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
+    in_gram = steps > 0 and newton_schulz_dtype(g) == torch.float32 and long >= GRAM_FROM * short
+    if cpu.serves_newton_schulz(g):
+        return cpu.newton_schulz(g, steps, eps, scale, (A, B, C), in_gram)
+    x = g.to(newton_schulz_dtype(g))
     if g.is_cuda and aligned(columns) != columns:
         x = F.pad(x, (0, aligned(columns) - columns))  # zeros stay zeros
     tall = g.shape[1] > columns
@@ -89,8 +96,7 @@ def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Ten
         x = x.mT  # the Gram matrix is then the smaller of the two
     with torch.autocast(g.device.type, enabled=False):
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # ‖·‖_F bounds the spectral norm
-        # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
-        if steps and x.dtype == torch.float32 and x.shape[2] >= GRAM_FROM * x.shape[1]:
+        if in_gram:
             x = _in_gram(x, steps, scale)
         else:
             for step in range(steps):

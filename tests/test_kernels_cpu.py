@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import unite_kernels as uk
 from unite_fast.model.attention import attend
-from unite_kernels import cpu
+from unite_kernels import cpu, optim
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason=cpu.STATE)
@@ -60,7 +61,7 @@ def library(request, monkeypatch):
 def served(monkeypatch):
     """Counts what the compiled operators are given."""
     calls = []
-    for name in ("swiglu", "adaln", "qk_norm_rope", "attention"):
+    for name in ("swiglu", "adaln", "qk_norm_rope", "attention", "newton_schulz"):
         original = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
     return calls
@@ -192,6 +193,50 @@ def test_attention_to_what_is_not_finite(library):
     assert torch.equal(attend(qkv).isfinite(), test_attention.equation(qkv).isfinite())
 
 
+def newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
+    """The compiled one, on the Gram matrix where the operator takes that, whether it serves this CPU or not."""
+    short, long = sorted(g.shape[1:])
+    in_gram = steps > 0 and long >= optim.GRAM_FROM * short
+    return cpu.newton_schulz(g, steps, 1e-7, 0.5, (optim.A, optim.B, optim.C), in_gram)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24), (2, 33, 33), (1, 1, 7), (2, 35, 300), (1, 301, 70)])
+def test_newton_schulz_against_the_equation(library, shape, steps):
+    """All heights and widths of tiles, sums of several depths, the last panel filled and not."""
+    g = normal(*shape)
+
+    def iterated(x):
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = optim.A * x + (optim.B * gram + optim.C * gram @ gram) @ x
+        return 0.5 * x
+
+    with adaln.on_backend("torch"):
+        naive = uk.newton_schulz(g, steps, scale=0.5)
+    assert_twice_as_good([newton_schulz(g, steps)], [naive], [iterated(g.double())])
+
+
+def test_newton_schulz_of_a_matrix_does_not_depend_on_the_others(library):
+    for shape in ((5, 20, 33), (5, 70, 20)):
+        g = normal(*shape)
+        g[3, 1, 2] = math.nan
+        together = newton_schulz(g, 5)
+        assert together[3].isnan().all()
+        for index in (0, 1, 2, 4):
+            assert torch.equal(together[index], newton_schulz(g[index : index + 1], 5)[0])
+
+
+def test_newton_schulz_is_pytorchs_without_wide_vectors(served, monkeypatch):
+    wide = types.SimpleNamespace(unite_multiplies=lambda: 1, unite_newton_schulz=lambda arguments: None)
+    for library, expected in ((wide, ["newton_schulz"]), (types.SimpleNamespace(unite_multiplies=lambda: 0), [])):
+        served.clear()
+        monkeypatch.setattr(cpu, "LIBRARY", library)
+        uk.newton_schulz(normal(2, 3, 4))
+        assert served == expected
+
+
 @pytest.mark.parametrize("shape", swiglu.SHAPES)
 def test_swiglu_against_the_equation(library, served, shape):
     x = normal(*shape) * 3
@@ -263,7 +308,7 @@ def test_results_do_not_depend_on_the_threads():
             torch.set_num_threads(threads)
             found.append(
                 [*adaln.run("auto", function, inputs), *rope.run("auto", heads, *rotary), *swiglu.run("auto", x),
-                 *outputs_and_gradients(attend, heads[:1])]
+                 *outputs_and_gradients(attend, heads[:1]), newton_schulz(normal(5, 24, 70), 5)]
             )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -282,6 +327,9 @@ def test_other_tensors_are_left_to_pytorch(served):
     attend(normal(1, 65, 3, 1, 16))
     attend(normal(1, 5, 3, 1, 8))
     attend(normal(1, 5, 3, 1, 272))
+    uk.newton_schulz(x.bfloat16())
+    with adaln.on_backend("torch"):
+        uk.newton_schulz(x)
     assert served == []
 
 
@@ -308,7 +356,7 @@ def test_a_tracer_sees_all_that_is_computed(served):
 def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
     _, sources = installed(tmp_path / "copy", monkeypatch)
     assert cpu.load()[0] is not None
-    assert cpu.fingerprint(sources) == zlib.crc32(sources[0].read_bytes() + sources[1].read_bytes())
+    assert cpu.fingerprint(sources) == zlib.crc32(b"".join(source.read_bytes() for source in sources))
     sources[1].write_text(sources[1].read_text() + "\n")
     found, state = cpu.load()
     assert found is None and "other sources" in state

@@ -139,7 +139,7 @@ def _cpu_operators() -> str:
     cpu = _import("unite_kernels.cpu")
     if cpu.LIBRARY is None:
         raise Missing(cpu.STATE)
-    return "compiled, runs the fused operators of a block in float32 on a CPU"
+    return "compiled, runs a block's fused operators and Newton-Schulz in float32 on a CPU"
 
 
 def _compiler() -> str:
@@ -272,7 +272,7 @@ PARTS = (
     Part(
         "CPU operators",
         _cpu_operators,
-        "on a CPU plain PyTorch runs a block's operators, a training step takes about a tenth longer",
+        "on a CPU plain PyTorch runs these, a training step takes a tenth to a third longer",
         "a C compiler, GCC on Linux, and then pip install --force-reinstall --no-deps --editable . in the repository",
     ),
     Part(
