@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import io
+import ctypes
+import gc
 import shutil
+import threading
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from data_trees import picture
-from PIL import Image
 from test_data_hostile import CONVERTED, SKIPPED
+from test_data_hostile import jpeg as encoded
 
 from unite_fast.config import DataConfig
-from unite_fast.data.dali import DaliStream, DecoderError, JpegDecoder, _image_errors, gather
-from unite_fast.data.jpeg import Jpeg, JpegReader
+from unite_fast.data import dali as dali_module
+from unite_fast.data.dali import DaliStream, JpegDecoder
 from unite_fast.data.loader import ImageStream
 from unite_fast.data.prepare import prepare
-from unite_fast.data.reader import FileReader
-from unite_fast.data.resample import resample_crop
 from unite_fast.data.sampler import Sampler
 from unite_fast.data.source import open_source
 from unite_fast.data.stream import open_stream
 from unite_fast.errors import UserError
 
-pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+Pipeline = pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130").Pipeline
 CPU = torch.device("cpu")
 SIZE = 32
+PLAIN = dict(image_size=SIZE, num_classes=3, seed=0, global_batch=4, micro_batch=4, accumulation=1)
 KINDS = [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}]
-
-
-def encoded(image: Image.Image, **options) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "JPEG", **({"quality": 90} | options))
-    return data.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +53,9 @@ def copy(photographs, tmp_path) -> Path:
     return Path(shutil.copytree(photographs, tmp_path / "copy"))
 
 
-def open_both(root, *, threads=2, prefetch=2, crop="adm", share=0.9, decode="exact", **numbers):
+def open_both(root, *, threads=2, prefetch=2, crop="adm", share=0.9, decode="exact", flip=True, **numbers):
     numbers = dict(image_size=SIZE, num_classes=3, seed=5, global_batch=8, micro_batch=4, accumulation=2) | numbers
-    config = {"path": str(root), "workers": 0, "crop": crop, "max_bad_share": share}
+    config = {"path": str(root), "workers": 0, "crop": crop, "max_bad_share": share, "flip": flip}
     workers = ImageStream(DataConfig(**config, loader="workers"), **numbers)
     dali = {"threads": threads, "prefetch": prefetch}
     config = DataConfig(**config, loader="dali", decode=decode, dali=dali)
@@ -98,6 +95,10 @@ def test_resume(photographs, start_step):
     assert_alike(photographs, 4, start_step=start_step)
 
 
+def test_without_flips(photographs):
+    assert_alike(photographs, 6, flip=False)
+
+
 def test_order_is_the_samplers(photographs):
     _, dali = open_both(photographs)
     sampler = Sampler(21, 5, 8, 4, 2)
@@ -129,11 +130,15 @@ def test_images_of_the_size_already(tmp_path):
     assert messages[0] == messages[1]
 
 
-def test_odd_and_hostile_files(copy):
-    """All of them in one set, twice over, so that a micro-batch may hold several."""
+def add_odd_and_hostile_files(copy) -> None:
     for name, (content, *_) in (SKIPPED | CONVERTED).items():
         for label in (0, 2):
             (copy / f"c{label}" / name).write_bytes(content)
+
+
+def test_odd_and_hostile_files(copy):
+    """All of them in one set, twice over, so that a micro-batch may hold several."""
+    add_odd_and_hostile_files(copy)
     found = assert_alike(copy, 40)
     assert {Path(path).name for path in found} == set(SKIPPED)
 
@@ -199,78 +204,127 @@ def test_fast_decode_is_close(photographs):
         assert different
 
 
-@pytest.mark.parametrize("crop", ["adm", "none"])
-def test_gathering_on_a_device(crop):
-    """What runs on a GPU after the decoder, on the CPU's tensors: crop, Pillow's pixels among DALI's, flips."""
-    generator = np.random.default_rng(0)
-    shapes = [(SIZE, SIZE)] * 3 if crop == "none" else [(40, 70), (33, 32), (150, 91)]
-    decoded = [generator.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
-    by_pillow = generator.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-    jpeg = Jpeg(np.empty(0, np.uint8), 1, 1)
-    flat = torch.from_numpy(np.concatenate([image.ravel() for image in decoded]))
-    mirrored = np.array([False, True, False, True])
-    # The second of the decoded was replaced by Pillow's afterwards; the first place was Pillow's from the start.
-    found = [by_pillow, jpeg, by_pillow[::-1], jpeg]
-    images = gather(flat, shapes, [1, 2, 3], found, mirrored, SIZE, crop)
-    assert images.shape == (4, 3, SIZE, SIZE) and images.is_contiguous()
-    expected = [by_pillow, resample_crop(decoded[0], SIZE), by_pillow[::-1], resample_crop(decoded[2], SIZE)]
-    for image, pixels, flip in zip(images.numpy(), expected, mirrored):
-        assert np.array_equal(image, (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1))
-    alone = gather(flat[:0], [], [], [by_pillow], mirrored[:1], SIZE, crop)
-    assert np.array_equal(alone[0].numpy(), by_pillow.transpose(2, 0, 1))
+class OnDevice:
+    """Decoded images, copied from as those on a GPU are."""
+
+    def __init__(self, images):
+        self.images, self.shape = images, images.shape
+
+    def copy_to_external(self, target, stream):
+        assert stream.value == 7
+        flat = np.concatenate([np.asarray(self.images.at(place)).ravel() for place in range(len(self.images))])
+        ctypes.memmove(target, flat.ctypes.data, flat.nbytes)
 
 
-def test_which_files_dali_gets(tmp_path):
-    photo = picture(60, 50)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    given = {
-        "plain.jpg": encoded(photo), "grey.jpg": encoded(photo.convert("L")), "turned.jpg": encoded(photo, exif=exif),
-        "progressive.jpg": encoded(photo, progressive=True),
-    }  # fmt: skip
-    kept = {
-        "cmyk.jpg": encoded(photo.convert("CMYK")), "rgb.jpg": encoded(photo, keep_rgb=True), "png.jpg": b"\x89PNG",
-        "cut.jpg": encoded(photo)[:1000], "empty.jpg": b"", "strip.jpg": encoded(Image.new("L", (60_000, 1))),
-    }  # fmt: skip
-    for name, content in (given | kept).items():
-        for label in "ab":
-            (tmp_path / label).mkdir(exist_ok=True)
-            (tmp_path / label / name).write_bytes(content)
-    source = open_source(tmp_path, 2)
-    reader = JpegReader(FileReader(source, 256, "adm"))
-    for index in range(len(source)):
-        found = reader.pixels(index)
-        name = Path(source.path(index)).name
-        assert isinstance(found, Jpeg) == (name in given), name
-        if name in given:
-            assert (found.height, found.width) == (50, 60)
+def test_the_way_of_a_gpu(copy, monkeypatch):
+    """From the decoder to the micro-batch by what a GPU's images pass through, on the CPU."""
+    add_odd_and_hostile_files(copy)
+    take = JpegDecoder.take
+
+    def on_device(self):
+        images, grey = take(self)
+        return OnDevice(images), grey
+
+    monkeypatch.setattr(JpegDecoder, "take", on_device)
+    monkeypatch.setattr(DaliStream, "_gather_on_host", DaliStream._gather_on_device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    assert_alike(copy, 20)
 
 
-def test_decoder_says_which_images_it_cannot_decode():
-    def files(*contents):
-        return [Jpeg(np.frombuffer(content, np.uint8), 1, 1) for content in contents]
-
-    good = encoded(picture(40, 40))
-    decoder = JpegDecoder(DataConfig(path="").dali, 4, False, CPU)
-    decoder.submit(files(good, good[:-300], good))
-    with pytest.raises(DecoderError) as error:
-        decoder.take()
-    assert error.value.places == [1]
-    decoder.restart()
-    decoder.submit(files(good))
-    images, grey = decoder.take()
-    assert np.array_equal(images.at(0), np.asarray(Image.open(io.BytesIO(good))))
-    assert grey.tolist() == [False]
+@pytest.mark.parametrize(("decode", "where"), [("exact", "cpu"), ("fast", "cuda")])
+def test_the_record_says_where_a_gpu_run_decodes(photographs, monkeypatch, decode, where):
+    monkeypatch.setattr(dali_module, "JpegDecoder", lambda *_: SimpleNamespace(close=lambda: None))
+    config = DataConfig(path=str(photographs), loader="dali", decode=decode)
+    with DaliStream(config, device=torch.device("cuda", 0), **PLAIN) as dali:
+        assert (dali.mode["decode"], dali.mode["decoded_on"]) == (decode, where)
 
 
-def test_other_errors_of_dali_are_not_taken_for_bad_files():
-    with pytest.raises(RuntimeError, match="out of memory"), _image_errors():
-        raise RuntimeError("CUDA allocation failed: out of memory. Current pipeline object is no longer valid.")
-    decoder = JpegDecoder(DataConfig(path="").dali, 4, False, CPU)
-    decoder.submit([Jpeg(np.arange(100, dtype=np.uint8), 1, 1)])
-    with pytest.raises(DecoderError) as error:
-        decoder.take()
-    assert error.value.places is None  # DALI does not say, so all of them are suspect
+def test_errors_that_come_while_others_are_handed_in(photographs, monkeypatch):
+    """DALI may then say what it could not decode of those before; nothing is lost."""
+    schedule, calls = Pipeline.schedule_run, []
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) in (2, 8):
+            raise RuntimeError("Failed to decode sample #0")
+        schedule(self)
+
+    monkeypatch.setattr(Pipeline, "schedule_run", failing)
+    assert_alike(photographs, 8)
+    assert len(calls) > 8
+
+
+def test_a_pipeline_that_failed_is_not_used_again(photographs, monkeypatch):
+    schedule, share, calls, failed = Pipeline.schedule_run, Pipeline.share_outputs, [], []
+
+    def scheduling(self):
+        assert self not in failed
+        schedule(self)
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) in (2, 3):  # in its turn, and where it is tried alone
+            failed.append(self)
+            raise RuntimeError("Failed to decode sample #0")
+        return share(self)
+
+    monkeypatch.setattr(Pipeline, "schedule_run", scheduling)
+    monkeypatch.setattr(Pipeline, "share_outputs", failing)
+    assert_alike(photographs, 6, prefetch=1, micro_batch=1, accumulation=8)
+    assert len(failed) == 2
+
+
+def test_what_dali_fails_at_it_is_not_given_again(copy, monkeypatch):
+    """Of a file that DALI refuses each time would cost a new pipeline."""
+    content = encoded(picture(60, 60))[:-300] + b"\xff\xd9"
+    (copy / "c0" / "00.jpg").write_bytes(content)
+    submit, given = JpegDecoder.submit, []
+
+    def submitting(self, jpegs):
+        given.extend(jpeg for jpeg in jpegs if jpeg.data.tobytes() == content)
+        submit(self, jpegs)
+
+    monkeypatch.setattr(JpegDecoder, "submit", submitting)
+    _, dali = open_both(copy, prefetch=1, global_batch=7, micro_batch=7, accumulation=1)
+    with dali:
+        for _ in range(30):  # ten epochs, of which the second may have been read before
+            next(dali)
+    assert 1 <= len(given) <= 2
+
+
+def test_images_are_released_after_their_last_use(photographs, monkeypatch):
+    share, release, taken = Pipeline.share_outputs, Pipeline.release_outputs, []
+
+    def sharing(self):
+        assert not taken  # those before were released
+        taken.append(share(self))
+        return taken[0]
+
+    def releasing(self):
+        images, _ = taken.pop()
+        for place in range(len(images)):
+            image = np.asarray(images[place])  # DALI's own memory
+            ctypes.memset(image.ctypes.data, 255, image.nbytes)
+        release(self)
+
+    monkeypatch.setattr(Pipeline, "share_outputs", sharing)
+    monkeypatch.setattr(Pipeline, "release_outputs", releasing)
+    assert_alike(photographs, 8)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_how_far_it_reads_ahead(photographs, monkeypatch, prefetch):
+    served, submitted = [], []
+    serve, submit = dali_module.serve, JpegDecoder.submit
+    monkeypatch.setattr(dali_module, "serve", lambda *place: served.append(place) or serve(*place))
+    monkeypatch.setattr(JpegDecoder, "submit", lambda self, jpegs: submitted.append(jpegs) or submit(self, jpegs))
+    config = DataConfig(path=str(photographs), dali={"threads": 1, "prefetch": prefetch})
+    with DaliStream(config, **PLAIN) as dali:
+        for taken in range(3):
+            next(dali)
+            dali._pool.submit(int).result()  # the one thread has done all that was asked for before
+            assert len(submitted) == taken + prefetch
+            assert len(served) == 4 * (taken + 2 * prefetch)
 
 
 def test_closed_stream(photographs):
@@ -280,11 +334,26 @@ def test_closed_stream(photographs):
     ahead.close()
     with pytest.raises(ValueError, match="closed"):
         next(ahead)
-    dali = DaliStream(
-        DataConfig(path=str(photographs)), image_size=SIZE, num_classes=3, seed=0, global_batch=4, micro_batch=4,
-        accumulation=1,
-    )  # fmt: skip
+    dali = DaliStream(DataConfig(path=str(photographs)), **PLAIN)
+    next(dali)
+    pipeline = weakref.ref(dali._decoder._pipeline)
     dali.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(dali)
+    gc.collect()
+    assert pipeline() is None  # with its memory
+    for thread in threading.enumerate():
+        if thread.name.startswith("data_"):
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_an_error_closes_the_stream(copy):
+    for path in copy.rglob("*.jpg"):
+        path.write_bytes(b"")
+    dali = DaliStream(DataConfig(path=str(copy), max_bad_share=1.0), **PLAIN)
+    with pytest.raises(UserError, match="no readable image"):
+        next(dali)
     with pytest.raises(ValueError, match="closed"):
         next(dali)
 
