@@ -13,8 +13,8 @@ STAGE = ROOT / "kernels" / "aot" / "stage_hub.py"
 
 pytest.importorskip("huggingface_hub", reason="Hugging Face's kernels is not installed")
 
-# The repository's own folder kernels/ would shadow the library, so each runs elsewhere and without the current folder
-# on the path. With unite_kernels out of reach, an absolute import inside the package fails.
+# The repository's own folder kernels/ would shadow the library, so each runs elsewhere and with neither the current
+# folder nor PYTHONPATH's on the path. With unite_kernels out of reach, an absolute import inside the package fails.
 LOAD = """
 import json, sys
 from pathlib import Path
@@ -37,7 +37,8 @@ print(json.dumps({
 
 
 def _run(*arguments, folder):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
