@@ -203,6 +203,13 @@ print(u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(8
 
 
 @needs_build
+def test_seeds_of_64_bits(library, driver):
+    code = "print(u.unite_philox_normal(p(0x10), p(0x100), p(0x200), 2, p(1 << 40), 3, 4, 32))"
+    lines = call(library, code, LD_LIBRARY_PATH=driver(), CAPABILITY="90", ARGUMENTS="pppiii")
+    assert lines[1:] == ["launch 1 2 1 threads 128 1 1 stream 10 arguments 100 200 10000000000 3 4 32", "0"]
+
+
+@needs_build
 def test_packed_samples(library, driver):
     """Programs are those of three samples as long as the longest, 33 tokens, and the offsets tell them their own."""
     code = """
@@ -248,6 +255,11 @@ for code in (
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 1, 1, 768, 770, f(1)),  # stride
     u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 2**31 - 1, 64, 768, 768, f(1)),
     u.unite_philox_normal(p(0x10), p(0x100), p(0x200), 1, ctypes.c_int64(0), 0, 0, 17),  # a size that must be aligned
+    u.unite_philox_normal(p(0x10), p(0x100), p(0x200), 1, ctypes.c_int64(-1), 0, 0, 16),  # no seed
+    u.unite_rms_norm_forward_bf16_768(p(0x10), p(16), p(32), p(48), p(64), p(80), 1, 1, 768, -768, f(1)),
+    u.unite_qk_norm_rope_forward_bf16_12x64(  # 12 * 2**30 rows, which are 0 in 32 bits
+        p(0x10), p(16), p(32), p(48), p(64), p(80), p(96), 2**20, 2**10, 0, f(1)
+    ),
     u.unite_patch_l1_forward_bf16(p(0x10), p(16), p(32), p(48), p(64), 65536),  # programs along the second axis
     launch(p(0x10), p(0), p(0), 0),          # nothing to do
     launch(p(0), p(0x100), p(0x200), 1),     # no current context
@@ -258,10 +270,11 @@ for code in (
 """
     lines = call(library, code, LD_LIBRARY_PATH=driver(), CAPABILITY="75")
     codes = [int(line.split()[0]) for line in lines]
-    assert codes == [-4, -4, -4, -4, -4, -4, -4, 0, 201, -3, -3]
-    assert "an address is 0" in lines[1] and "a size is no multiple of 16" in lines[5]
-    assert lines[8] == "201 words of the driver"
-    assert "architecture" in lines[9]
+    assert codes == [-4] * 10 + [0, 201, -3, -3]
+    assert "an address is 0" in lines[1] and "an integer is negative" in lines[6]
+    assert "a size is no multiple of 16" in lines[5]
+    assert lines[11] == "201 words of the driver"
+    assert "architecture" in lines[12]
 
 
 @needs_build
@@ -299,9 +312,10 @@ def test_settings_are_refused_while_configuring(tmp_path, setting, message):
 
 @needs_build
 def test_settings_may_repeat_themselves(tmp_path):
+    """And the environment may keep Python from importing what stands beside a script."""
     settings = ["-DUNITE_CAPABILITIES=90;86;86", "-DUNITE_KERNELS=philox_uniform;philox_uniform"]
     sh("cmake", "-B", tmp_path, "-S", ROOT, f"-DPython3_EXECUTABLE={sys.executable}", *settings)
-    sh("cmake", "--build", tmp_path)
+    sh("cmake", "--build", tmp_path, PYTHONSAFEPATH="1")
     header = " ".join((tmp_path / "generated" / "unite_kernels.h").read_text().split())
     assert "Devices: compute capability 8.6 to 8.9, 9.0, and by the driver's own compiler every one after" in header
 

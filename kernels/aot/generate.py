@@ -7,7 +7,9 @@ kernel (its machine code as arrays, and the function) and DIR/unite_kernels.h. C
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import string
@@ -81,12 +83,28 @@ def array(name: str, data: bytes) -> str:
 
 
 def compile_images(entry, capabilities: list[int]) -> dict:
-    """Fields of the template that hold machine code."""
+    """Fields of the template that hold machine code.
+
+    Raises:
+        SystemExit: a capability is none of Triton's assembler.
+        RuntimeError: the kernel needs what the C function does not provide.
+    """
+    from triton.runtime.errors import PTXASError
     from unite_kernels.specialisation import compile_ahead
 
     arrays, images, scratch, symbols = [], [], set(), set()
     for capability in capabilities:
-        compiled = compile_ahead(entry, capability)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):  # all PTX that its assembler refuses
+                compiled = compile_ahead(entry, capability)
+        except PTXASError as error:
+            unknown = re.search(r"Value '\w+' is not defined for option 'gpu-name'", str(error))
+            if unknown:
+                message = f"UNITE_CAPABILITIES: Triton's assembler knows no {capability}: {unknown[0]}"
+                raise SystemExit(message) from None
+            print(printed.getvalue())
+            raise
         metadata, ptx = compiled.metadata, compiled.asm["ptx"]
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
             raise RuntimeError(f"{entry.name}: needs scratch memory or clusters, which the C library does not provide")
@@ -178,6 +196,16 @@ def source(entry, rule, capabilities: list[int]) -> str:
     )
 
 
+def devices(capabilities: list[int]) -> str:
+    """The devices that code for these capabilities runs on, for the header."""
+    # Machine code before 9.0 runs on later minor versions too, but on no earlier one.
+    first = {c // 10 if c < 90 else c: c for c in sorted(capabilities, reverse=True)}
+    served = [f"{c // 10}.{c % 10}" + (f" to {c // 10}.9" if c < 89 else "") for c in sorted(first.values())]
+    oldest = min(capabilities)
+    later = f", and by the driver's own compiler every one after {oldest // 10}.{oldest % 10}" if oldest < 90 else ""
+    return f"compute capability {', '.join(served)}{later}"
+
+
 def write(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
@@ -212,13 +240,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for entry, rule in chosen:
         write(arguments.output / f"{entry.name}.c", source(entry, rule, arguments.capabilities))
-    # Machine code before 9.0 runs on later minor versions too, but on no earlier one.
-    served = [f"{c // 10}.{c % 10}" + (f" to {c // 10}.9" if c < 90 else "") for c in sorted(arguments.capabilities)]
-    oldest = min(arguments.capabilities)
-    later = f", and by the driver's own compiler every one after {oldest // 10}.{oldest % 10}" if oldest < 90 else ""
     header = string.Template((HERE / "unite_kernels.h.in").read_text()).substitute(
         version=arguments.version,
-        devices=f"compute capability {', '.join(served)}{later}",
+        devices=devices(arguments.capabilities),
         functions="\n\n".join(declaration(entry, rule) for entry, rule in chosen),
     )
     write(arguments.output / "unite_kernels.h", header)

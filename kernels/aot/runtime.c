@@ -83,8 +83,8 @@ const char *unite_error_string(int code)
     case UNITE_ERROR_ARCHITECTURE:
         return "the device is older than every architecture this library was built for";
     case UNITE_ERROR_ARGUMENT:
-        return "an argument is out of range: a size is negative or too large, an address is 0, or an address, a stride "
-               "or a size is no multiple of 16 where the header asks for one";
+        return "an argument is out of range: an integer is negative or too large, an address is 0, or an address, a "
+               "stride or a size is no multiple of 16 where the header asks for one";
     case UNITE_ERROR_MEMORY:
         return "out of host memory";
     }
