@@ -1,5 +1,6 @@
 """unite_kernels as Hugging Face's kernels library takes it: build.toml, and loading by path under another name."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -66,3 +67,24 @@ def test_staging_again_replaces_what_was_there(tmp_path):
     expected = {path.name for path in (ROOT / "kernels").glob("*.py")} | {"metadata.json"}
     for backend in ("cpu", "cuda"):
         assert {path.name for path in (tmp_path / "out" / "build" / f"torch-{backend}").iterdir()} == expected
+
+
+def test_the_id_tells_sources_and_backends_apart(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("stage_hub", STAGE)
+    stage_hub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage_hub)
+    monkeypatch.setattr(stage_hub, "ROOT", tmp_path)
+    modules = tmp_path / "torch-ext" / "a_kernel"
+    modules.mkdir(parents=True)
+    general = 'name = "a-kernel"\nversion = 3\nlicense = "other"\nbackends = ["cpu", "cuda"]\n'
+    (tmp_path / "build.toml").write_text(f"[general]\n{general}")
+    ids = []
+    for text in ("1", "1", "2"):
+        (modules / "__init__.py").write_text(text)
+        stage_hub.stage(tmp_path / "out")
+        for backend in ("cpu", "cuda"):
+            metadata = json.loads((tmp_path / "out" / "build" / f"torch-{backend}" / "metadata.json").read_text())
+            assert metadata["backend"] == {"type": backend} and metadata["version"] == 3
+            assert metadata["id"].startswith(f"_a_kernel_{backend}_")
+            ids.append(metadata["id"])
+    assert ids[:2] == ids[2:4] and len(set(ids)) == 4
