@@ -48,6 +48,10 @@ LAUNCHES = {
     "adaln backward": lambda: adaln_kernels.backward(
         x_BNC, x_BNC, x_BNC, x_BNC, row_BC, weight_C, weight_C, None, row_BC, row_BC, None, 0, 1e-6, False
     ),
+    "adaln backward of odd width": lambda: adaln_kernels.backward(
+        *[x_BNC[..., :720]] * 4, row_BC[:, :720], *[weight_C[:720]] * 2, None, *[row_BC[:, :720]] * 2, None, 0, 1e-6,
+        False,
+    ),  # fmt: skip
     "adaln packed": lambda: adaln_kernels.forward(
         packed, packed, row_BC, weight_C, weight_C, None, row_BC, row_BC, offsets, 70, 1e-6, False
     ),
@@ -90,6 +94,8 @@ LAUNCHES = {
     "pool": lambda: rectify._bias_relu_max_pool(features, torch.zeros(64)),
     "pool backward": lambda: rectify._bias_relu_max_pool_backward(features, features[..., :3, :5], features),
     "pool of wide maps": lambda: rectify._bias_relu_max_pool(wide, None),
+    "pool of long rows": lambda: rectify._bias_relu_max_pool(long, None),
+    "pool backward of long rows": lambda: rectify._bias_relu_max_pool_backward(long, long[..., :3, :150], long),
 }
 # 3 samples of 70 tokens, 30 latent channels, 32×48 pixels and 7×11 features, which no tile divides.
 x_BNC, row_BC, weight_C = torch.zeros(3, 70, 768), torch.zeros(3, 768), torch.zeros(768)
@@ -97,7 +103,10 @@ packed, offsets = torch.zeros(1, 110, 768), torch.tensor([0, 70, 71, 110], dtype
 qkv, head, table = torch.zeros(3, 70, 3, 12, 64), torch.zeros(64), torch.zeros(70, 32)
 z, affine, times = torch.zeros(3, 70, 30), torch.zeros(30), torch.zeros(3)
 images = torch.zeros(3, 3, 32, 48)
-features, wide = (torch.zeros(3, c, 7, 11).contiguous(memory_format=torch.channels_last) for c in (64, 1030))
+features, wide, long = (
+    torch.zeros(3, *shape).contiguous(memory_format=torch.channels_last)
+    for shape in ((64, 7, 11), (1030, 7, 11), (64, 7, 301))
+)
 MODULES = {
     module.__name__.split(".")[-1]: module
     for module in (adaln_kernels, flow, latent, philox, pixels, qk_rope, rectify, swiglu)
