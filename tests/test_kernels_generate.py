@@ -93,6 +93,13 @@ def test_images(generate, monkeypatch):
     assert "{\n1,2,3};" in fields["arrays"] and fields["arrays"].replace("\n", "").endswith(",125,10,0};")
 
 
+def test_sums_count_the_chunks_that_backward_passes_write(generate):
+    entries = specialisation.specialisations()
+    backward = [entry for entry in entries if "norm_backward" in entry.name or "boundary_backward" in entry.name]
+    chunks = {entry.constants["CHUNK"] for entry in backward}
+    assert chunks == {generate.constants_of(entry)["AHEAD_CHUNK"] for entry in entries if "norm_sum" in entry.name}
+
+
 @pytest.mark.parametrize(
     ("capabilities", "text"),
     [
