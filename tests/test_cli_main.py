@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -185,3 +186,29 @@ def test_train_says_where_the_data_is_missing(configuration, tmp_path, capsys):
         capsys, "train", "--config", configuration, "--set", f"runs={tmp_path}", "objective.lpips.weight=0", *sizes
     )
     assert says.startswith("data.path: there is no nowhere in ")
+
+
+KEPT = """
+import resource, sys
+from unite_fast.train import prepare_process
+if "prepared" in sys.argv:
+    prepare_process()
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(b"x") * 20_000_000 for _ in range(3)]
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+step()
+print(min(step() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+def test_a_process_that_trains_keeps_the_memory_that_a_step_frees():
+    faults = {}
+    for how in ("as it is", "prepared"):
+        ran = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True, timeout=120)
+        faults[how] = int(ran.stdout)
+    assert faults["prepared"] < 10 < 1000 < faults["as it is"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ if __package__ in (None, ""):
 
 from unite_fast.config import Config
 from unite_fast.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,8 +31,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def share_cores() -> None:
-    """Let OpenMP threads give up a core that another process wants; call it before torch is imported.
+def prepare_process() -> None:
+    """Settings of a process that trains, from before torch is imported."""
+    _share_cores()
+    _keep_pages()
+
+
+def _share_cores() -> None:
+    """Let OpenMP threads give up a core that another process wants.
 
     By default libgomp spins 300,000 turns at the end of every parallel loop. With two busy neighbours on two cores
     the quickstart's step then took 4 to 7 s in place of 0.3; after 10,000 turns of spinning it took 1.5 s, and on
@@ -37,9 +47,21 @@ def share_cores() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def _keep_pages() -> None:
+    """Let the process keep the memory that a step frees, since the next one takes as much again.
+
+    glibc gives most of it back: the quickstart took 4,800 page faults a step, molecules 21,000. Without them the steps
+    took 0.90 and 0.87 of the processor time (EPYC 9005, one core), and no more memory at most.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks go back all the same: it is the most that glibc takes
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    share_cores()
+    prepare_process()
     try:
         config = Config.load(options.config, options.set)
         from unite_fast.engine.loop import train  # imports torch: a bad configuration fails before that

@@ -75,10 +75,10 @@ def train(
     Example: `unite-fast train --config configs/quickstart.json --set name=short train.steps=200`
     """
     from unite_fast.config import Config
-    from unite_fast.train import share_cores
+    from unite_fast.train import prepare_process
 
     parsed = Config.load(config, overrides or ())
-    share_cores()
+    prepare_process()
     from unite_fast.engine.loop import train as run  # imports torch: a bad configuration fails before that
 
     run(parsed, resume=resume)

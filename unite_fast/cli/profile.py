@@ -42,10 +42,10 @@ def profile(
     Example: `unite-fast profile --config configs/quickstart.json`
     """
     from unite_fast.config import Config
-    from unite_fast.train import share_cores
+    from unite_fast.train import prepare_process
 
     parsed = Config.load(config, overrides or ())
-    share_cores()
+    prepare_process()
 
     from unite_fast.analysis.profiling import measure
     from unite_fast.engine.world import init_world, leave_world
