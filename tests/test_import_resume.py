@@ -289,6 +289,7 @@ def test_an_optimizer_that_leaves_the_unused_parameter_out(folder, trained, file
         ({"model": {"register_noise": False}}, "model.register_noise is False, there True"),
         ({"model": {"latent_norm": "none"}}, "model.latent_norm is none, there layer"),
         ({"optimizer": {"kind": "adamw"}}, "continues under optimizer.kind muon"),
+        ({"optimizer": {"ema_decays": [0.5]}}, "holds one average: take out optimizer.ema_decays"),
         ({"name": "first", "runs": None}, "already holds a run: choose another name"),
     ],
 )

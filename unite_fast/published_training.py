@@ -70,6 +70,8 @@ def import_training(path: str | Path, config: Config) -> Continued:
         raise UserError(f"{folder} already holds a run: choose another name (--set name=…)")
     if config.optimizer.kind != "muon":
         raise UserError("a published checkpoint continues under optimizer.kind muon, which it was trained with")
+    if config.optimizer.ema_decays:
+        raise UserError("a published checkpoint holds one average: take out optimizer.ema_decays to train on from it")
     content = read_explained(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
