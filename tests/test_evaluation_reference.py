@@ -121,6 +121,8 @@ def test_files_that_do_not_fit(tmp_path):
     assert "no finite numbers" in refusal()
     np.savez(path, mu=np.array([object()] * 5), sigma=np.eye(5))
     assert "no .npz of plain arrays" in refusal()
+    path.write_text('{"mu": 0}')
+    assert refusal().endswith("its first bytes are those of another format")
     with open(path, "wb") as file:
         np.save(file, np.zeros(5))
     assert "it is one bare array" in refusal()

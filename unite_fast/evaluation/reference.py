@@ -110,6 +110,9 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
             f"no reference statistics at {path}: `unite-fast reference IMAGES --out {path}` makes them from a folder"
         )
     try:
+        with path.open("rb") as file:
+            if file.read(4) not in (b"PK\x03\x04", b"\x93NUM", b""):
+                raise ValueError("its first bytes are those of another format")  # numpy would advise to unpickle it
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             raise ValueError("it is one bare array, a .npy")
