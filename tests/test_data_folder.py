@@ -97,7 +97,7 @@ def test_splits_are_no_classes_to_the_commands(tmp_path, capsys, arguments):
         tree(root / name, (1, 1))
     assert main(["data", *(word.format(root=root) for word in arguments)]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"no class folders; Val, train looks like the splits of a data set, did you mean {root}/Val?" in error
+    assert f"no class folders; Val, train look like the splits of a data set: did you mean {root}/Val?" in error
     assert error.endswith("If they are classes, rename one of them.")
     assert sorted(path.name for path in root.iterdir()) == ["Val", "train"]
     (root / "Val").rename(root / "val of a river")

@@ -26,7 +26,7 @@ def molecules():
 def test_what_is_no_molecule_file(tmp_path):
     with pytest.raises(UserError, match="no file or folder"):
         load_molecules(tmp_path / "none")
-    with pytest.raises(UserError, match="not exactly one SDF, tar, NPZ or Parquet file"):
+    with pytest.raises(UserError, match="holds no XYZ, SDF, MOL, tar, NPZ or Parquet file"):
         load_molecules(tmp_path)
     (tmp_path / "notes").write_text("hello\nworld\n")
     with pytest.raises(UserError, match="notes is no molecule file: .* Convert it to an SDF"):
@@ -45,7 +45,7 @@ def test_a_folder_of_sdf_and_mol_files(tmp_path, molecules):
     again = load_molecules(tmp_path, cache=tmp_path / "cache")
     assert np.isfinite(again.gap).tolist() == [False, True, False]
     (tmp_path / "d.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UserError, match=r"not exactly one SDF, tar, .* \(a.sdf, b.mol, c.SDF, d.npz\): name one"):
+    with pytest.raises(UserError, match=r"several sets of molecules \(a.sdf, b.mol, c.SDF, d.npz\): name one"):
         load_molecules(tmp_path)
 
 

@@ -101,9 +101,11 @@ def _one_file(path: Path) -> Path:
             return path if len(known) > 1 else known[0]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
+    if not known:
+        raise UserError(f"{path} holds no XYZ, SDF, MOL, tar, NPZ or Parquet file: give the folder or file of molecules")
     if len(known) != 1:
         raise UserError(
-            f"{path} holds no .xyz file and not exactly one SDF, tar, NPZ or Parquet file ({_listed(known)}): name one"
+            f"{path} holds several sets of molecules ({_listed(known)}): name one file"
         )
     return known[0]
 
