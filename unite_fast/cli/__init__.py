@@ -66,7 +66,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the run's newest checkpoint, if any.")
     ] = False,
 ) -> None:
-    """Train a model on a folder of class folders.
+    """Train a model on class folders of images, or on molecules.
 
     Everything goes into RUNS/NAME of the configuration: checkpoints, records, pictures, the exported model.
     Ctrl-C saves and ends; `--resume` continues. On several GPUs start `unite_fast/train.py` with
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         error(str(mistake))
     except UsageError as mistake:
         # Empty where no command was given: typer has printed the help.
-        message = mistake.format_message().replace("Value error, ", "")
+        message = _unless_run(mistake) or mistake.format_message().replace("Value error, ", "")
         if message:
             error(f"{message} (see {_help_of(mistake)})")
     except KeyboardInterrupt:
@@ -161,6 +161,15 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as problem:
         error(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem))
     return 2
+
+
+def _unless_run(mistake) -> str | None:
+    """What to say of --run to a command that takes RUN alone, as those about a run do; None of other mistakes."""
+    if getattr(mistake, "option_name", None) != "--run" or mistake.ctx is None:
+        return None
+    command = mistake.ctx.command
+    takes = any(parameter.metavar in ("RUN", "RUN…") for parameter in command.params)
+    return f"{command.name} takes the run without --run: unite-fast {command.name} RUN" if takes else None
 
 
 def _help_of(mistake) -> str:
