@@ -268,6 +268,7 @@ def test_what_does_not_fit_has_no_times(tmp_path, capsys):
         (["--preset", "L", "--gpus", "0"], "--gpus"),
         (["--preset", "L", "--efficiency", "2"], "--efficiency"),
         (["--preset", "L", "--set", "model.dept=3"], "did you mean 'depth'?"),
+        (["--preset", "L", "--out", "plan.pdf"], "--out plan.pdf: the name must end in .png"),
         (["--preset", "L", "--out", "/proc/plan.png"], "cannot write picture /proc/plan.png"),
     ],
 )

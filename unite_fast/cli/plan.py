@@ -68,6 +68,8 @@ def plan(
     Example: `unite-fast plan --preset L --gpus 64 --gpu h100-80 --out plan.png`
     """
     run = _config(preset, config, overrides or [])
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UserError(f"--out {picture}: the name must end in .png")
     from unite_fast.analysis import planning
     from unite_fast.analysis.devices import Network, find_gpu
     from unite_fast.analysis.launches import LAUNCH_SECONDS
