@@ -33,7 +33,8 @@ LONGEST_STEM = 50  # characters of a file's name, of up to four bytes, that its 
 
 RunOption = Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")]
 ImagesArgument = Annotated[
-    list[Path], typer.Argument(help="Image files, or folders that are searched for images.", metavar="IMAGES…")
+    list[Path],
+    typer.Argument(help="Image files, or folders that are searched for images; or molecules.", metavar="IMAGES…"),
 ]
 
 
@@ -117,7 +118,8 @@ def reconstruct(
     """Encode images and decode them again: side-by-side pictures, PSNR of each, and the mean.
 
     Images of another size are resized and centre-cropped exactly as in training. Files that cannot be read are
-    skipped and named. The numbers are also in reconstructions.json.
+    skipped and named. The numbers are also in reconstructions.json. A model of molecules takes files of molecules:
+    RMSD of each, a sheet, reconstructions.sdf and .xyz.
 
     Example: `unite-fast reconstruct --run runs/quickstart data/digits/val/3 --out reconstructions`
     """
@@ -196,7 +198,8 @@ def tokenize(
     """Encode images into latents and write them as safetensors.
 
     The file holds **latents**, float32 of shape images × registers × channels; its metadata lists the image
-    files in the same order under **files**, as JSON. Images are prepared as by reconstruct.
+    files in the same order under **files**, as JSON. Images are prepared as by reconstruct. A model of molecules takes
+    files of molecules, and writes their **counts** of atoms and **order** beside the latents.
 
     Example: `unite-fast tokenize --run runs/quickstart data/digits/val/3 --out latents.safetensors`
     """
