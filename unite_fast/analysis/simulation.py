@@ -14,13 +14,13 @@ import numpy as np
 
 from unite_fast.analysis.chunks import with_chunk
 from unite_fast.analysis.devices import Network
-from unite_fast.analysis.parts import Rates
+from unite_fast.analysis.parts import Op, Rates
 from unite_fast.analysis.planning import Plan, compute_time, gradient_windows, last_backward, needed_weights, tree_time
 from unite_fast.analysis.update import (
     EXCHANGED,
     FP32,
     exchanges,
-    newton_schulz_operations,
+    newton_schulz_op,
     trained_weights,
     travelling,
     update_part,
@@ -58,11 +58,7 @@ def simulate(
         backward = last_backward(config, rates, planned.extent) / efficiency * slower
         clock = _reduced(config, planned, clock, backward, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
-    orthogonal = sum(
-        max(op.forward / rates.matmul, op.forward_bytes / rates.copy)
-        for op in update.ops
-        if op.name == "Newton-Schulz"
-    )
+    orthogonal = sum(_seconds(op, rates) for op in update.ops if op.name == "Newton-Schulz")
     rest = update.floor(1, rates)[0] - orthogonal
     if stage == 0:
         return max(launched, float(clock.max()) + (rest + orthogonal) / efficiency)
@@ -111,7 +107,7 @@ def _all_reduce(clock: np.ndarray, size: float, network: Network) -> np.ndarray:
         return clock
     ring = _ring(clock, size / ranks, 2 * (ranks - 1), network)
     tree = clock.max() + tree_time(size, ranks, network.hop(ranks), network.bandwidth(ranks))
-    return np.minimum(ring, tree) if ring.max() <= tree else np.full(ranks, tree)
+    return ring if ring.max() <= tree else np.full(ranks, tree)
 
 
 def _ring(clock: np.ndarray, piece: float, hops: int, network: Network) -> np.ndarray:
@@ -143,10 +139,15 @@ def _muon(
     busy = np.zeros(ranks)
     for exchange in exchanges(matrices, ranks):
         for owner, shape in zip(exchange.owners, exchange.shapes, strict=True):
-            busy[owner] += newton_schulz_operations(*shape, steps) / rates.matmul / efficiency
+            busy[owner] += _seconds(newton_schulz_op(*shape, steps), rates) / efficiency
     clock = _deliver(clock, messages, network)
     back = [(owner, holder, size) for holder, owner, size in messages]
     return _deliver(clock + busy, back, network)
+
+
+def _seconds(op: Op, rates: Rates) -> float:
+    """Of an operator without weights of its own, whose matrices are its bytes: the slower of its two limits."""
+    return max(op.forward / rates.matmul, op.forward_bytes / rates.copy)
 
 
 def _deliver(clock: np.ndarray, messages: list[tuple[int, int, int]], network: Network) -> np.ndarray:

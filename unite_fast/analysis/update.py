@@ -110,6 +110,15 @@ def newton_schulz_operations(rows: int, columns: int, steps: int, dtype: Dtype =
     return steps * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
 
 
+def newton_schulz_op(rows: int, columns: int, steps: int, dtype: Dtype = "bf16") -> Op:
+    """The orthogonalisation of one matrix."""
+    short, long = sorted((rows, columns))
+    # A step reads X twice and writes it, writes the Gram matrix and its polynomial and reads each once.
+    moved = steps * DTYPE_BYTES[dtype] * (3 * short * long + 4 * short * short)
+    operations = newton_schulz_operations(rows, columns, steps, dtype)
+    return Op("Newton-Schulz", forward=operations, forward_bytes=moved)
+
+
 def slice_elements(elements: int, ranks: int) -> int:
     """Elements of one rank's slice of a flat group under ZeRO 1 and 2."""
     return math.ceil(elements / (ranks * SLICE_ALIGNMENT)) * SLICE_ALIGNMENT
@@ -148,12 +157,7 @@ def update_part(
             ops.append(Op("matrices of slices", forward_bytes=5 * width * held))
         elements = sum(rows * columns for rows, columns in mine)
         ops.append(Op("normalisation", forward_bytes=3 * width * elements))  # read for the norm, read, written
-        for rows, columns in mine:
-            short, long = sorted((rows, columns))
-            operations = newton_schulz_operations(rows, columns, optimizer.newton_schulz_steps, dtype)
-            # A step reads X twice and writes it, writes the Gram matrix and its polynomial and reads each once.
-            moved = optimizer.newton_schulz_steps * width * (3 * short * long + 4 * short * short)
-            ops.append(Op("Newton-Schulz", forward=operations, forward_bytes=moved))
+        ops += [newton_schulz_op(*shape, optimizer.newton_schulz_steps, dtype) for shape in mine]
         tall = sum(rows * columns for rows, columns in mine if rows > columns)
         ops.append(Op("tall matrices turned back", forward_bytes=2 * width * tall))
         ops.append(Op("Muon's step and EMA", forward_bytes=(width + 2 * FP32 * (1 + averages)) * held))
