@@ -157,6 +157,11 @@ def test_sparklines():
     assert len(sparkline(range(1000), 40, log=False)) == 40
 
 
+def test_a_wait_without_end_is_one_sentence(tmp_path, capsys):
+    """The longest that the system can sleep is less than infinity."""
+    assert "--every" in mistake(capsys, "watch", folder_of(tmp_path / "run", [record(1)]), "--every", "inf")
+
+
 def test_wrong_folders_are_one_sentence(tmp_path, capsys):
     assert mistake(capsys, "watch", tmp_path / "no", "--once") == f"no folder {tmp_path / 'no'}"
     assert "holds no run" in mistake(capsys, "watch", tmp_path)

@@ -39,7 +39,7 @@ STATES = {"finished": "green", "evaluating": "cyan", "training": "cyan", "stoppe
 def watch(
     run: RunArgument,
     once: Annotated[bool, typer.Option("--once", help="Print the state as it is and end.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between looks at the folder.", min=0.2)] = 2.0,
+    every: Annotated[float, typer.Option(help="Seconds between looks at the folder.", min=0.2, max=3600)] = 2.0,
 ) -> None:
     """Watch a run: progress, losses, images a second, waiting for data, time left, warnings.
 
