@@ -29,8 +29,8 @@ from unite_fast.analysis.planning import (
 )
 from unite_fast.analysis.simulation import jitter_of, simulate
 from unite_fast.analysis.update import Collective, newton_schulz_operations, trained_weights, update_part
-from unite_fast.cli.plan import STAGES, TOO_LARGE
-from unite_fast.config import Config, ModelConfig, ObjectiveConfig
+from unite_fast.cli.plan import STAGES, TOO_LARGE, _short
+from unite_fast.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.model.unite import Unite
@@ -215,7 +215,10 @@ def test_the_command_prints_tables_and_draws(tmp_path, capsys):
     picture = tmp_path / "plans" / "plan.png"
     assert run("plan", "--preset", "B", "--gpus", "16", "--set", "objective.flow_draws=3", "--out", picture) == 0
     printed = capsys.readouterr().out
-    for words in ("ZeRO", "GPU-h", "3\u00a0adamw", "simul.", "Scaling breaks at", "assumed", "240 epochs"):
+    for words in (
+        "ZeRO", "GPU-h", "3\u00a0adamw", "simul.", "Scaling breaks at", "it does among 8; ", "240 epochs",
+        "0.75 of the floor that these rates set (assumed, ", "400 Gbit/s a GPU between nodes",
+    ):  # fmt: skip
         assert words in printed
     with Image.open(picture) as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
@@ -231,6 +234,52 @@ def test_the_numbers_come_as_json(capsys):
     assert [row["gpus"] for row in numbers["scaling"]] == [8, 16, 32, 64, 128]  # what 384 images can be shared by
 
 
+@pytest.mark.parametrize(
+    ("length", "stage", "epochs"),
+    [("train.epochs=null train.steps=1000", 0, 1000 * 1024 / 10_000), ("", 2, 120), ("optimizer.kind=adamw", 3, 120)],
+)
+def test_tables_and_json_are_the_prediction_for_the_options(length, stage, epochs, capsys):
+    options = {"gpus": 16, "gpu": "a100-80", "per-node": 4, "network": 100, "efficiency": 0.5, "launch-us": 30}
+    overrides = ["objective.flow_draws=3", f"train.zero_stage={stage}", *length.split()]
+    arguments = ["--preset", "L", "--images", 10_000, *(w for k, v in options.items() for w in (f"--{k}", v))]
+    assert run("plan", *arguments, "--set", *overrides, "--json") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    gpu = find_gpu("a100-80")
+    links = Network(4, gpu.link, 12.5e9)
+    kind = "adamw" if stage == 3 else "muon"
+    made = published(draws=3).model_copy(update={"optimizer": OptimizerConfig(kind=kind)})
+    options = {"efficiency": 0.5, "launch": 3e-5}
+    plans = [plan(made, gpu, links, ranks=16, stage=stage, **options) for stage in STAGES]
+    scaled = scaling(made, gpu, links, stage=min(stage, 2), **options)
+    for row, p in zip(numbers["plans"] + numbers["scaling"], plans + scaled, strict=True):
+        assert (row["zero_stage"], row["gpus"], row["fits"]) == (p.stage, p.ranks, p.fits)
+        assert row["memory_bytes"]["peak"] == p.memory.peak
+        assert row["step_seconds"]["total"] == pytest.approx(p.seconds.total)
+        assert row["communication_share"] == pytest.approx(p.seconds.communication / p.seconds.total)
+        assert row["gpu_hours"] == pytest.approx(epochs * p.epoch_hours(10_000) * p.ranks)
+    played = [simulate(made, p, gpu.rates, links, efficiency=0.5) for p in scaled]
+    assert [row["simulated_step_seconds"] for row in numbers["scaling"]] == pytest.approx(played)
+
+    assert run("plan", *arguments, "--set", *overrides) == 0
+    printed = capsys.readouterr().out
+    assert "0.5 of the floor that these rates set (given)" in printed and "100 Gbit/s a GPU between nodes" in printed
+    cells = [[cell for cell in line.split(" ") if cell] for line in printed.splitlines()]
+    assert ["min", "GPU-h,", _short(epochs)] in [row[-4:-1] for row in cells]
+    for p in plans:
+        hours = p.epoch_hours(10_000)
+        assert [
+            f"{p.stage}\u00a0{p.optimizer}", _short(p.memory.peak / 2**30), f"{p.micro_batch}×{p.accumulation}×16",
+            _short(p.seconds.total * 1e3), f"{p.samples_per_second:.0f}", f"{p.mfu:.1%}",
+            f"{p.seconds.communication / p.seconds.total:.1%}", _short(hours * 60), _short(hours * epochs * 16),
+        ] in cells  # fmt: skip
+    for p, simulated in zip(scaled, played, strict=True):
+        parts = ("compute", "launching", "gradients", "exchange", "weights", "update")
+        assert [
+            str(p.ranks), f"{p.micro_batch}×{p.accumulation}", _short(p.seconds.total * 1e3), _short(simulated * 1e3),
+            f"{p.samples_per_second / p.ranks:.1f}", *(f"{getattr(p.seconds, x) / p.seconds.total:.0%}" for x in parts),
+        ] in cells  # fmt: skip
+
+
 def test_no_cell_is_cut_in_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert run("plan", "--config", "configs/qm9_s.json", "--molecules", "1") == 0
@@ -243,6 +292,7 @@ def test_what_does_not_fit_has_no_times(tmp_path, capsys):
     arguments = ["--preset", "XL", "--gpu", "rtx4090", "--out", picture]
     assert run("plan", *arguments, "--set", "train.micro_batch=64") == 0
     printed = capsys.readouterr().out
+    assert printed.count(">") == len(STAGES)  # before the memory
     assert printed.count(TOO_LARGE) == len(STAGES) + 2  # 1024 images in 64s: 8 and 16 GPUs
     assert "None of these runs fits into a GPU's memory." in printed and "at least 80%" not in printed
     with Image.open(picture) as image:
