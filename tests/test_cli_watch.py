@@ -148,6 +148,15 @@ def test_warnings(values, says, tmp_path):
     assert len(found) == bool(says) and says in "".join(found)
 
 
+def test_the_speed_is_compared_with_that_before(tmp_path):
+    """Not with a median that the slow records are in; and not before there are enough to compare with."""
+    for count, says in ((3 * RECENT, 1), (3 * RECENT - 1, 0)):
+        speeds = [80.0] * (RECENT + 1) + [30.0] * (count - RECENT - 1)
+        records = [record(step, images_per_second=speed) for step, speed in enumerate(speeds, start=1)]
+        state = RunFolder(tmp_path, {"train": {"steps": 1000}}, records)
+        assert len(warnings(state, "training", time.time())) == says
+
+
 def test_sparklines():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 40, log=False) == BARS
     assert sparkline([10.0**k for k in range(8)], 40, log=True) == BARS

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_toy import mistake, run
 
+from unite_fast.cli.compare import _groups
 from unite_fast.engine.world import World
 from unite_fast.evaluation.protocol import environment, git_state, weights_hash
 from unite_fast.evaluation.record import about_model, default_name, ranking, read_records, write_record
@@ -28,6 +29,10 @@ def record(folder, name, metrics, **sections):
     write_record(folder / "evaluations" / f"{name}.json", metrics, protocol)
 
 
+def line_of(metric, printed):
+    return next(line for line in printed.splitlines() if line.startswith(f"│ {metric} "))
+
+
 @pytest.fixture()
 def runs(tmp_path):
     record(tmp_path / "one", "a", {"gfid": 2.5, "is": 200.0, "psnr": 25.0})
@@ -45,7 +50,7 @@ def test_equal_protocols_are_ranked(runs, capsys, monkeypatch):
     assert ranking(rows, "psnr") == ([0], []) and ranking(rows + rows, "psnr") == ([0, 2], [])
     assert run("compare", runs / "one", runs / "two") == 0
     printed = capsys.readouterr().out
-    assert "2.1 *" in printed and "200 *" in printed and "≠" not in printed
+    assert "2.1 *" in printed and "200 *" in printed and "≠" not in printed and "gfid ↓" in printed and "is ↑" in printed
     assert "[1] one/a" in printed and "[2] two/b" in printed
 
 
@@ -64,12 +69,20 @@ def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change,
     assert run("compare", runs / "one", runs / "three") == 0
     printed = capsys.readouterr().out
     assert printed.count(says) == 1 and "not ranked, protocols differ" in printed, "once for all metrics it is true of"
+    assert "*" not in line_of(touched, printed)
     one, two, three = (read_records(runs / name) for name in ("one", "two", "three"))
     assert ranking(one + three, untouched)[0] == [1]
     assert ranking(one + two + three, touched) == ([], [says]), "of three, two that are alike are not enough"
     assert run("compare", runs / "one", runs / "three", "--anyway") == 0
     printed = capsys.readouterr().out
-    assert "ranked all the same, --anyway" in printed and says in printed
+    assert "ranked all the same, --anyway" in printed and says in printed and "*" in line_of(touched, printed)
+
+
+def test_differences_that_are_not_shown_are_counted(runs, capsys):
+    other = {"count": 1, "guidance": 1.0, "interval": [0, 1], "solver": "euler", "seed": 1, "steps": 3}
+    record(runs / "three", "c", {"gfid": 1.0}, generation=other)
+    assert run("compare", runs / "one", runs / "three") == 0
+    assert capsys.readouterr().out.strip().endswith("generation.seed: 0 / 1; and 2 more")
 
 
 def test_precision_of_small_data_compares_by_its_own_sets(runs):
@@ -89,6 +102,11 @@ def test_no_value_is_cut_however_many_evaluations(runs, capsys):
     assert all(f"{12.34 + number:.4g}" in printed for number in range(12)) and "7.891 *" in printed
     assert printed.count("0.01235 *") == 12 and printed.count("25.5 *") == 12
     assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+
+
+def test_a_table_is_filled_to_the_last_column():
+    assert _groups([5, 5, 5], 10) == [[0, 1], [2]]
+    assert _groups([5, 6, 20], 10) == [[0], [1], [2]]
 
 
 def test_a_value_alone_is_not_the_best(runs, capsys):
