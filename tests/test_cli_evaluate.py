@@ -22,8 +22,10 @@ from ranks import torchrun
 from safetensors.torch import load_file, save_file
 from test_perceptual import weights as lpips_weights
 
+from unite_fast.cli.evaluate import _Session
 from unite_fast.engine.world import World
 from unite_fast.evaluation import evaluator as evaluator_module
+from unite_fast.evaluation.evaluator import Plan
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
@@ -232,6 +234,26 @@ def test_images_are_drawn_again_for_a_folder_that_lacks_them(files, tmp_path):
     shutil.rmtree(files / "model" / "evaluations" / ".work")
 
 
+def test_every_option_reaches_the_measurement(files, ask, tmp_path):
+    record = evaluate(files, "--precision", "bf16", "--data-count", 4, "--seed", 3, "--steps", 3, "--solver", "euler",
+                      "--guidance", 2, "--interval", "0.3,0.8", metrics="psnr,is", name="options")  # fmt: skip
+    generation, held_out = record["protocol"]["generation"], record["protocol"]["held_out"]
+    given = {"precision": "bf16", "seed": 3, "steps": 3, "solver": "euler", "guidance": 2, "interval": [0.3, 0.8]}
+    assert {name: generation[name] for name in given} == given
+    assert held_out["count"] + held_out["skipped"] == 4 and (held_out["precision"], held_out["seed"]) == ("bf16", 3)
+    assert str(tmp_path / "none") in ask("--train", tmp_path / "none", metrics="small")
+    assert "holds EMA weights only" in ask("--weights", "model")
+
+
+def test_without_metrics_those_are_measured_that_the_files_allow(tmp_path):
+    def chosen(**files):
+        return _Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)._complete(None)
+
+    assert chosen(data="val").metrics == ("psnr", "ssim", "l1")
+    assert chosen(data="val", inception="pt").metrics == ("is", "psnr", "ssim", "l1", "rfid")
+    assert chosen(reference="ref", inception="pt").metrics == ("gfid", "is")
+
+
 def test_dopri5_names_its_batch(files):
     record = evaluate(files, "--solver", "dopri5", metrics="is", name="dopri5", count=12)
     assert record["protocol"]["generation"]["batch"] == 5 and record["protocol"]["generation"]["solver"] == "dopri5"
@@ -327,6 +349,9 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "'w' is not one of guidance, ema" in ask("--search", "w")
     assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
     assert "add that" in ask("--search-values", "1,2")
+    for option in (("--ema-decay", 0.5), ("--weights", "model")):
+        assert ask("--search", "ema", *option).startswith("--search ema chooses among the averages: leave out --ema")
+    assert ask("--search", "guidance", "--guidance", 2) == "--search guidance finds the strength: leave out --guidance"
     assert ask("--guidance", "inf") == "--guidance must be a finite number, found inf"
     assert "small has a precision of its own" in ask(metrics="small,precision")
     assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")

@@ -134,6 +134,10 @@ def evaluate(
         raise UserError(f"--name {name!r} must be the name of a file without its folder, and begin with no dot")
     if strengths and Search.guidance not in searches:
         raise UserError("--search-values are strengths for --search guidance: add that")
+    if Search.ema in searches and (ema_decay is not None or weights is Which.model):
+        raise UserError("--search ema chooses among the averages: leave out --ema-decay and --weights model")
+    if searches == [Search.guidance] and guidance is not None:
+        raise UserError("--search guidance finds the strength: leave out --guidance")
 
     from unite_fast.engine.world import join_world, leave_world
     from unite_fast.importing import open_trained
