@@ -160,6 +160,11 @@ def test_what_a_killed_call_left_goes_unless_another_still_runs(folder, tmp_path
     assert (out / "mine.txt").exists() and not list(out.glob(".*"))
 
 
+def test_classes_that_get_no_image_are_not_counted(folder, tmp_path, capsys):
+    _sample(folder, tmp_path / "out", "--count", 2)
+    assert "2 images of 2 classes" in capsys.readouterr().out
+
+
 def test_one_class_fills_several_rows_of_the_sheet(folder, tmp_path):
     heights, widths = [], []
     for count in (10, 23):

@@ -1,6 +1,8 @@
 """`unite-fast watch`: what it shows of runs in every state, and that it follows a run until its end."""
 
 import contextlib
+import importlib
+import io
 import json
 import os
 import pty
@@ -12,10 +14,12 @@ import time
 
 import pytest
 from cli_toy import mistake, run
+from rich.console import Console
 
 from unite_fast.cli.watch import BARS, RECENT, seconds_a_step, sparkline, warnings
 from unite_fast.records import RunFolder, open_run
 
+watch = importlib.import_module("unite_fast.cli.watch")  # unite_fast.cli names the command so
 START = [sys.executable, "-c", "import sys; from unite_fast.cli import main; sys.exit(main())"]
 
 
@@ -164,6 +168,18 @@ def test_sparklines():
     assert sparkline([0.0, 1.0, 100.0], 40, log=True) == BARS[0] + BARS[0] + BARS[-1]
     assert sparkline([0.0], 40, log=True) == BARS[0]
     assert len(sparkline(range(1000), 40, log=False)) == 40
+
+
+def test_it_looks_as_often_as_asked(tmp_path, monkeypatch):
+    folder, slept = folder_of(tmp_path / "run", [record(1), record(100)]), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        (folder / "summary.json").write_text('{"steps": 100}')
+
+    monkeypatch.setattr(watch, "out", lambda: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert run("watch", folder, "--every", 7) == 0 and slept == [7]
 
 
 def test_a_wait_without_end_is_one_sentence(tmp_path, capsys):

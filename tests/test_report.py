@@ -16,6 +16,7 @@ from PIL import Image
 from report_run import HOSTILE, LONG, trained_run
 from runs import config, image_tree
 
+from unite_fast import report
 from unite_fast.engine import checkpoint
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, register_noise
 from unite_fast.flow.sampling import generate
@@ -178,6 +179,14 @@ def test_quick_takes_the_sheets_on_disk(folder, monkeypatch):
     page = Page(folder / "quick.html")
     assert "was not run for this report" in page.says("trajectory")
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+
+
+def test_every_option_reaches_the_page(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(report, "write_report", lambda run, **given: asked.update(given) or folder / "config.json")
+    assert run("report", folder, "--held-out", 7, "--seed", 3, "--batch", 5, "--device", "cpu") == 0
+    del asked["progress"]
+    assert asked == {"out": None, "device": "cpu", "quick": False, "held_out": 7, "seed": 3, "batch": 5}
 
 
 def test_a_run_on_something_else_than_images(folder):
