@@ -247,7 +247,8 @@ def test_every_option_reaches_the_measurement(files, ask, tmp_path):
 
 def test_without_metrics_those_are_measured_that_the_files_allow(tmp_path):
     def chosen(**files):
-        return _Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)._complete(None)
+        session = _Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)
+        return session._complete(None)
 
     assert chosen(data="val").metrics == ("psnr", "ssim", "l1")
     assert chosen(data="val", inception="pt").metrics == ("is", "psnr", "ssim", "l1", "rfid")

@@ -183,6 +183,17 @@ def test_what_no_part_explains_is_other():
     assert part.floor(1, Rates(1, 2)) == (4, 0)
 
 
+def test_what_the_table_says(capsys):
+    memory = StepMemory(weights=2**20, gradients=2 * 2**20, optimizer=3 * 2**20, ema=4 * 2**20, peak=50 * 2**20)
+    row = Row("decode", 2, 0.2, 0.4, 0.3, 10**9, 7 * 2**20)
+    _print(Measured(Rates(1, 1), [row], 2.0, 0.5, 0.25, memory, images=1, mfu=0.1), "toy", "cuda")
+    printed = capsys.readouterr().out
+    cells = [line.split() for line in printed.splitlines()]
+    assert ["decode", "2", "200", "400", "30.0%", "300", "50%", "1", "7"] in cells
+    held = "1 MiB of weights, 2 MiB of gradients, 3 MiB of optimizer state, 4 MiB of averages"
+    assert held in printed and "peak 50 MiB, the step's" in printed
+
+
 class Event:
     """Of a profiler."""
 
