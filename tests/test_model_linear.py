@@ -45,6 +45,14 @@ def test_it_is_the_linear_with_its_gradients(served, shape, bias):
     assert len(served) == (3 if x.numel() else 0)
 
 
+@pytest.mark.parametrize("outputs", [20, 4])
+def test_many_rows_are_summed_into_a_wide_matrix(served, outputs):
+    made, x, grad = layer(outputs=outputs), torch.randn(subject.MANY_ROWS, 12), torch.randn(subject.MANY_ROWS, outputs)
+    found, truth = (torch.autograd.grad(y, made.weight, grad)[0] for y in (made(x), F.linear(x, made.weight, made.bias)))
+    assert torch.allclose(found, truth, atol=1e-4) and found.is_contiguous()
+    assert len(served) == 2
+
+
 def test_what_takes_no_gradient_has_no_product_for_it(served):
     made = layer()
     made(torch.randn(3, 12)).sum().backward()
