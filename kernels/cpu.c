@@ -12,6 +12,9 @@ enum { MAX_WIDTH = 2048, MAX_HEAD = 256, MAX_TOKENS = 64, WIDEST = 16 /* floats 
 /* Elements below which starting threads costs more than they save, as PyTorch has it (at::internal::GRAIN_SIZE). */
 enum { GRAIN = 32768 };
 
+/* Summands of a product at a time: its rows of b then fit into the nearest cache, and those of a into the second. */
+enum { DEPTH = 256 };
+
 /* CRC-32 of this file and those that it includes, by which cpu.py tells a library that was compiled from others. */
 uint32_t unite_sources(void) { return UNITE_SOURCES; }
 
@@ -63,6 +66,13 @@ struct newton_schulz {
     float *work;      /* [workers, size] */
     int64_t matrices, rows, columns, steps, in_gram, workers, size;
     float eps, scale, linear, cubic, quintic;
+};
+
+struct matmul {
+    const float *a;   /* [rows, depth], in any order */
+    const float *b;   /* [depth, columns], in any order */
+    float *out;       /* [rows, columns] */
+    int64_t a_down, a_across, b_down, b_across, rows, depth, columns, threads;
 };
 
 static int64_t begin_of(const int32_t *offsets, int64_t tokens, int64_t sample) {
@@ -191,4 +201,21 @@ void unite_newton_schulz(const struct newton_schulz *o) {
 #pragma omp parallel for if (o->workers > 1) schedule(static)
     for (int64_t worker = 0; worker < o->workers; worker++)
         for (int64_t i = worker; i < o->matrices; i += o->workers) run(o, i, o->work + worker * o->size);
+}
+
+/* All threads take the same DEPTH summands at a time, which their panels then find in the caches that they share. The
+ * number of threads decides who adds, and not in which order. */
+void unite_matmul(const struct matmul *o) {
+    static void (*const of[SETS])(const struct matmul *, int64_t, int64_t, int64_t, int64_t) = OF_EACH(summands);
+    void (*const run)(const struct matmul *, int64_t, int64_t, int64_t, int64_t) = of[set()];
+    const int64_t width = 8 << set(), panels = (o->columns + width - 1) / width;
+    const int64_t parts = (o->threads + panels - 1) / panels, rows = ((o->rows + parts - 1) / parts + 7) / 8 * 8;
+#pragma omp parallel if (o->threads > 1 && o->rows * o->columns * o->depth > GRAIN)
+    for (int64_t first = 0; first < o->depth; first += DEPTH) {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < panels * parts; i++) {
+            const int64_t row = i / panels * rows, left = o->rows - row;
+            if (left > 0) run(o, row, left < rows ? left : rows, i % panels * width, first);
+        }
+    }
 }

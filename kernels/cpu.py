@@ -144,6 +144,13 @@ class _NewtonSchulz(Structure):
     ]
 
 
+class _Matmul(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("a", "b", "out")),
+        *((name, c_int64) for name in ("a_down", "a_across", "b_down", "b_across", "rows", "depth", "columns", "threads")),
+    ]
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the functions of a compiled library take."""
     library.unite_swiglu.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
@@ -156,6 +163,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.unite_attention_backward.argtypes = [POINTER(_Attention)]
     library.unite_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int64]
     library.unite_newton_schulz.argtypes, library.unite_newton_schulz.restype = [POINTER(_NewtonSchulz)], None
+    library.unite_matmul.argtypes, library.unite_matmul.restype = [POINTER(_Matmul)], None
     for name in ("swiglu", "adaln", "rope", "attention"):
         getattr(library, f"unite_{name}").restype = None
         getattr(library, f"unite_{name}_backward").restype = None
@@ -374,15 +382,31 @@ def attention(qkv: Tensor, offsets: Tensor | None = None, longest: int = 0) -> T
     return _ShortAttention.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), offsets, longest)
 
 
-def serves_newton_schulz(g: Tensor) -> bool:
-    """Whether `newton_schulz` computes with g: on a CPU with wide vectors, without which others multiply faster."""
-    return serves(g) and bool(LIBRARY.unite_multiplies())
+def multiplies(*tensors: Tensor) -> bool:
+    """Whether `matmul` and `newton_schulz` compute with these: on a CPU with wide vectors, without which PyTorch's
+    libraries are faster."""
+    return serves(*tensors) and bool(LIBRARY.unite_multiplies())
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices that `multiplies` accepts, with any strides; what a number is does not depend on the threads.
+
+    Args:
+        a: [n, K]. b: [K, m].
+    """
+    out = a.new_empty(a.shape[0], b.shape[1])
+    if not a.shape[1]:
+        return out.zero_()
+    if out.numel():
+        shape = (*a.stride(), *b.stride(), *a.shape, b.shape[1], torch.get_num_threads())
+        LIBRARY.unite_matmul(_Matmul(_at(a), _at(b), _at(out), *shape))
+    return out
 
 
 def newton_schulz(
     g: Tensor, steps: int, eps: float, scale: float, coefficients: tuple[float, float, float], in_gram: bool
 ) -> Tensor:
-    """The iteration of optim.py for g [n, r, c] that `serves_newton_schulz` accepts.
+    """The iteration of optim.py for g [n, r, c] that `multiplies` accepts.
 
     Of symmetric products half is computed. A matrix's result depends neither on the others nor on the threads.
 

@@ -2,7 +2,6 @@
  * cpu_rows.h, whose tiles it takes. */
 
 #define PANEL (2 * LANES)
-#define DEPTH 256
 
 /* C [n, PANEL] = A [n, K] B [K, PANEL], or C += A B; B lies together. */
 static void NAME(tiles)(
@@ -13,13 +12,14 @@ static void NAME(tiles)(
     for (; i < n; i++) NAME(tile)(A + i * lda, lda, step, K, B, PANEL, C + i * ldc, ldc, 1, 2, more);
 }
 
-/* PANEL columns of out [n, m] = alpha · a b + beta · plus, or of a b without `plus`; a symmetric result's down to the
- * diagonal alone, and then their mirror image. a [n, K] and b [K, m] lie in any order, by their steps down and across;
- * plus and out have whole rows. b is copied DEPTH rows at a time, so that all rows of a find it in the nearest cache.
+/* PANEL columns of out [n, m] = alpha · a b + beta · plus, or of a b without `plus`, or of out + a b where there are `more`
+ * summands; a symmetric result's down to the diagonal alone, and then their mirror image. a [n, K] and b [K, m] lie in any
+ * order, by their steps down and across; plus and out have whole rows. b is copied DEPTH rows at a time, so that all rows
+ * of a find it in the nearest cache.
  */
 static void NAME(panel)(
     const float *a, int64_t a_down, int64_t a_across, const float *b, int64_t b_down, int64_t b_across, int64_t n,
-    int64_t K, int64_t m, int symmetric, const float *plus, float alpha, float beta, float *out, int64_t column
+    int64_t K, int64_t m, int symmetric, int more, const float *plus, float alpha, float beta, float *out, int64_t column
 ) {
     const int64_t width = m - column < PANEL ? m - column : PANEL, height = symmetric ? column + width : n;
     const size_t row_bytes = sizeof(float) * (size_t)width;
@@ -34,14 +34,14 @@ static void NAME(panel)(
             for (int64_t j = 0; j < width; j++)
                 for (int64_t k = 0; k < depth; k++) copied[k * PANEL + j] = from[k * b_down + j * b_across];
         if (width == PANEL) {
-            NAME(tiles)(left, a_down, a_across, height, depth, copied, out + column, m, first > 0);
+            NAME(tiles)(left, a_down, a_across, height, depth, copied, out + column, m, more || first);
             continue;
         }
         for (int64_t row = 0; row < height; row += TALL) {
             const int64_t rows = height - row < TALL ? height - row : TALL;
             float *to = out + row * m + column;
             for (int64_t i = 0; i < rows; i++) memcpy(edge + i * PANEL, to + i * m, row_bytes);
-            NAME(tiles)(left + row * a_down, a_down, a_across, rows, depth, copied, edge, PANEL, first > 0);
+            NAME(tiles)(left + row * a_down, a_down, a_across, rows, depth, copied, edge, PANEL, more || first);
             for (int64_t i = 0; i < rows; i++) memcpy(to + i * m, edge + i * PANEL, row_bytes);
         }
     }
@@ -60,7 +60,7 @@ static void NAME(multiply)(
     float *out
 ) {
     for (int64_t column = 0; column < m; column += PANEL)
-        NAME(panel)(a, K, 1, b, m, 1, n, K, m, 0, plus, alpha, beta, out, column);
+        NAME(panel)(a, K, 1, b, m, 1, n, K, m, 0, 0, plus, alpha, beta, out, column);
 }
 
 /* out [r, r] = alpha · a b + beta · plus of symmetric matrices that commute, which the result then is, too. */
@@ -68,14 +68,24 @@ static void NAME(multiply_symmetric)(
     const float *a, const float *b, int64_t r, const float *plus, float alpha, float beta, float *out
 ) {
     for (int64_t column = 0; column < r; column += PANEL)
-        NAME(panel)(a, r, 1, b, r, 1, r, r, r, 1, plus, alpha, beta, out, column);
+        NAME(panel)(a, r, 1, b, r, 1, r, r, r, 1, 0, plus, alpha, beta, out, column);
 }
 
 /* X Xᵀ [r, r] of x [r, c]; of a tall x [c, r] Xᵀ X. */
 static void NAME(gram)(const float *x, int64_t r, int64_t c, int tall, float *out) {
     const int64_t down = tall ? 1 : c, across = tall ? r : 1;
     for (int64_t column = 0; column < r; column += PANEL)
-        NAME(panel)(x, down, across, x, across, down, r, c, r, 1, NULL, 1.0f, 0.0f, out, column);
+        NAME(panel)(x, down, across, x, across, down, r, c, r, 1, 0, NULL, 1.0f, 0.0f, out, column);
+}
+
+/* Some rows and a panel of a b, up to DEPTH summands from one on; those before are in out. */
+static void NAME(summands)(const struct matmul *o, int64_t row, int64_t rows, int64_t column, int64_t first) {
+    const float *a = o->a + row * o->a_down + first * o->a_across, *b = o->b + first * o->b_down;
+    const int64_t depth = o->depth - first < DEPTH ? o->depth - first : DEPTH;
+    NAME(panel)(
+        a, o->a_down, o->a_across, b, o->b_down, o->b_across, rows, depth, o->columns, 0, first > 0, NULL, 1.0f, 0.0f,
+        o->out + row * o->columns, column
+    );
 }
 
 /* The iteration of optim.py for one matrix, with `work` of its thread alone: [4, r, r], or [2, r, r] and [r, c]. */
@@ -140,5 +150,4 @@ static void NAME(newton_schulz)(const struct newton_schulz *o, int64_t matrix, f
 }
 
 #undef PANEL
-#undef DEPTH
 #undef TALL

@@ -86,7 +86,7 @@ def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Ten
     short, long = sorted(g.shape[1:])
     # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
     in_gram = steps > 0 and newton_schulz_dtype(g) == torch.float32 and long >= GRAM_FROM * short
-    if cpu.serves_newton_schulz(g):
+    if cpu.multiplies(g):
         return cpu.newton_schulz(g, steps, eps, scale, (A, B, C), in_gram)
     x = g.to(newton_schulz_dtype(g))
     if g.is_cuda and aligned(columns) != columns:

@@ -193,6 +193,16 @@ def test_attention_to_what_is_not_finite(library):
     assert torch.equal(attend(qkv).isfinite(), test_attention.equation(qkv).isfinite())
 
 
+@pytest.mark.parametrize(
+    "rows, depth, columns", [(1, 1, 1), (9, 256, 33), (70, 257, 64), (130, 700, 7), (3, 0, 4), (0, 3, 4)]
+)
+def test_products_of_matrices_in_any_order(library, rows, depth, columns):
+    """All heights and widths of tiles, several depths, panels that are filled and that are not."""
+    for a in (normal(rows, depth), normal(depth, rows).t(), normal(rows, 2 * depth)[:, ::2]):
+        for b in (normal(depth, columns), normal(columns, depth).t()):
+            assert_twice_as_good([cpu.matmul(a, b)], [a @ b], [a.double() @ b.double()])
+
+
 def newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
     """The compiled one, on the Gram matrix where the operator takes that, whether it serves this CPU or not."""
     short, long = sorted(g.shape[1:])
@@ -308,7 +318,8 @@ def test_results_do_not_depend_on_the_threads():
             torch.set_num_threads(threads)
             found.append(
                 [*adaln.run("auto", function, inputs), *rope.run("auto", heads, *rotary), *swiglu.run("auto", x),
-                 *outputs_and_gradients(attend, heads[:1]), newton_schulz(normal(5, 24, 70), 5)]
+                 *outputs_and_gradients(attend, heads[:1]), newton_schulz(normal(5, 24, 70), 5),
+                 cpu.matmul(x.t(), x[:, :40])]
             )  # fmt: skip
     finally:
         torch.set_num_threads(before)

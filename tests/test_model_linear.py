@@ -16,12 +16,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def served(monkeypatch):
-    """On any CPU as on the one that prefers it; counts the products."""
-    calls, product = [], subject._product
+@pytest.fixture(params=["cpu.c", "oneDNN alone"])
+def served(monkeypatch, request):
+    """On any CPU as on the one that prefers it, with a C compiler and without; counts the products."""
+    calls = []
     monkeypatch.setattr(subject, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(subject, "_product", lambda *tensors: (calls.append(1), product(*tensors))[1])
+    for name in ("_product", "matmul"):
+        monkeypatch.setattr(subject, name, lambda *pair, own=getattr(subject, name): (calls.append(1), own(*pair))[1])
+    if request.param == "oneDNN alone":
+        monkeypatch.setattr(cpu, "LIBRARY", None)
     return calls
 
 
@@ -43,14 +46,6 @@ def test_it_is_the_linear_with_its_gradients(served, shape, bias):
     for ours, theirs in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, truth)), strict=True):
         assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
     assert len(served) == (3 if x.numel() else 0)
-
-
-@pytest.mark.parametrize("outputs", [20, 4])
-def test_many_rows_are_summed_into_a_wide_matrix(served, outputs):
-    made, x, grad = layer(outputs=outputs), torch.randn(subject.MANY_ROWS, 12), torch.randn(subject.MANY_ROWS, outputs)
-    found, truth = (torch.autograd.grad(y, made.weight, grad)[0] for y in (made(x), F.linear(x, made.weight, made.bias)))
-    assert torch.allclose(found, truth, atol=1e-4) and found.is_contiguous()
-    assert len(served) == 2
 
 
 def test_what_takes_no_gradient_has_no_product_for_it(served):

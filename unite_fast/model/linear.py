@@ -2,25 +2,23 @@
 
 PyTorch's float32 products on x86 CPUs are MKL's, which takes AVX2 on AMD's processors whatever they have. Where those
 have AVX-512, oneDNN, which PyTorch has as well, needs 0.42 to 0.57 of the time forward and for the input's gradient, and
-0.51 to 0.74 for the weight's (EPYC 9005, one core, 64 to 1,536 rows, widths of 128 to 768).
+0.51 to 0.74 for the weight's (EPYC 9005, one core, 64 to 1,536 rows, widths of 128 to 768). Operands that lie turned it
+copies first: by kernels/cpu.c the gradients take 0.75 to 1.04 and 0.5 to 1.0 of its time (16 to 3,600 rows, widths of
+96 to 4,096), the forward product, whose weight lies turned, 0.96 to 1.4.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_kernels.cpu import cpuinfo, sees_plainly
+from unite_kernels.cpu import cpuinfo, matmul, multiplies, sees_plainly
 from unite_kernels.dispatch import transformed
-
-# From so many on oneDNN sums over rows faster into a short, wide matrix than into a tall one, turning it included: for
-# weights of 384 × 128 to 1,024 × 192 1.02 to 1.11 times at 408 rows, 1.07 to 1.20 at 896, at 272 0.97 to 1.08.
-MANY_ROWS = 400
-
 
 class Linear(nn.Linear):
     """x Wᵀ + b, on CPUs by the faster library of the two."""
@@ -54,6 +52,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _multiplier(*tensors: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """a b of two of these, or of one turned."""
+    return matmul if multiplies(*tensors) else lambda a, b: _product(a, b.t())
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -66,15 +69,10 @@ class _OneDnnLinear(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
         # Where autograd or a vmap looks on, whose gradients have no memory of their own: they see into PyTorch's alone.
         plain = not torch.is_grad_enabled() and not transformed() and torch._C._has_storage(grad)
-        multiply = _product if plain else F.linear
+        multiply = _multiplier(grads, rows, weight) if plain else torch.matmul
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_weight = None
-        if wants_weight and plain and len(rows) >= MANY_ROWS and len(weight) > weight.shape[1]:
-            grad_weight = _product(rows.t(), grads.t()).t().contiguous()
-        elif wants_weight:
-            grad_weight = multiply(grads.t(), rows.t())
         return (
-            multiply(grads, weight.t()).view(x.shape) if wants_x else None,
-            grad_weight,
+            multiply(grads, weight).view(x.shape) if wants_x else None,
+            multiply(grads.t(), rows) if wants_weight else None,
             grads.sum(0) if wants_bias else None,
         )
