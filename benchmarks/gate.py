@@ -141,6 +141,8 @@ def judge_again(
 ) -> list[Verdict]:
     """As `judge`, but entries that are slower are measured anew, up to REPEATS times, until they are not.
 
+    A process in which an entry is too noisy says nothing of it: it stays slower.
+
     Args:
         run, baseline, part: as for `judge`.
         repeat: ratios from another process, of these entries as far as it could measure them, and maybe of others.
@@ -150,7 +152,8 @@ def judge_again(
         if not slower:
             break
         found = repeat(slower)
-        run = run | {name: found[name] for name in slower & found.keys()}
+        noisy = {verdict.key for verdict in judge(found, baseline, part=True) if verdict.word == NOISY}
+        run = run | {name: found[name] for name in slower & found.keys() - noisy}
     return judge(run, baseline, part)
 
 

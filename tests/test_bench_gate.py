@@ -125,6 +125,13 @@ def test_only_what_is_slower_is_measured_again_and_until_it_is_not():
     assert len(gate.judge_again({"one": fine}, expected, repeat, part=True)) == 3 and len(asked) == 2
 
 
+def test_what_is_too_noisy_the_second_time_stays_slower():
+    expected, noisy = {"one": gate.Entry(1.25, 0.05)}, {"one": contest.Ratio(1.0, 0.2)}
+    assert [verdict.word for verdict in gate.judge(noisy, expected)] == [gate.NOISY]
+    (verdict,) = gate.judge_again({"one": contest.Ratio(1.0, 0.01)}, expected, lambda names: noisy)
+    assert verdict.word == gate.SLOWER
+
+
 def test_a_faster_step_passes_and_is_named():
     machine = Machine(2)
     verdicts = gate.judge(gate.measured(machine.run(slowdown=1 / 1.3)), baseline(machine))
