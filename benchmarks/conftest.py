@@ -19,7 +19,7 @@ import torch
 from subjects import random_perceptual_weights
 
 from unite_fast.errors import UserError
-from unite_fast.train import prepare_process
+from unite_fast.train import keep_pages
 
 RESULTS = pytest.StashKey[list]()
 INPUTS = pytest.StashKey[list]()
@@ -51,7 +51,7 @@ def pytest_configure(config):
     # Now, before the code is imported: files may change and commits be made while it is measured.
     config.stash[SOURCE] = measure.source()
     config.stash[DESELECTED] = config.stash[RAN] = 0
-    prepare_process()  # as training does, for the rivals, too
+    keep_pages()  # as training does, for the rivals, too
     if measure.DEVICE == "cpu":
         # Ratios on one core: with more, what others do on a shared machine decides how long threads wait.
         torch.set_num_threads(1)

@@ -214,4 +214,4 @@ def test_a_process_that_trains_keeps_the_memory_that_a_step_frees():
     for how in ("as it is", "prepared"):
         ran = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True, timeout=120)
         faults[how] = int(ran.stdout)
-    assert faults["prepared"] < 10 < 1000 < faults["as it is"]
+    assert faults["prepared"] < 10 and faults["as it is"] > 20  # of 60 MB, in pages of 2 MiB where Linux makes such

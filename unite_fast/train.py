@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def prepare_process() -> None:
     """Settings of a process that trains, from before torch is imported."""
     _share_cores()
-    _keep_pages()
+    keep_pages()
 
 
 def _share_cores() -> None:
@@ -47,7 +47,7 @@ def _share_cores() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _keep_pages() -> None:
+def keep_pages() -> None:
     """Let the process keep the memory that a step frees, since the next one takes as much again.
 
     glibc gives most of it back: the quickstart took 4,800 page faults a step, molecules 21,000. Without them the steps
