@@ -30,31 +30,35 @@ from unite_kernels import cpu, optim
 KERNELS = Path(__file__).parents[1] / "kernels"
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason=cpu.STATE)
 RMS = [form for form in adaln.FORMS if "layer" not in form]
-# What setup.py compiles with, and without: the sets of instructions that a CPU may lack.
+# What setup.py compiles with, and what a library believes of a CPU that lacks sets of instructions.
 FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-BASELINE = "-D__builtin_cpu_supports(name)=0"
+BELIEVES = {"AVX2": "(name)[3] != '5'", "baseline": "0"}  # of avx512f and its kin none, of all none
 
 
-@pytest.fixture(scope="module")
-def baseline(tmp_path_factory):
-    """A library that believes in none of a CPU's wide instructions."""
+@pytest.fixture(scope="module", params=["of this CPU", *BELIEVES])
+def compiled(request, tmp_path_factory):
+    """The installed library, which takes the widest instructions there are, and those that believe in narrower ones."""
+    if request.param == "of this CPU":
+        return cpu.LIBRARY
+    if request.param == "AVX2" and not cpu.LIBRARY.unite_multiplies():
+        pytest.skip("a CPU without AVX2")
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     if compiler is None:
         pytest.skip("no C compiler")
-    made = tmp_path_factory.mktemp("baseline") / "baseline.so"
-    options = [*FLAGS, "-Wall", "-Wextra", "-Werror", BASELINE, "-DUNITE_SOURCES=0", "-fPIC", "-shared"]
+    made = tmp_path_factory.mktemp("narrower") / "narrower.so"
+    believes = f"-D__builtin_cpu_supports(name)=({BELIEVES[request.param]})"
+    options = [*FLAGS, "-Wall", "-Wextra", "-Werror", believes, "-DUNITE_SOURCES=0", "-fPIC", "-shared"]
     subprocess.run([compiler, *options, "-nostartfiles", KERNELS / "cpu.c", "-lm", "-o", made], check=True)
     found = ctypes.CDLL(str(made))
     cpu.declare(found)
     return found
 
 
-@pytest.fixture(params=["of this CPU", "baseline"])
-def library(request, monkeypatch):
-    """The installed library, which takes the widest instructions there are, and the baseline."""
-    if request.param == "baseline":
-        monkeypatch.setattr(cpu, "LIBRARY", request.getfixturevalue("baseline"))
-    return cpu.LIBRARY
+@pytest.fixture
+def library(compiled, monkeypatch):
+    """One of them in the place of the installed."""
+    monkeypatch.setattr(cpu, "LIBRARY", compiled)
+    return compiled
 
 
 @pytest.fixture
