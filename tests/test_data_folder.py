@@ -100,6 +100,10 @@ def test_splits_are_no_classes_to_the_commands(tmp_path, capsys, arguments):
     assert f"no class folders; Val, train look like the splits of a data set: did you mean {root}/Val?" in error
     assert error.endswith("If they are classes, rename one of them.")
     assert sorted(path.name for path in root.iterdir()) == ["Val", "train"]
+    (root / "train").rename(tmp_path / "aside")
+    assert main(["data", *(word.format(root=root) for word in arguments)]) == 2
+    assert "; Val looks like a split of a data set: did you mean" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "aside").rename(root / "train")
     (root / "Val").rename(root / "val of a river")
     assert main(["data", *(word.format(root=root) for word in arguments)]) == 0
 

@@ -201,7 +201,8 @@ def _class_names(root: Path, num_classes: int | None, expected: Sequence[str] | 
         )
     hint = ""
     if set(map(str.lower, names)) <= SPLIT_NAMES:
-        hint = f"; {', '.join(names)} look like the splits of a data set: did you mean {root / names[0]}?"
+        look = "looks like a split" if len(names) == 1 else "look like the splits"
+        hint = f"; {', '.join(names)} {look} of a data set: did you mean {root / names[0]}?"
     require_classes(root, names, num_classes, expected, hint)
     if hint and num_classes is None and expected is None:
         raise UserError(f"data folder {root} has no class folders{hint} If they are classes, rename one of them.")

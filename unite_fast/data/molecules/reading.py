@@ -102,17 +102,15 @@ def _one_file(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
     if not known:
-        raise UserError(f"{path} holds no XYZ, SDF, MOL, tar, NPZ or Parquet file: give the folder or file of molecules")
+        raise UserError(f"{path} holds no XYZ, SDF, MOL, tar, NPZ or Parquet file: give a folder or file of molecules")
     if len(known) != 1:
-        raise UserError(
-            f"{path} holds several sets of molecules ({_listed(known)}): name one file"
-        )
+        raise UserError(f"{path} holds several sets of molecules ({_listed(known)}): name one file")
     return known[0]
 
 
 def _listed(files: list[Path]) -> str:
     more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-    return ", ".join(entry.name for entry in files[:5]) + more if files else "none"
+    return ", ".join(entry.name for entry in files[:5]) + more
 
 
 def _named(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
