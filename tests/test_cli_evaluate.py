@@ -352,7 +352,8 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "add that" in ask("--search-values", "1,2")
     for option in (("--ema-decay", 0.5), ("--weights", "model")):
         assert ask("--search", "ema", *option).startswith("--search ema chooses among the averages: leave out --ema")
-    assert ask("--search", "guidance", "--guidance", 2) == "--search guidance finds the strength: leave out --guidance"
+    for search in ("guidance", "guidance,guidance"):
+        assert ask("--search", search, "--guidance", 2) == "--search guidance finds the strength: leave out --guidance"
     assert ask("--guidance", "inf") == "--guidance must be a finite number, found inf"
     assert "small has a precision of its own" in ask(metrics="small,precision")
     assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")

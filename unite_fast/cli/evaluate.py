@@ -136,7 +136,7 @@ def evaluate(
         raise UserError("--search-values are strengths for --search guidance: add that")
     if Search.ema in searches and (ema_decay is not None or weights is Which.model):
         raise UserError("--search ema chooses among the averages: leave out --ema-decay and --weights model")
-    if searches == [Search.guidance] and guidance is not None:
+    if set(searches) == {Search.guidance} and guidance is not None:
         raise UserError("--search guidance finds the strength: leave out --guidance")
 
     from unite_fast.engine.world import join_world, leave_world
