@@ -226,9 +226,9 @@ static void NAME(rope_backward)(const struct rope_backward *o, int64_t sample) {
 
 typedef float NAME(vector) __attribute__((vector_size(4 * LANES)));
 
-/* rows × vectors · LANES of C = A B, or of C += A B where there are `more` summands, with the sums in registers. Number k
- * of row r of A is A[r · lda + k · step], row k of B and row r of C are ldb and ldc apart. rows and vectors are constants
- * where this is called.
+/* rows × vectors · LANES of C = A B, or with `more` of C += A B, with the sums in registers. Number k of row r of A is
+ * A[r · lda + k · step], row k of B and row r of C are ldb and ldc apart. rows and vectors are constants where this is
+ * called.
  */
 static inline __attribute__((always_inline)) void NAME(tile)(
     const float *A, int64_t lda, int64_t step, int64_t K, const float *B, int64_t ldb, float *C, int64_t ldc, int rows,

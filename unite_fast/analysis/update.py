@@ -100,8 +100,8 @@ def newton_schulz_operations(rows: int, columns: int, steps: int, dtype: Dtype =
     """Operations of the orthogonalisation of one matrix: three products a step, the Gram matrix on the short side.
 
     In float32 long matrices take four products a step of the Gram matrix alone, as `unite_kernels.newton_schulz` does.
-    Symmetric products count in full, though kernels/cpu.c computes half of them: on a CPU it can take less time than the
-    counted operations do at the rate of a large product.
+    Symmetric products count in full, though kernels/cpu.c computes half of them: on a CPU it can take less time than
+    the counted operations do at the rate of a large product.
     """
     short, long = sorted((rows, columns))
     if dtype == "fp32" and steps and long >= GRAM_FROM * short:
