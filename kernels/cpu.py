@@ -147,7 +147,8 @@ class _NewtonSchulz(Structure):
 class _Matmul(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("a", "b", "out")),
-        *((name, c_int64) for name in ("a_down", "a_across", "b_down", "b_across", "rows", "depth", "columns", "threads")),
+        *((name, c_int64) for name in ("a_down", "a_across", "b_down", "b_across")),
+        *((name, c_int64) for name in ("rows", "depth", "columns", "threads")),
     ]
 
 

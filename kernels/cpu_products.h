@@ -12,14 +12,15 @@ static void NAME(tiles)(
     for (; i < n; i++) NAME(tile)(A + i * lda, lda, step, K, B, PANEL, C + i * ldc, ldc, 1, 2, more);
 }
 
-/* PANEL columns of out [n, m] = alpha · a b + beta · plus, or of a b without `plus`, or of out + a b where there are `more`
- * summands; a symmetric result's down to the diagonal alone, and then their mirror image. a [n, K] and b [K, m] lie in any
- * order, by their steps down and across; plus and out have whole rows. b is copied DEPTH rows at a time, so that all rows
- * of a find it in the nearest cache.
+/* PANEL columns of out [n, m] = alpha · a b + beta · plus, without `plus` of a b, and with `more` of out + a b; a
+ * symmetric result's down to the diagonal alone, and then their mirror image. a [n, K] and b [K, m] lie in any order, by
+ * their steps down and across; plus and out have whole rows. b is copied DEPTH rows at a time, so that all rows of a find
+ * it in the nearest cache.
  */
 static void NAME(panel)(
     const float *a, int64_t a_down, int64_t a_across, const float *b, int64_t b_down, int64_t b_across, int64_t n,
-    int64_t K, int64_t m, int symmetric, int more, const float *plus, float alpha, float beta, float *out, int64_t column
+    int64_t K, int64_t m, int symmetric, int more, const float *plus, float alpha, float beta, float *out,
+    int64_t column
 ) {
     const int64_t width = m - column < PANEL ? m - column : PANEL, height = symmetric ? column + width : n;
     const size_t row_bytes = sizeof(float) * (size_t)width;

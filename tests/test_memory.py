@@ -72,7 +72,7 @@ def test_fp8_saves_what_linears_keep(model, least, most):
 @pytest.mark.parametrize("side", [16, 32])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_lpips_uses_what_is_counted(gpu_memory, monkeypatch, device, side):
-    """Within 6 % of what the allocator saw (5.2 % with torch 2.11), of which less than half is kept for the backward."""
+    """Within 6 % of what the allocator saw (torch 2.11: 5.2 %), of which less than half is kept for the backward."""
     monkeypatch.setattr(perceptual, "use_triton", lambda x: device == "cuda")
     network, batch = Lpips().to(memory_format=torch.channels_last), 4
     target, image = torch.rand(2, batch, 3, side, side)
