@@ -2,7 +2,7 @@
 
 setup.py compiles cpu.c where there is a C compiler; elsewhere, for other dtypes, under torch.compile, in torch.func
 and where a dispatch mode looks on (make_fx, FlopCounterMode) the references in plain PyTorch serve. Shapes as in
-adaln.py, qk_rope.py, swiglu.py and optim.py, whose Newton–Schulz has no backward pass.
+adaln.py, qk_rope.py, swiglu.py and optim.py. `matmul` and `newton_schulz` have no backward pass.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ PARTS = (
     Part(
         "CPU operators",
         _cpu_operators,
-        "on a CPU plain PyTorch runs these, a training step takes a tenth to a third longer",
+        "on a CPU plain PyTorch runs these, a training step takes a tenth to a half longer",
         "a C compiler, GCC on Linux, and then pip install --force-reinstall --no-deps --editable . in the repository",
     ),
     Part(

@@ -20,8 +20,9 @@ from torch import Tensor
 from unite_kernels.cpu import cpuinfo, matmul, multiplies, sees_plainly
 from unite_kernels.dispatch import transformed
 
+
 class Linear(nn.Linear):
-    """x Wᵀ + b, on CPUs by the faster library of the two."""
+    """x Wᵀ + b, on CPUs by the fastest library."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The compiler, whose products Inductor chooses, must not look further.
