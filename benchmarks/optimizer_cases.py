@@ -8,9 +8,11 @@ from __future__ import annotations
 import measure
 import torch
 from case import FORWARD, LOW, Case, size
+from plain_training import orthogonalised
 from torch import Tensor
 
 import unite_kernels as uk
+from unite_kernels.optim import newton_schulz_dtype
 
 
 def ema_update_(blocks: int) -> Case:
@@ -86,10 +88,11 @@ def newton_schulz(sizes: tuple[int, int]) -> Case:
     matrices, side = sizes
     g = torch.randn(matrices, side, side, device=measure.DEVICE)
     # Matrix products decide, so no floor of bytes; the rival takes the matrices one by one, as torch.optim.Muon does.
+    dtype = newton_schulz_dtype(g)
     return Case(
         f"{matrices}x{side}x{side}",
         uk.newton_schulz,
-        lambda g: [uk.newton_schulz(matrix[None]) for matrix in g],
+        lambda g: [orthogonalised(matrix.to(dtype), 5, 1e-7).to(g.dtype) for matrix in g],
         (g,),
         {FORWARD: None},
         compiled=False,

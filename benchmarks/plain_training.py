@@ -37,6 +37,17 @@ def plain_name(name: str, depth: int) -> str | None:
     return name + ".weight" if name.endswith(("norm2", "norm3", "q_norm", "k_norm")) else name
 
 
+def orthogonalised(x: Tensor, steps: int, eps: float) -> Tensor:
+    """Newton–Schulz of one matrix, as torch.optim.Muon has it, in the matrix's dtype."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=NS_B, alpha=NS_C), x, beta=NS_A)
+    return x.T if tall else x
+
+
 class FloatMuon(torch.optim.Optimizer):
     """torch.optim.Muon's arithmetic a matrix at a time, in float32.
 
@@ -56,15 +67,9 @@ class FloatMuon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 buffer = state["momentum"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                x = parameter.grad.lerp(buffer, group["momentum"])
-                tall = x.shape[0] > x.shape[1]
-                x = x.T if tall else x
-                x = x / x.norm().clamp(min=group["eps"])
-                for _ in range(group["ns_steps"]):
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=NS_B, alpha=NS_C), x, beta=NS_A)
+                x = orthogonalised(parameter.grad.lerp(buffer, group["momentum"]), group["ns_steps"], group["eps"])
                 scale = 0.2 * math.sqrt(max(parameter.shape))
-                parameter.add_(x.T if tall else x, alpha=-group["lr"] * scale)
+                parameter.add_(x, alpha=-group["lr"] * scale)
 
 
 class PlainTrainer:
