@@ -250,8 +250,8 @@ def _measured_again(config, slower: set[str]) -> dict[str, gate.Ratio]:
     nodes = config.stash[NODES]
     chosen = list(dict.fromkeys(node for name, node in nodes.items() if name in slower))
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    terminal.ensure_newline()
-    terminal.write_line(f"gate: {len(slower)} slower, measured again in another process: {', '.join(chosen)}")
+    # Behind the progress line, which has no end yet.
+    terminal.write_line(f"\ngate: {len(slower)} slower, measured again in another process: {', '.join(chosen)}")
     if measure.DEVICE == "cuda":  # the other process needs the memory
         gc.collect()
         torch.cuda.empty_cache()
