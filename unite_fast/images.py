@@ -17,6 +17,7 @@ from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.report import Report, files_of_evaluation
 from unite_fast.engine.world import World
+from unite_fast.evaluation.evaluator import Files, Plan
 from unite_fast.modality import Inputs
 from unite_fast.model.unite import Unite
 from unite_fast.objective.two_pass import Objective
@@ -37,8 +38,8 @@ class Images:
     def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
         return Objective(config.objective, config.model.num_classes, device, autocast)
 
-    def check_evaluation(self, config: Config, device: torch.device) -> None:
-        files_of_evaluation(config, device)
+    def evaluation_files(self, config: Config, device: torch.device) -> tuple[Plan, Files]:
+        return files_of_evaluation(config, device)
 
     def stream(self, config: Config, batch: Batch, world: World, *, start_step: int) -> Stream:
         return open_stream(
@@ -98,8 +99,10 @@ class Images:
 
         return image_launches(config)
 
-    def report(self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream) -> Report:
-        return Report(config, folder, world, engine, stream.classes, stream.mode)
+    def report(
+        self, config: Config, folder: Path, world: World, engine: Engine, stream: Stream, files: tuple[Plan, Files]
+    ) -> Report:
+        return Report(config, folder, world, engine, stream.classes, stream.mode, files)
 
     def commands(self) -> None:
         return None

@@ -68,8 +68,8 @@ class Modality(Protocol):
     def objective(self, config: Any, device: torch.device, autocast: torch.dtype | None) -> TwoPassObjective:
         """The losses."""
 
-    def check_evaluation(self, config: Any, device: torch.device) -> None:
-        """Raise a UserError for files of the run's evaluation that are missing or wrong, before anything takes time."""
+    def evaluation_files(self, config: Any, device: torch.device) -> Any:
+        """What `report` needs from files beside the data. Raises a UserError for those that are missing or wrong."""
 
     def stream(self, config: Any, batch: Batch, world: World, *, start_step: int) -> Stream:
         """The training data from an optimizer step on. Raises a UserError for data that cannot be used."""
@@ -112,8 +112,8 @@ class Modality(Protocol):
     def launches(self, config: Any) -> PassLaunches:
         """Kernels that a micro-batch of the run launches on a GPU."""
 
-    def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any) -> Report:
-        """What the run leaves for people."""
+    def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any, files: Any) -> Report:
+        """What the run leaves for people; `files` as `evaluation_files` read them."""
 
     def commands(self) -> ModuleType | None:
         """The module whose sample, reconstruct, tokenize and evaluate serve such models; None: `unite_fast.cli`'s."""

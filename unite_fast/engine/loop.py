@@ -86,7 +86,7 @@ class Run:
         check_fp8(config, world.device)
         _require_data(config)
         self.modality = modality_of(config)
-        self.modality.check_evaluation(config, world.device)
+        files = self.modality.evaluation_files(config, world.device)
         start = starting_weights(config, world) if latest is None else None
         uk.set_backend(config.train.kernels)
         torch.manual_seed(config.train.seed)
@@ -139,7 +139,7 @@ class Run:
             )
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
-        self.report = self.modality.report(config, self.folder, world, self.engine, self.stream)
+        self.report = self.modality.report(config, self.folder, world, self.engine, self.stream, files)
         self._stop = StopSignals(world)
 
     def go(self) -> Path:

@@ -76,16 +76,17 @@ class Report:
         engine: Engine,
         classes: tuple[str, ...],
         data: dict[str, Any],
+        files: tuple[Plan, Files] | None = None,
     ):
         self.config, self.folder, self.world, self.engine, self.classes = config, folder, world, engine, classes
-        self._data = data
+        self._data, self._files = data, files
         self.remarks: dict[str, str] = {}
         self._prepare()
 
     def _prepare(self) -> None:
         """Load what sheets and metrics need."""
         config = self.config
-        plan, files = files_of_evaluation(config, self.world.device)
+        plan, files = self._files
         self._evaluator = Evaluator(plan, config.model, self.world, self.classes, files=files)
         self._originals = "training image" if plan.on_training else "original"
         if plan.on_training:

@@ -37,8 +37,8 @@ class Molecular:
     ) -> MoleculeObjective:
         return MoleculeObjective(config.objective, config.model.num_classes)
 
-    def check_evaluation(self, config: MoleculeConfig, device: torch.device) -> None:
-        """Theirs needs no files."""
+    def evaluation_files(self, config: MoleculeConfig, device: torch.device) -> None:
+        """None: their figures need no files."""
 
     def stream(self, config: MoleculeConfig, batch: Batch, world: World, *, start_step: int) -> MoleculeStream:
         from unite_fast.molecules.stream import MoleculeStream, load_for_all  # need RDKit, which using a model does not
@@ -117,7 +117,7 @@ class Molecular:
         return pass_launches(config, block=66, decoder_block=53, reconstruct=290, flow=116)
 
     def report(
-        self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream
+        self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream, files: None
     ) -> Report:
         from unite_fast.molecules.report import MoleculeReport
 
