@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from scripts import load_script
 
 from unite_kernels import specialisation
 
@@ -19,10 +19,7 @@ GENERATE = Path(__file__).resolve().parents[1] / "kernels" / "aot" / "generate.p
 
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate", GENERATE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(GENERATE)
 
 
 ENTRY = SimpleNamespace(name="scale", arguments={"x": "*bf16", "rows": "i32", "seed": "i64"}, num_warps=4)

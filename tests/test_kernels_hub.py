@@ -1,6 +1,5 @@
 """unite_kernels as Hugging Face's kernels library takes it: build.toml, and loading by path under another name."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ROOT / "kernels" / "aot" / "stage_hub.py"
@@ -70,9 +70,7 @@ def test_staging_again_replaces_what_was_there(tmp_path):
 
 
 def test_the_id_tells_sources_and_backends_apart(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("stage_hub", STAGE)
-    stage_hub = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage_hub)
+    stage_hub = load_script(STAGE)
     monkeypatch.setattr(stage_hub, "ROOT", tmp_path)
     modules = tmp_path / "torch-ext" / "a_kernel"
     modules.mkdir(parents=True)

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from unite_kernels import adaln_kernels, flow, latent, philox, pixels, qk_rope, rectify
 from unite_kernels.specialisation import specialisations
 
-ROOT = Path(__file__).resolve().parents[1]
+RULES = Path(__file__).resolve().parents[1] / "kernels" / "aot" / "launches.py"
 # The package calls its function by the same name.
 swiglu = importlib.import_module("unite_kernels.swiglu")
-
-
-def load_rules():
-    spec = importlib.util.spec_from_file_location("launches", ROOT / "kernels" / "aot" / "launches.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["launches"] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 class Recorder:
@@ -116,7 +107,7 @@ MODULES = {
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys())
 def test_rules_are_the_launches_of_python(monkeypatch, launch):
     """C computes the grids and arguments that Python does."""
-    rules, recorders = load_rules().RULES, {}
+    rules, recorders = load_script(RULES).RULES, {}
     for name in rules:
         module, kernel = name.split(".")
         recorders[name] = Recorder(getattr(MODULES[module], kernel))
@@ -137,7 +128,7 @@ def test_rules_are_the_launches_of_python(monkeypatch, launch):
 
 def test_the_header_names_every_address():
     """Gradients by what they are of; a backward pass's by what its forward pass says of it."""
-    launches = load_rules()
+    launches = load_script(RULES)
     about = {}
     for name, rule in launches.RULES.items():
         about[name.split(".")[0]] = about.get(name.split(".")[0], "") + rule.about
