@@ -42,7 +42,7 @@ BEGIN, END = "<!-- launches: written by launches.py -->\n", "<!-- end of launche
 DRAWS = (3, 14)
 MOLECULES = "qm9_s.json"
 KINDS = {
-    "casts": ("aten::_to_copy",),
+    "casts": ("aten::_to_copy", "aten::_foreach_copy_"),
     "products, attention, convolutions": (
         "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward",
         "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_backward",

@@ -6,6 +6,8 @@ clipping, both optimizers and EMA, which ours sweeps together.
 
 from __future__ import annotations
 
+import contextlib
+
 import contest
 import measure
 import pytest
@@ -17,6 +19,7 @@ import unite_kernels as uk
 from unite_fast.analysis.counts import repeats, step_parts
 from unite_fast.analysis.parts import Part, Rates
 from unite_fast.analysis.update import update_part
+from unite_fast.model.casts import one_micro_batch
 
 ON_GPU = measure.DEVICE == "cuda"
 DTYPE = "bf16" if ON_GPU else "fp32"
@@ -146,12 +149,18 @@ def prepared(bench: Bench, part: str, who: str, direction: str):
         if part == "update":
             bench.give_gradients(p for p in model.parameters() if p.requires_grad)
             return run
-        if direction == FORWARD:
-            return forward
-        if direction == BOTH:
-            return lambda: backward(forward())
-        output = forward()
-        return lambda: backward(output)
+        held = contextlib.ExitStack()
+        if who == contest.OURS:  # as around a step's passes, until the call is over
+            held.enter_context(one_micro_batch(measure.DEVICE))
+        output = forward() if direction == BACKWARD else None
+
+        def call():
+            with held:
+                found = forward() if output is None else output
+                if direction != FORWARD:
+                    backward(found)
+
+        return call
 
     return ready
 

@@ -340,13 +340,12 @@ def backward(
                 CLOSING=closing_weight is not None, OFFSET=offset, PARTS=parts,
                 COLUMNS=SUM_COLUMNS, CHUNKS=SUM_CHUNKS, num_warps=4,
             )  # fmt: skip
-    # The sum over samples is PyTorch's, which is deterministic too. Without modulation nothing is summed by sample.
-    sums = None if per_sample is None else per_sample.sum(0)
-    if scale is None:
-        unit_sum, *grad_sum = partials.sum((0, 1))
-        sums = (unit_sum, None, *grad_sum)
+    # The sum over samples is PyTorch's, which is deterministic too; one each, as results must not share memory. Without
+    # modulation, where there is no closing norm either, nothing is summed by sample.
+    shares, places = (partials.flatten(0, 1), (0, None, 1)) if scale is None else (per_sample, (0, 1, 2))
     grad_weight, grad_closing, grad_bias = (
-        None if vector is None else sums[index].to(vector.dtype, copy=True) for index, vector in enumerate(vectors)
+        None if vector is None else shares[:, place].sum(0).to(vector.dtype)
+        for vector, place in zip(vectors, places, strict=True)
     )
     grad_gate, grad_shift, grad_scale = terms
     return grad_x, grad_branch, grad_gate, grad_closing, grad_weight, grad_bias, grad_shift, grad_scale

@@ -234,8 +234,10 @@ def _qk_norm_rope_backward(
                 grad.contiguous(), grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, grad_qkv, partials,
                 rows, tokens, unrotated, eps, **blocks, STEPS=STEPS, num_warps=WARPS,
             )  # fmt: skip
-    sums = partials.sum(0)
-    return grad_qkv, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
+    grad_q_weight, grad_k_weight = (
+        partials[:, index].sum(0).to(weight.dtype) for index, weight in enumerate((q_weight, k_weight))
+    )
+    return grad_qkv, grad_q_weight, grad_k_weight
 
 
 @_qk_norm_rope_backward.register_fake

@@ -8,8 +8,9 @@ import torch.nn as nn
 from kernel_testing import on_backend
 
 from unite_fast.model import blocks
-from unite_fast.model.aligned import product_dtype, with_zeros
+from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
 from unite_fast.model.blocks import swiglu_hidden, swiglu_mlp
+from unite_fast.model.casts import one_micro_batch
 from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 
@@ -101,7 +102,7 @@ def test_elsewhere_nothing_is_copied(monkeypatch):
 @pytest.mark.parametrize(("shape", "dim", "pieces"), [((10, 3), 0, 2), ((3, 5), 1, 1), ((34,), 0, 2), ((32, 2), 0, 2)])
 def test_zeros_behind_each_piece(shape, dim, pieces):
     x = torch.randn(shape, requires_grad=True)
-    found = with_zeros(x, dim, pieces=pieces, dtype=torch.bfloat16)
+    found = with_zeros(x, Zeros(dim, pieces), dtype=torch.bfloat16)
     each = found.chunk(pieces, dim)
     for piece, original in zip(each, x.chunk(pieces, dim), strict=True):
         width = original.shape[dim]
@@ -118,7 +119,21 @@ def test_the_dtype_of_products_and_a_compiled_copy():
     weight = torch.randn(10, 4)
     assert product_dtype(weight) == torch.float32
     compiled = torch.compile(
-        lambda w: with_zeros(w, 0, pieces=2, dtype=product_dtype(w)), fullgraph=True, backend="aot_eager"
+        lambda w: with_zeros(w, Zeros(0, 2), dtype=product_dtype(w)), fullgraph=True, backend="aot_eager"
     )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(weight), with_zeros(weight, 0, pieces=2, dtype=torch.bfloat16))
+        assert torch.equal(compiled(weight), with_zeros(weight, Zeros(0, 2), dtype=torch.bfloat16))
+
+
+def test_a_training_step_adds_its_gradients_to_the_weights_without_zeros(pretended_cuda):
+    pair, x = mlp(), torch.randn(3, 5, 32)
+    parameters = [*pair[0].parameters(), *pair[1].parameters()]
+    exact = torch.autograd.grad(swiglu_mlp(*pair, x).square().sum(), parameters)
+    with one_micro_batch("cpu"):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = swiglu_mlp(*pair, x)
+            found.float().square().sum().backward()
+    for parameter, gradient in zip(parameters, exact, strict=True):
+        assert parameter.grad.shape == parameter.shape and parameter.grad.is_contiguous()
+        assert (parameter.grad - 2 * gradient).norm() < 0.02 * (2 * gradient).norm()

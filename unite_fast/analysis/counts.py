@@ -187,8 +187,9 @@ def _decoder(sizes: _Sizes) -> list[Op]:
         last = index + 1 == decoder.depth
         kept = queries if queries and last else tokens
         kept_size = kept * channels
+        opening = added_layer_norm_ops if index else layer_norm_ops
         ops += [
-            layer_norm_op(tokens, channels, width, sizes.fused),
+            *opening(tokens, channels, width, sizes.fused),
             linear_op("qkv", tokens, channels, 3 * channels, width),
             attention_op(tokens, channels, decoder.heads, width),
             # A part of what attention has kept is a tensor of its own.
@@ -197,12 +198,11 @@ def _decoder(sizes: _Sizes) -> list[Op]:
             linear_op("mlp in", kept, channels, 4 * channels, width),
             moves_op("GELU", 4 * kept_size, width, forward=2, backward=3, saved=1),
             linear_op("mlp out", kept, 4 * channels, channels, width),
-            moves_op("add", kept_size, width, forward=3, backward=2),
         ]
     pixels = model.patch_size**2 * 3
     image = model.image_size**2 * 3
     return ops + [
-        layer_norm_op(model.patches, channels, width, sizes.fused),
+        *added_layer_norm_ops(queries or tokens, channels, width, sizes.fused),
         linear_op("pixels", model.patches, channels, pixels, width),
         Op(
             "unpatchify, L1", forward_bytes=(2 * width + 4) * image, backward_bytes=(3 * width + 4) * image,
@@ -211,10 +211,10 @@ def _decoder(sizes: _Sizes) -> list[Op]:
     ]
 
 
-def layer_norm_op(rows: int, channels: int, width: int, fused: bool) -> Op:
+def layer_norm_ops(rows: int, channels: int, width: int, fused: bool) -> list[Op]:
     """Keeps its input, and PyTorch's two float32 a row, which the fused one makes again."""
     norm = moves_op("norm", rows * channels, width, forward=2, backward=3, saved=1)
-    return norm if fused else norm._replace(saved=norm.saved + 8 * rows)
+    return [norm if fused else norm._replace(saved=norm.saved + 8 * rows)]
 
 
 def added_layer_norm_ops(rows: int, channels: int, width: int, fused: bool) -> list[Op]:
@@ -222,7 +222,7 @@ def added_layer_norm_ops(rows: int, channels: int, width: int, fused: bool) -> l
     size = rows * channels
     if fused:
         return [moves_op("add, norm", size, width, forward=4, backward=4, saved=1)]
-    return [moves_op("add", size, width, forward=3, backward=2), layer_norm_op(rows, channels, width, fused)]
+    return [moves_op("add", size, width, forward=3, backward=2), *layer_norm_ops(rows, channels, width, fused)]
 
 
 def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:

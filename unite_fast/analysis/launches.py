@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 from unite_fast.analysis.update import flow_passes, network_of, reads, trained_weights
 from unite_fast.config import Config, OptimizerConfig, Sizes
+from unite_fast.engine.fp8 import eligible
 from unite_fast.engine.optim import matrix_batches
 from unite_fast.modality import modality_of
 from unite_fast.model.blocks import swiglu_hidden
+from unite_fast.model.casts import CastLinear
 from unite_kernels.dispatch import aligned
 
 # Assumed: what a launch costs the host in eager PyTorch, with all that leads to it, from fast cores to slow ones. Steps
@@ -27,24 +29,25 @@ from unite_kernels.dispatch import aligned
 # one takes 2 to 3 µs besides.
 HOST_SECONDS = (10e-6, 30e-6)
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2  # where one number is needed
-RECOMPUTED = 16  # by the forward that activation checkpointing repeats of a block
-# Casts of weight and bias: of a block's five Linears, its modulation among them (but of the bias that SwiGLU adds), and
-# of three outside the blocks.
-BLOCK_CASTS, OTHER_CASTS = 9, 6
-# Where SwiGLU's rows are filled up (model/aligned.py): two copies of weights and one of a bias, each with its zeros, in
-# every forward, and the bias's gradient cut out; autocast has two weights less to cast.
-FILLED, FILLED_BACKWARD, FILLED_CASTS = 6, 1, -2
+RECOMPUTED = 9  # by the forward that activation checkpointing repeats of a block
+# Casts of weights, made once a micro-batch (casts.py): of a block's modulation, of its other Linears, and of three
+# Linears outside.
+BLOCK_CASTS, OTHER_CASTS = 2, 3
+# Where SwiGLU's rows are filled up (model/aligned.py): a bias copied with its zeros in every forward; its gradient and
+# two weights' cut out; among the casts two weights and a bias that are not cast with others.
+FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
 # Under train.fp8, whose products cast their operands themselves, in every forward: kernels more of an encoder's and a
-# decoder's block and of a recomputed forward, casts less to keep; and the same where rows are filled up.
-EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 25, 24, 20, -7
-EIGHT_FILLED, EIGHT_FILLED_CASTS = 4, 2
-# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements and tensors of one launch on lists of a weight,
-# its gradient and two moments; shorter lists take more tensors.
-LIST_ELEMENTS, LIST_TENSORS = 320 * 65536, 36
+# decoder's block and of a recomputed forward, casts less to keep; where rows are filled up, what their copies launch.
+EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 38, 39, 27, -1
+EIGHT_FILLED, EIGHT_FILLED_BACKWARD = 6, 3
+# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors by
+# the number of lists that go together: two are a list and its norms or averages, five all that AdamW takes.
+BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 5: 30}
+UNREAD = "time.special"  # a parameter of published checkpoints that no pass reads
 # By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone, in pass one and
 # in a chunk of pass two.
 LATENT_NORM = {"layer": (0, 0), "rms": (27, 22), "none": (7, 2)}
-LPIPS, LPIPS_DROPOUT = 145, 190  # of images; what dropout inside the 1×1 layers launches besides
+LPIPS, LPIPS_DROPOUT = 119, 190  # of images; what dropout inside the 1×1 layers launches besides
 
 
 class PassLaunches(NamedTuple):
@@ -53,7 +56,7 @@ class PassLaunches(NamedTuple):
     Attributes:
         reconstruct: with the casts of all weights that the pass reads.
         flow: without those that pass one has made.
-        casts: of the weights that a chunk reads, made once for all passes; 0 where every chunk makes them.
+        casts: of the weights that a chunk reads, made once for all passes.
     """
 
     reconstruct: int
@@ -70,23 +73,22 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
         reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
     model, recomputed, block_casts = config.model, RECOMPUTED, BLOCK_CASTS
-    hidden = swiglu_hidden(model.width)
+    filled = aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width)
     if config.train.fp8:
         block += EIGHT
         decoder_block += EIGHT_DECODER
         recomputed += EIGHT_RECOMPUTED
         block_casts += EIGHT_CASTS
-    if aligned(hidden) != hidden:
+    if filled and config.train.fp8:
+        block += EIGHT_FILLED + EIGHT_FILLED_BACKWARD
+        recomputed += EIGHT_FILLED
+    elif filled:
         block += FILLED + FILLED_BACKWARD + FILLED_CASTS
         recomputed += FILLED
         block_casts += FILLED_CASTS
-        if config.train.fp8:
-            block += EIGHT_FILLED
-            block_casts += EIGHT_FILLED_CASTS
     reconstruct, flow = (sum(pair) for pair in zip((reconstruct, flow), LATENT_NORM[model.latent_norm], strict=True))
     encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
-    # Recomputation makes autocast forget its casts, see `two_pass_step`.
-    casts = 0 if model.checkpoint_activations else model.depth * block_casts + OTHER_CASTS
+    casts = model.depth * block_casts + OTHER_CASTS
     return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder - casts, casts)
 
 
@@ -94,7 +96,7 @@ def image_launches(config: Config) -> PassLaunches:
     """Kernels of a micro-batch of images."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config, block=62, decoder_block=49, reconstruct=185 + perceptual, flow=118)
+    return pass_launches(config, block=42, decoder_block=30, reconstruct=165 + perceptual, flow=105)
 
 
 def step_launches(config: Config, accumulation: int) -> int:
@@ -105,8 +107,8 @@ def step_launches(config: Config, accumulation: int) -> int:
         accumulation: micro-batches.
     """
     passes, chunks = modality_of(config).launches(config), flow_passes(config)
-    # Published checkpoints carry a parameter that no pass reads.
-    names = [name for name, _ in network_of(config.model).named_parameters() if not name.endswith("time.special")]
+    names = {name for name, _ in network_of(config.model).named_parameters() if not name.endswith(UNREAD)}
+    names -= summed_in_products(config)
     read = {phase: {name for name in names if reads(config.model, phase, name)} for phase in ("reconstruct", "flow")}
     # The first gradient of a parameter becomes its sum, every other one is added.
     sums = accumulation * (len(read["reconstruct"]) + chunks * len(read["flow"])) - len(names)
@@ -115,26 +117,39 @@ def step_launches(config: Config, accumulation: int) -> int:
     return accumulation * (passes.reconstruct + chunks * passes.flow + casts) + sums + update
 
 
+def summed_in_products(config: Config) -> set[str]:
+    """Names of the weights whose gradients' products add to the sum (`unite_fast/model/casts.py`)."""
+    network = network_of(config.model)
+    linears = {name for name, module in network.named_modules() if isinstance(module, CastLinear)}
+    if config.train.fp8:
+        linears = {name for name in linears if not eligible(name, network.get_submodule(name))}
+    return {f"{name}.weight" for name in linears} - network.float32_matrices()
+
+
 def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     """Kernels of clipping, Muon, AdamW and EMA on one GPU without ZeRO, and of the meter's sums."""
-    weights = trained_weights(model, optimizer.kind)
-    tensors = sum(1 for _ in network_of(model).parameters())
+    network, matrices = network_of(model), trained_weights(model, optimizer.kind).matrices
+    muon = network.matrix_parameters() if optimizer.kind == "muon" else set()
+    sizes = {name: p.numel() for name, p in network.named_parameters() if not name.endswith(UNREAD)}
+    rest = [size for name, size in sizes.items() if name not in muon]
     averages = 1 + len(optimizer.ema_decays)
     # The norm of the gradients and the coefficient of it; the meter adds the losses.
-    found = 10 + _on_lists(tensors, weights.total)
-    # Scaled gradients, AdamW, each average.
-    found += 1 + (2 + averages) * _on_lists(tensors - len(weights.matrices), weights.adamw)
-    batches = matrix_batches(weights.matrices)
+    found = 10 + _on_lists(list(sizes.values()), 2)
+    # Scaled gradients, AdamW with its counters, each average.
+    found += 2 * _on_lists(rest, 1) + _on_lists(rest, 5) + averages * _on_lists(rest, 2)
+    batches = matrix_batches(matrices)
     for batch in batches:
-        rows, columns = weights.matrices[batch[0]]
+        rows, columns = matrices[batch[0]]
         # Its norm, three products a step, rows filled up, and the copy that turns or cuts it.
         filled = aligned(columns) != columns
         found += 3 * optimizer.newton_schulz_steps + 3 + 2 * filled + (rows > columns or filled)
     return found + (4 if batches else 0)  # Muon's two sweeps, and a table for each
 
 
-def _on_lists(tensors: int, elements: int) -> int:
-    return max(math.ceil(tensors / LIST_TENSORS), math.ceil(elements / LIST_ELEMENTS))
+def _on_lists(sizes: list[int], lists: int) -> int:
+    """Launches of an operation on so many lists of tensors of these elements."""
+    blocks = sum(math.ceil(size / BLOCK_ELEMENTS) for size in sizes)
+    return max(math.ceil(len(sizes) / LIST_TENSORS[lists]), math.ceil(blocks / LIST_BLOCKS))
 
 
 def host_seconds(config: Config, accumulation: int, launch: float) -> float:

@@ -127,7 +127,7 @@ def predict(
         later=FP32 * total - backward.gradients,
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
-        frozen=FP32 * sum(op.weights for part in parts.values() for op in part.ops if not op.trained),
+        frozen=sum(part.width * op.weights for part in parts.values() for op in part.ops if not op.trained),
         buffers=FP32 * _buffers(weights, held, ranks, stage),
         casts=backward.casts,
         activations=round(backward.activations * (1 + WORKING_SHARE)),
@@ -162,19 +162,18 @@ def _backward(
     rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
     # A recomputed block comes back when the decoder's activations are gone.
     block = recomputed_activations(parts["tokenize"]) * counted["tokenize"][1]
-    # Pass one's casts of trained weights stay for the flow, but where recomputation clears them (`two_pass_step`).
-    trained = sum(size for name, size in casts.items() if name not in ("denoise", "lpips"))
-    stay = 0 if parts["denoise"].recomputes else trained
-    own = 0 if stay and config.model.shared else casts["denoise"]
-    first = _Moment(kept["tokenize"] + rest - min(rest, block), trained + casts.get("lpips", 0), 0)
-    flow = _Moment(kept["denoise"], stay + own, whole)
+    # Pass one's casts of trained weights stay for the flow (`unite_fast/model/casts.py`).
+    read = sum(size for name, size in casts.items() if name != "denoise")
+    own = 0 if config.model.shared else casts["denoise"]
+    first = _Moment(kept["tokenize"] + rest - min(rest, block), read, 0)
+    flow = _Moment(kept["denoise"], read + own, whole)
     both = _Moment(first.activations + flow.activations, first.casts + own, 0)
     if "lpips" in counted:  # which may need more than the share that stands for all operators' working tensors
         more = perceptual_working(*counted["lpips"]) - WORKING_SHARE * first.activations
         first = first._replace(activations=first.activations + round(max(0.0, more)))
     if config.objective.stop_gradient:
-        encoder = _Moment(kept["tokenize"], stay or casts["tokenize"], decoder)
-        recomputed = _Moment(block, 0, FP32 * sum(weights.reconstruct))
+        encoder = _Moment(kept["tokenize"], read, decoder)
+        recomputed = _Moment(block, read, FP32 * sum(weights.reconstruct))
         found, last = [first, encoder, recomputed, flow], flow
     else:  # the first pass's graph waits for the gradient that the second sends into it
         several = config.objective.chunk < config.objective.flow_draws
@@ -232,11 +231,14 @@ def recomputed_activations(part: Part) -> int:
 
 
 def _casts(part: Part) -> int:
-    """Weights in bfloat16, kept for the pass; those of the time embedding and of the atoms' heads stay float32, and
-    those that go to eight bits do so from float32, in each pass anew (`Part.eight_bit_weights`)."""
+    """Trained weights in bfloat16, kept for the micro-batch.
+
+    Those of time embedding and atoms' heads stay float32, and those that go to eight bits do so from float32,
+    in each pass anew (`Part.eight_bit_weights`).
+    """
     if part.width == DTYPE_BYTES["fp32"]:
         return 0
-    return part.width * sum(op.weights for op in part.ops if not (op.wide or part.fp8 and op.fp8))
+    return part.width * sum(op.weights for op in part.ops if op.trained and not (op.wide or part.fp8 and op.fp8))
 
 
 def _arriving(config: Config, ranks: int, device: Literal["cuda", "cpu"]) -> int:

@@ -33,6 +33,7 @@ from unite_fast.engine.fp8 import check_fp8, use_fp8
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
+from unite_fast.model.casts import one_micro_batch
 from unite_fast.model.linear import product
 from unite_fast.objective.two_pass import TwoPassObjective
 from unite_fast.writable import require_writable
@@ -298,11 +299,12 @@ def _parts(
         ahead, back = [], []
 
         def once(forward=forward, leaves=leaves, ahead=ahead, back=back) -> None:
-            began = now(device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                out = forward(*leaves)
-            middle = now(device)
-            torch.autograd.backward(out, [torch.ones_like(value) for value in out])
+            with one_micro_batch(device.type):
+                began = now(device)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    out = forward(*leaves)
+                middle = now(device)
+                torch.autograd.backward(out, [torch.ones_like(value) for value in out])
             ahead.append(middle - began)
             back.append(now(device) - middle)
             for tensor in (*leaves, *model.parameters()):

@@ -8,20 +8,35 @@ the products' dtype.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from unite_kernels.dispatch import aligned
 
 
+class Zeros(NamedTuple):
+    """Where a copy of a weight has them.
+
+    Attributes:
+        dim: dimension, of `pieces` equal pieces behind one another, each `aligned` by zeros behind it.
+        pieces: their number.
+    """
+
+    dim: int
+    pieces: int = 1
+
+
 class _Aligned(torch.autograd.Function):
     """See `with_zeros`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, pieces: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
+        dim, pieces = zeros
         parts = x.unflatten(dim, (pieces, -1))
         width = parts.shape[dim + 1]
-        ctx.dim, ctx.pieces, ctx.width, ctx.dtype = dim, pieces, width, x.dtype
+        ctx.zeros, ctx.width, ctx.dtype = zeros, width, x.dtype
         shape = list(parts.shape)
         shape[dim + 1] = aligned(width)
         found = x.new_empty(shape, dtype=dtype)
@@ -31,8 +46,8 @@ class _Aligned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        parts = grad.unflatten(ctx.dim, (ctx.pieces, -1)).narrow(ctx.dim + 1, 0, ctx.width)
-        return parts.to(ctx.dtype).contiguous().flatten(ctx.dim, ctx.dim + 1), None, None, None
+        parts = without_zeros(grad, ctx.zeros, ctx.width).to(ctx.dtype)
+        return parts.contiguous().flatten(ctx.zeros.dim, ctx.zeros.dim + 1), None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -41,15 +56,20 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def with_zeros(x: Tensor, dim: int, *, pieces: int = 1, dtype: torch.dtype) -> Tensor:
+def with_zeros(x: Tensor, zeros: Zeros, *, dtype: torch.dtype) -> Tensor:
     """A weight with zeros behind each piece of a dimension.
 
     Args:
         x: any shape.
-        dim: of `pieces` equal pieces behind one another.
+        zeros: where.
         dtype: of the result.
 
     Returns:
         x with each piece `aligned`; the gradient, in x's dtype, leaves the zeros out.
     """
-    return _Aligned.apply(x, dim, pieces, dtype)
+    return _Aligned.apply(x, zeros, dtype)
+
+
+def without_zeros(x: Tensor, zeros: Zeros, width: int) -> Tensor:
+    """A view of what `with_zeros` makes: its pieces of a width apart, [..., pieces, width, ...]."""
+    return x.unflatten(zeros.dim, (zeros.pieces, -1)).narrow(zeros.dim + 1, 0, width)

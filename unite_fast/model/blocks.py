@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 import unite_kernels as uk
-from unite_fast.model.aligned import product_dtype, with_zeros
+from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
 from unite_fast.model.attention import attend, attend_apart
+from unite_fast.model.casts import cast_together, open_casts
 from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 
@@ -47,11 +48,18 @@ def swiglu_hidden(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
-def _product(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b in the linear's own way, FP8 maybe, with these in place of its parameters."""
-    if type(linear) is Linear:
-        return F.linear(x, weight, bias)
-    return functional_call(linear, {"weight": weight, "bias": bias}, (x,))
+def _product(linear: nn.Linear, x: Tensor, zeros: Zeros | None, *, biased: bool) -> Tensor:
+    """x Wᵀ, and b where `biased`, in the linear's own way, FP8 maybe, with zeros in its weight."""
+    if zeros is None and biased:
+        return linear(x)
+    own = type(linear) is Linear
+    if own and (casts := open_casts(x)) is not None:
+        if (found := casts.linear(x, linear, zeros, biased=biased)) is not None:
+            return found
+    weight, bias = linear.weight, linear.bias if biased else None
+    if zeros is not None:
+        weight = with_zeros(weight, zeros, dtype=product_dtype(weight))
+    return F.linear(x, weight, bias) if own else functional_call(linear, {"weight": weight, "bias": bias}, (x,))
 
 
 def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
@@ -60,14 +68,12 @@ def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
     # ZeRO 3 gathers parameters in their linear's own forward. A CPU's products add a bias free.
     if not on_matrix_units or any(hasattr(linear.weight, "ds_id") for linear in (inward, outward)):
         return outward(uk.swiglu(inward(x)))
-    hidden = outward.in_features
-    if aligned(hidden) == hidden:
-        return outward(uk.swiglu(_product(inward, x, inward.weight, None), inward.bias))
-    # A gate of zero times zero is zero, and so are the rows and columns that it meets.
-    dtype = product_dtype(inward.weight)
-    product = _product(inward, x, with_zeros(inward.weight, 0, pieces=2, dtype=dtype), None)
-    gated = uk.swiglu(product, with_zeros(inward.bias, 0, pieces=2, dtype=inward.bias.dtype))
-    return _product(outward, gated, with_zeros(outward.weight, 1, dtype=dtype), outward.bias)
+    hidden, bias, rows, columns = outward.in_features, inward.bias, None, None
+    if aligned(hidden) != hidden:
+        # A gate of zero times zero is zero, and so are the rows and columns that it meets.
+        rows, columns = Zeros(0, pieces=2), Zeros(1)
+        bias = with_zeros(bias, rows, dtype=bias.dtype)
+    return _product(outward, uk.swiglu(_product(inward, x, rows, biased=False), bias), columns, biased=True)
 
 
 class Block(nn.Module):
@@ -84,6 +90,9 @@ class Block(nn.Module):
         self.norm2 = nn.Parameter(torch.ones(width))
         self.mlp_in = Linear(width, 2 * hidden)
         self.mlp_out = Linear(hidden, width)
+        # Weights with zeros are copied by themselves.
+        mlp = (self.mlp_in, self.mlp_out) if aligned(hidden) == hidden else ()
+        cast_together(self.qkv, self.attention_out, *mlp)
         self.norm3 = nn.Parameter(torch.ones(width))
         self.next_norm = nn.Parameter(torch.ones(width))
 

@@ -117,7 +117,7 @@ class GenerativeEncoder(nn.Module):
         """The blocks and the final layer on registers x [T, C] of samples of different lengths -> [T, D]."""
         # Rounded behind the selection: CUDA adds the gradients of one row up in their own dtype, and bfloat16 stays at
         # 256 whatever ones are added to it.
-        x = x + self.register_position[0].index_select(0, packed.position).to(x.dtype)
+        x = x + self.register_position.squeeze(0).index_select(0, packed.position).to(x.dtype)
         spans, position, keep = packed.spans, packed.position, None
         if patches is not None:
             spans, keep = packed.pairs.spans, packed.pairs.first
@@ -134,7 +134,7 @@ class GenerativeEncoder(nn.Module):
             arguments = (x, h, Modulation(*terms), *following[:2], rotary, rows, None, spans, packed.spans)
             x, h = self._run(block, arguments)
             terms = following
-        return self.final(h[0])
+        return self.final(h.squeeze(0))
 
     def _terms(self, index: int, condition: Tensor) -> tuple[Tensor, ...]:
         """Modulation terms [B, C] of block `index`, or of the final layer behind the last one; shift and scale first.

@@ -13,15 +13,15 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.model.casts import CastLinear, open_casts
 from unite_kernels.cpu import cpuinfo, matmul, multiplies, sees_plainly
 from unite_kernels.dispatch import transformed
 
 
-class Linear(nn.Linear):
+class Linear(CastLinear):
     """x Wᵀ + b, on CPUs by the fastest library."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ class Linear(nn.Linear):
             tensors = (x, self.weight, self.bias)
             if x.numel() and not torch.is_autocast_enabled("cpu") and sees_plainly(*tensors):
                 return _OneDnnLinear.apply(*tensors)
+        if (casts := open_casts(x)) is not None and (found := casts.linear(x, self)) is not None:
+            return found
         return super().forward(x)
 
 

@@ -163,5 +163,5 @@ class TwoPassModel(nn.Module, ABC):
         }
 
     def float32_matrices(self) -> set[str]:
-        """Names of those among them that the training passes read in float32 under autocast, too."""
+        """Names of the weights of Linears and embeddings that the training passes read in float32 under autocast."""
         return {name for name in self.matrix_parameters() if any(part in f".{name}" for part in (".time.", ".label."))}

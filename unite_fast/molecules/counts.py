@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from unite_fast.analysis.counts import TIME_FEATURES, added_layer_norm_ops, block_ops, layer_norm_op
+from unite_fast.analysis.counts import TIME_FEATURES, added_layer_norm_ops, block_ops, layer_norm_ops
 from unite_fast.analysis.extent import Extent
 from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part, attention_op, linear_op, moves_op
 from unite_fast.model.blocks import swiglu_hidden
@@ -140,9 +140,10 @@ def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
         linear_op("lift", atoms, model.latent_dim, channels, width),
         moves_op("positions", size, width, forward=3, backward=1),
     ]
-    for _ in range(decoder.depth):
+    for index in range(decoder.depth):
+        opening = added_layer_norm_ops if index else layer_norm_ops
         ops += [
-            layer_norm_op(atoms, channels, width, batch.fused),
+            *opening(atoms, channels, width, batch.fused),
             linear_op("qkv", atoms, channels, 3 * channels, width),
             attention_op(atoms, channels, decoder.heads, width, pairs=batch.pairs),
             *([] if batch.fused else [_padding(atoms, channels, width)]),
@@ -151,9 +152,9 @@ def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
             linear_op("mlp in", atoms, channels, 4 * channels, width),
             moves_op("GELU", 4 * size, width, forward=2, backward=3, saved=1),
             linear_op("mlp out", atoms, 4 * channels, channels, width),
-            moves_op("add", size, width, forward=3, backward=2),
         ]
     return ops + [
+        moves_op("add", size, width, forward=3, backward=2),
         moves_op("norm", size, 4, forward=2, backward=3)._replace(saved=4 * size + 8 * atoms),
         linear_op("positions", atoms, channels, 3, 4),
         linear_op("elements", atoms, channels, ELEMENTS, 4, saves=False),

@@ -62,11 +62,11 @@ class AtomDecoder(nn.Module):
     def forward(self, latent: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """latent [T, D] -> logits [T, 5] and positions [T, 3] in Å, zero mean in every molecule; both float32."""
         x = self.lift(latent)
-        x = (x + self.index.index_select(0, packed.position).to(x.dtype))[None]
+        x, branch = (x + self.index.index_select(0, packed.position).to(x.dtype))[None], None
         for block in self.blocks:
-            x = block(x, packed.spans)
+            x, branch = block(x, branch, packed.spans)
         with torch.autocast(x.device.type, enabled=False):
-            x = self.norm(x[0].float())
+            x = self.norm((x + branch).squeeze(0).float())
             positions = self.positions(x)
             return self.elements(x), positions - packed.mean(positions)
 
@@ -155,7 +155,7 @@ class MoleculeUnite(TwoPassModel):
         z0, decoder_input = self.latent_norm.mix(
             latent[:, None], mask[packed.sequence], mix_t[packed.sequence], packed.pack(mix_noise)[:, None]
         )
-        return z0[:, 0], decoder_input[:, 0]
+        return z0.squeeze(1), decoder_input.squeeze(1)
 
     @staticmethod
     def errors(logits, found, elements, positions, packed, squared):
@@ -186,3 +186,8 @@ class MoleculeUnite(TwoPassModel):
         """As in `TwoPassModel`, without the heads: an orthogonal update of 3 × C moves coordinates by a fixed length,
         however small their error has become."""
         return super().matrix_parameters() - {"decoder.elements.weight", "decoder.positions.weight"}
+
+    def float32_matrices(self) -> set[str]:
+        """As in `TwoPassModel`, with the Linears of positions and of the heads."""
+        linears = ("patches.lift", "patches.project", "decoder.elements", "decoder.positions")
+        return super().float32_matrices() | {f"{name}.weight" for name in linears}

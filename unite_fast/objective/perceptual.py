@@ -46,6 +46,12 @@ class VggFeatures(nn.Module):
                 inputs = channels
             self.convolutions.append(stage)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the filters in the dtype of autocast, which otherwise casts frozen ones for every pass."""
+        for convolution in self.convolutions.modules():
+            if isinstance(convolution, nn.Conv2d):
+                convolution.weight.data = convolution.weight.data.to(dtype)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         x = images.contiguous(memory_format=torch.channels_last)
         maps = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.config import ObjectiveConfig, TwoPassConfig
+from unite_fast.model.casts import one_micro_batch
 from unite_fast.objective.draws import Draws
 from unite_fast.objective.perceptual import Lpips
 
@@ -123,6 +124,8 @@ class Objective(TwoPassObjective):
         super().__init__(config, null_label)
         self.autocast = autocast
         self.lpips = Lpips.from_config(config.lpips).to(device) if config.lpips.weight else None
+        if self.lpips and autocast is not None:
+            self.lpips.features.cast(autocast)
 
     def reconstruction(
         self, run: Callable[..., Any], data: Tensor, draws: Draws, shape: torch.Size
@@ -166,10 +169,7 @@ def two_pass_step(
         Losses before the weight, detached.
     """
     config = objective.config
-    # Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, the
-    # casts of pass one serve all passes, and one gradient flows through each cast after the other. Activation
-    # checkpointing on a GPU undoes it: it recomputes in autograd's own thread, where its context is the outermost.
-    with torch.autocast(labels.device.type, enabled=False):
+    with one_micro_batch(labels.device.type):
         loss, terms, z0 = objective.reconstruction(engine, data, draws, shape)
         if config.stop_gradient:
             engine.backward(weight * loss, last=False)

@@ -1,0 +1,192 @@
+"""Linears of a training step under autocast: weights cast once for all passes, gradients added up inside of products.
+
+PyTorch's autocast casts the product that is a weight's gradient to float32, and adds that to what other passes have
+given: two launches for each weight and pass, and 20 bytes an element moved. cuBLAS adds a product of bfloat16 matrices
+to a float32 one by itself, which moves 8 and rounds nothing to bfloat16. So these Linears hand autograd the sum itself.
+Shapes: x [..., I], weight [O, I], bias [O].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unite_fast.model.aligned import Zeros, product_dtype, with_zeros, without_zeros
+
+
+class CastLinear(nn.Linear):
+    """A Linear that `Casts` may serve.
+
+    Attributes:
+        cast_with: those whose weights are cast in one launch, itself among them, as all are read soon after.
+    """
+
+    cast_with: tuple[CastLinear, ...] = ()
+
+
+def cast_together(*linears: CastLinear) -> None:
+    """Let the weights of all be cast where the first one's is needed."""
+    for linear in linears:
+        linear.cast_with = linears
+
+
+class _Ready(NamedTuple):
+    """A Linear whose weights are cast."""
+
+    linear: CastLinear  # kept, lest another takes its id
+    parameter: nn.Parameter
+    bias_parameter: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
+    zeros: Zeros | None
+    casts: Casts
+
+
+class Casts:
+    """Weights in the dtype of products, as `one_micro_batch` keeps them for Linears."""
+
+    def __init__(self) -> None:
+        self.open = True
+        # By id() of a Linear, zeros, and whether with its bias; None where PyTorch's own serves.
+        self._ready: dict[tuple[int, Zeros | None, bool], _Ready | None] = {}
+        # By id() of a parameter, which a Linear keeps: its cast.
+        self._made: dict[int, Tensor] = {}
+
+    def close(self) -> None:
+        """Let the copies go; gradients that are asked for from here on are none's sums."""
+        self.open = False
+        self._ready.clear()
+        self._made.clear()
+
+    def linear(
+        self, x: Tensor, linear: CastLinear, zeros: Zeros | None = None, *, biased: bool = True
+    ) -> Tensor | None:
+        """x Wᵀ + b in autocast's dtype, or None where PyTorch's Linear serves: under ZeRO 3, whose parameters are there
+        in their module's forward alone, and where weights are no float32 leaves.
+
+        In a backward inside `one_micro_batch` the gradient of W is added to its `grad` in place: there only
+        `Tensor.backward` may ask for it, not `torch.autograd.grad`.
+
+        Args:
+            x: [..., I], of more columns where `zeros` gives the weight more.
+            linear: with a weight [O, I].
+            zeros: where the product's weight has them.
+            biased: False leaves b out.
+        """
+        key = id(linear), zeros, biased
+        if key not in self._ready:
+            self._ready[key] = self._cast(linear, product_dtype(x), zeros, biased)
+        ready = self._ready[key]
+        return None if ready is None else _apply(x, ready.parameter, ready.bias_parameter, ready)
+
+    @torch.no_grad()
+    def _cast(self, linear: CastLinear, dtype: torch.dtype, zeros: Zeros | None, biased: bool) -> _Ready | None:
+        weight, bias = linear.weight, linear.bias if biased else None
+        if weight.dtype != torch.float32 or not weight.is_leaf or hasattr(weight, "ds_id"):
+            return None
+        if zeros is not None:
+            found = with_zeros(weight, zeros, dtype=dtype), None if bias is None else bias.to(dtype)
+        else:
+            if id(weight) not in self._made:
+                parameters = [parameter for other in linear.cast_with or (linear,) for parameter in other.parameters()]
+                made = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
+                torch._foreach_copy_(made, parameters)
+                self._made |= zip(map(id, parameters), made, strict=True)
+            found = self._made[id(weight)], None if bias is None else self._made[id(bias)]
+        return _Ready(linear, weight, bias, *found, zeros, self)
+
+
+_casts: Casts | None = None
+
+
+@contextmanager
+def one_micro_batch(device: str) -> Iterator[None]:
+    """Around the passes of a micro-batch and their backwards, in which no weight changes.
+
+    Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, they
+    serve all passes. Linears keep their own, which a recomputation in autograd's own thread finds as well.
+
+    Args:
+        device: type of device.
+    """
+    global _casts
+    before, _casts = _casts, Casts()
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        _casts.close()
+        _casts = before
+
+
+def open_casts(x: Tensor) -> Casts | None:
+    """Those of the `one_micro_batch` around, if autocast is on; None for torch.compile, which places casts itself."""
+    if torch.compiler.is_compiling() or _casts is None or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return _casts
+
+
+class _CastProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, ready):
+        cast = ready.weight
+        rounded = x if x.dtype == cast.dtype else x.to(cast.dtype)
+        ctx.save_for_backward(rounded)
+        ctx.dtype, ctx.ready = x.dtype, ready
+        return F.linear(rounded, cast, ready.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,), cast = ctx.saved_tensors, ctx.ready.weight
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(cast))
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        multiply = torch.mm if ctx.dtype == cast.dtype else product
+        return (
+            multiply(grads, cast).view(x.shape) if wants_x else None,
+            _weight_gradient(ctx.ready, grads.t(), rows) if wants_weight else None,
+            grads.sum(0, dtype=torch.float32) if wants_bias else None,
+            None,
+        )
+
+
+# Past the frame that looks for functorch's transforms, in which no training step runs: 2 of 11 µs of the host.
+_apply = super(torch.autograd.Function, _CastProduct).apply
+
+
+def _weight_gradient(ready: _Ready, left: Tensor, right: Tensor) -> Tensor:
+    """left [O, R] · right [R, I], float32, added to the parameter's `grad` where that is a sum already."""
+    parameter, zeros = ready.parameter, ready.zeros
+    total = parameter.grad if ready.casts.open else None
+    if total is not None:
+        # Autograd then takes the sum that it is given as the gradient, without a copy, and calls hooks as ever.
+        parameter.grad = None
+    if zeros is None:
+        return product(left, right) if total is None else add_product(total, left, right)
+    dim, pieces = zeros
+    found = without_zeros(product(left, right), zeros, parameter.shape[dim] // pieces)
+    if total is None:
+        return found.contiguous().flatten(dim, dim + 1)
+    total.unflatten(dim, (pieces, -1)).add_(found)
+    return total
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [O, R] · right [R, I] of 16-bit matrices as float32 [O, I]."""
+    if left.device.type == "cpu":  # has no such product
+        return left.float() @ right.float()
+    return torch.ops.aten.mm.dtype(left, right, torch.float32)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total` [O, I] float32, to which `product` is added in place."""
+    if left.device.type == "cpu":
+        return total.addmm_(left.float(), right.float())
+    return torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
