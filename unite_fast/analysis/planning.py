@@ -135,7 +135,7 @@ def plan(
         train = config.train.model_copy(update={"fp8": False})
         config = config.model_copy(update={"optimizer": optimizer, "train": train})
     train = config.train
-    if train.micro_batch == "auto" or train.micro_batch is None:
+    if train.micro_batch == "auto":
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
     else:
         batches = [resolve_batch(train, ranks)]
@@ -338,5 +338,6 @@ def breaking_point(plans: list[Plan]) -> tuple[Plan, str] | None:
             continue
         lost = {name: a_sample(found, name) - a_sample(first, name) for name in LOSSES}
         worst = max(lost, key=lost.get)
-        return found, f"{lost[worst] / sum(lost.values()):.0%} of the lost time is {LOSSES[worst]}"
+        all_lost = sum(seconds for seconds in lost.values() if seconds > 0)  # larger chunks may gain some back
+        return found, f"{lost[worst] / all_lost:.0%} of the lost time is {LOSSES[worst]}"
     return None
