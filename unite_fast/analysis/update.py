@@ -210,12 +210,6 @@ class Collective(NamedTuple):
     messages: int = 1
     width: int = FP32
 
-    def sent(self, ranks: int) -> float:
-        """Elements that the busiest rank sends, by the ring algorithms (Thakur et al. 2005)."""
-        if self.kind == "all_to_all":
-            return self.busiest
-        return (2 if self.kind == "all_reduce" else 1) * self.elements * (ranks - 1) / ranks
-
 
 class Gathered(NamedTuple):
     """Updated weights on their way to all ranks.
@@ -278,9 +272,8 @@ def collectives(
     """
     stage = config.train.zero_stage if stage is None else stage
     weights = trained_weights(config.model, config.optimizer.kind)
-    if ranks == 1 and stage == 0:
+    if ranks == 1:
         return []
-    with_gradient = weights.total - weights.without_gradient
     if stage == 0:
         return [_whole("all_reduce", "gradients", weights.total, len(window_elements(weights, ranks, stage)))]
     norm = _whole("all_reduce", "gradient norm", 1)
@@ -290,7 +283,7 @@ def collectives(
         calls = 2 * accumulation * (weights.reconstruct_layers + flow_passes(config) * weights.flow_layers)
         return [
             _whole("all_gather", "parameters of each pass", gathered, calls),
-            _whole("reduce_scatter", "gradients", with_gradient),
+            _whole("reduce_scatter", "gradients", weights.total - weights.without_gradient),
             norm,
         ]
     flat = ranks * sum(flat_slices(weights, ranks))
