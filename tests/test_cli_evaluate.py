@@ -350,6 +350,7 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "'w' is not one of guidance, ema" in ask("--search", "w")
     assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
     assert "add that" in ask("--search-values", "1,2")
+    assert ask("--search-count", 9).endswith("how many images a point of a search has: add --search guidance or ema")
     for option in (("--ema-decay", 0.5), ("--weights", "model")):
         assert ask("--search", "ema", *option).startswith("--search ema chooses among the averages: leave out --ema")
     for search in ("guidance", "guidance,guidance"):

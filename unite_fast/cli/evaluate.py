@@ -90,7 +90,9 @@ def evaluate(
             "on --search-count images, then measure with them."
         ),
     ] = None,
-    search_count: Annotated[int, typer.Option(help="Images of one point of a search.", min=1)] = SEARCH_COUNT,
+    search_count: Annotated[
+        int | None, typer.Option(help=f"Images of one point of a search. Default: {SEARCH_COUNT:,}.", min=1)
+    ] = None,
     search_values: Annotated[
         str | None, typer.Option(help="Sweep over these w in place of the adaptive search.", metavar="W,W,…")
     ] = None,
@@ -134,6 +136,8 @@ def evaluate(
         raise UserError(f"--name {name!r} must be the name of a file without its folder, and begin with no dot")
     if strengths and Search.guidance not in searches:
         raise UserError("--search-values are strengths for --search guidance: add that")
+    if search_count is not None and not searches:
+        raise UserError("--search-count says how many images a point of a search has: add --search guidance or ema")
     if Search.ema in searches and (ema_decay is not None or weights is Which.model):
         raise UserError("--search ema chooses among the averages: leave out --ema-decay and --weights model")
     if set(searches) == {Search.guidance} and guidance is not None:
@@ -163,7 +167,7 @@ def evaluate(
         )  # fmt: skip
         chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps}
         session = _Session(run, plan, world, chosen, weights.value, ema_decay)
-        session.go(trained, searches, search_count, strengths, name)
+        session.go(trained, searches, search_count or SEARCH_COUNT, strengths, name)
     finally:
         leave_world()
 
