@@ -13,7 +13,7 @@ from unite_fast.analysis.similarity import alignment, cka, cka_kernel, cknna
 from unite_fast.analysis.trajectories import trajectory
 from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import SAMPLE_STREAM, register_noise
-from unite_fast.flow.sampling import integrate, shifted, velocity
+from unite_fast.flow.sampling import generate, integrate, shifted, velocity
 from unite_fast.model.unite import Unite
 
 
@@ -137,6 +137,7 @@ def test_every_norm_and_matrix_of_the_encoder_has_its_place(shared):
     found = weight_entropies(state)
     encoders = ["encoder"] if shared else ["encoder", "denoiser"]
     assert [one.encoder for one in found] == [name for name in encoders for _ in range(10 * CONFIG.depth + 2)]
+    assert all(one.size == state[one.name].numel() for one in found)
     placed = {(one.encoder, one.depth, one.kind): one for one in found}
     for encoder in encoders:
         for depth in range(CONFIG.depth):
@@ -196,6 +197,18 @@ def test_a_trajectory_shows_what_the_model_predicts_on_the_samplers_path(solver)
         torch.testing.assert_close(found.images[place], model.decode(expected).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_trajectory_ends_in_the_guided_sample_at_nine_even_times():
+    model, labels = toy_model(), torch.tensor([0, 2])
+    settings = dict(guidance=3.0, interval=(0.25, 0.5), solver="heun", steps=41, time_shift=1.0)
+    found = trajectory(model, labels, settings, seed=5)
+    assert found.times == pytest.approx([k / 8 for k in range(9)]) and found.clean.shape == (9, 2, 16, 4)
+    noise = register_noise(model, 2, seed=5, stream=SAMPLE_STREAM, first=0)
+    torch.testing.assert_close(found.images[-1], generate(model, labels, noise=noise, **settings), rtol=0, atol=1e-3)
+    always = generate(model, labels, noise=noise, **settings | {"interval": (0.0, 1.0)})
+    assert (found.images[-1] - always).abs().max() > 0.02
+
+
 def _classes(count, width, gap, seed=0):
     labels = torch.arange(count) % 3
     means = gap * torch.sin(torch.arange(3 * width) ** 2).view(3, width)  # any that differ in every feature
@@ -219,8 +232,11 @@ def test_a_probe_may_meet_labels_of_any_numbers_and_features_that_say_nothing():
     names = torch.tensor([7, 2, 40])
     found = linear_probe(train, names[labels], train, names[labels])
     assert found.accuracy == 1
-    nothing = linear_probe(torch.ones(30, 4), labels, torch.ones(9, 4), torch.zeros(9, dtype=torch.int64))
-    assert nothing.accuracy in (0, 1)
+    often = torch.where(labels == 1, 1, 2)
+    nothing = linear_probe(torch.ones(30, 4), often, torch.ones(9, 4), torch.tensor([2] * 4 + [1] * 5))
+    assert nothing.accuracy == pytest.approx(4 / 9), "the most frequent class of training"
+    one_class = labels == 1  # means and deviations are those of training
+    assert linear_probe(train, labels, train[one_class], labels[one_class]).accuracy == 1
 
 
 def _leave_one_out(x, labels, penalty):

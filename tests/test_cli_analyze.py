@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_toy import CLASSES, CONFIG, MADE_BY, mistake, read, run
+from cli_toy import CLASSES, CONFIG, MADE_BY, mistake, read, run, save_toy
 from PIL import Image
 from runs import config, image_tree
 
 from unite_fast.analysis.activations import NOISE_STREAM
+from unite_fast.analysis.probing import linear_probe
 from unite_fast.analysis.similarity import cka
+from unite_fast.analysis.trajectories import trajectory
 from unite_fast.engine.loop import train
 from unite_fast.evaluation.generation import SAMPLE_STREAM, encode, register_noise
 from unite_fast.flow.sampling import generate
@@ -69,7 +71,12 @@ def analysis(files, tmp_path_factory):
 
 
 def _held_out(files):
-    paths = sorted((files / "val").rglob("*.png"), key=lambda path: path.as_posix())
+    return _images(files / "val")
+
+
+def _images(root):
+    """Pixels [n, 3, 16, 16] uint8 and labels of class folders."""
+    paths = sorted(root.rglob("*.png"), key=lambda path: path.as_posix())
     labels = torch.tensor([sorted(CLASSES).index(path.parent.name) for path in paths])
     return torch.stack([torch.tensor(read(path)) for path in paths]).permute(0, 3, 1, 2), labels
 
@@ -145,6 +152,49 @@ def test_probing_and_protocol(files, analysis):
     assert all(0 < one["bits"] <= 6 for one in record["entropy"])
 
 
+def _register_tokens(pixels):
+    """[5, n, C] of the first pass."""
+    model, seen = _model(), []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda _module, _arguments, outputs: seen.append(outputs[0]))
+    z0 = encode(model, pixels, seed=3, first=0)
+    before = [16] * 4 + [0]  # patches behind the registers, which the last block leaves out
+    return z0, [x[:, x.shape[1] - n - 16 : x.shape[1] - n].mean(1) for x, n in zip(seen, before, strict=True)]
+
+
+def test_probes_are_fitted_to_training_images_and_measured_on_held_out_ones(files, tmp_path):
+    """Of 13 held-out images one stands in the folder of another class."""
+    first, _, last = sorted(CLASSES)
+    shutil.copytree(files / "val", tmp_path / "val")
+    (tmp_path / "val" / last / "00.png").unlink()
+    (tmp_path / "val" / last / "01.png").unlink()
+    (tmp_path / "val" / last / "02.png").rename(tmp_path / "val" / first / "9.png")
+    record = _analyze(files, tmp_path / "out", "--train", files / "train", "--seed", 3, data=tmp_path / "val")
+    probing = record["probing"]
+    assert probing["pixels"] == pytest.approx(12 / 13) and probing["chance"] == pytest.approx(6 / 13)
+    (train, labels), (held_out, truth) = _images(files / "train"), _images(tmp_path / "val")
+    (z0, blocks), (z0_held_out, blocks_held_out) = _register_tokens(train), _register_tokens(held_out)
+    expected = [
+        linear_probe(ours.flatten(1), labels, theirs.flatten(1), truth)
+        for ours, theirs in zip([z0, *blocks], [z0_held_out, *blocks_held_out], strict=True)
+    ]
+    assert [probing["latents"], *probing["blocks"]] == pytest.approx([probe.accuracy for probe in expected])
+    assert probing["penalties"][1:] == [probe.penalty for probe in expected]
+
+
+def test_trajectories_are_of_classes_spread_over_all(files, tmp_path):
+    config = CONFIG.model_copy(update={"num_classes": 12})
+    model = save_toy(tmp_path / "model", {}, config)
+    arguments = ["--data", files / "val", "--out", tmp_path / "out", "--times", "1", "--seed", 3]
+    assert run("analyze", "--run", tmp_path / "model", *arguments) == 0
+    record = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    found, chosen = record["trajectories"], [0, 2, 3, 5, 6, 8, 9, 11]
+    assert found["rows"] == [str(label) for label in chosen]
+    clean = trajectory(model, torch.tensor(chosen), record["protocol"]["sampling"], 3).clean
+    expected = F.cosine_similarity(clean, clean[-1:], dim=-1).mean((1, 2))
+    assert found["cosine_with_sample"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_batches_change_nothing(files, analysis, tmp_path):
     again = _analyze(files, tmp_path / "out", "--train", files / "train", "--seed", 3, "--batch", 4)
     for path in (("cosine", "unlabelled"), ("alignment", "cka", "same_block"), ("probing", "blocks")):
@@ -169,6 +219,7 @@ def test_without_classes_or_training_images_probing_is_left_out_and_said(files, 
         shutil.copy(path, tmp_path / "flat" / f"{index}.png")
     for options, says in (
         (["--train", files / "train", "--data", tmp_path / "flat"], "flat"),
+        (["--train", tmp_path / "flat"], "holds no class folders"),
         ([], "no training images are known to fit probes to: give --train DIR"),
         (["--train", files / "val"], "probes need other images than"),
     ):
@@ -183,12 +234,19 @@ def test_without_classes_or_training_images_probing_is_left_out_and_said(files, 
 def test_unreadable_files_are_left_out_and_said(files, tmp_path):
     shutil.copytree(files / "val", tmp_path / "val")
     (tmp_path / "val" / sorted(CLASSES)[0] / "00a.png").write_bytes(b"no picture")  # labels behind it stay in place
-    record = _analyze(files, tmp_path / "out", "--data", tmp_path / "val", "--train", files / "train")
-    assert record["images"] == 15 and record["probing"]["pixels"] == 1
-    assert record["notes"]["images"].startswith("1 unreadable files were left out, the first ")
+    shutil.copytree(files / "train", tmp_path / "train")
+    for name in ("02.png", "03.png"):
+        (tmp_path / "train" / sorted(CLASSES)[1] / name).write_bytes(b"no picture")
+    record = _analyze(files, tmp_path / "out", "--data", tmp_path / "val", "--train", tmp_path / "train")
+    assert (record["images"], record["probing"]["train"], record["probing"]["pixels"]) == (15, 22, 1)
+    broken = [tmp_path / "val" / sorted(CLASSES)[0] / "00a.png", tmp_path / "train" / sorted(CLASSES)[1] / "02.png"]
+    assert record["notes"] == {
+        what: f"{count} unreadable files were left out, the first {path}"
+        for what, count, path in zip(("images", "training images"), (1, 2), broken, strict=True)
+    }
 
 
-def test_a_run_says_what_to_analyze(tmp_path):
+def test_a_run_says_what_to_analyze(tmp_path, capsys):
     image_tree(tmp_path / "train")
     image_tree(tmp_path / "val", per_class=8)
     folder = train(config(tmp_path, data={"val_path": str(tmp_path / "val")}, train={"steps": 10}))
@@ -197,10 +255,20 @@ def test_a_run_says_what_to_analyze(tmp_path):
     protocol = record["protocol"]
     assert protocol["data"]["path"] == str(tmp_path / "val") and protocol["train"]["path"] == str(tmp_path / "train")
     assert (record["images"], record["probing"]["train"], protocol["model"]["weights"]) == (16, 24, "ema")
+    assert protocol["data"]["crop"] == protocol["train"]["crop"] == "none"
     assert run("analyze", "--run", folder, "--times", "0.5", "--weights", "model") == 0
     as_trained = json.loads((folder / "analysis" / "analysis.json").read_text())
     assert as_trained["protocol"]["model"]["weights"] == "model"
     assert as_trained["entropy"] != record["entropy"]
+    (tmp_path / "train").rename(tmp_path / "moved")
+    assert run("analyze", "--run", folder, "--times", "0.5") == 0, "probes alone need them"
+    record = json.loads((folder / "analysis" / "analysis.json").read_text())
+    assert record["probing"] is None and f"no folder of images at {tmp_path / 'train'}" in record["notes"]["probing"]
+    (tmp_path / "val").rename(tmp_path / "also moved")
+    says = mistake(capsys, "analyze", "--run", folder)
+    assert says == f"no folder of images at {tmp_path / 'val'}; --data DIR names other images"
+    says = mistake(capsys, "analyze", "--run", folder, "--data", tmp_path / "moved", "--train", tmp_path / "val")
+    assert says == f"no folder of images at {tmp_path / 'val'}"
 
 
 def test_a_fresh_network_whose_outputs_are_all_alike(files, tmp_path):
@@ -255,6 +323,21 @@ def test_too_few_images_and_diverged_weights(files, tmp_path, capsys):
     save_model(state, CONFIG, tmp_path / "nan", made_by={})
     arguments = ["analyze", "--run", tmp_path / "nan", "--out", tmp_path / "out", "--data", files / "val"]
     assert "encoder.blocks.0.norm3 holds NaN or infinite values" in mistake(capsys, *arguments)
+
+
+def test_what_stops_it_leaves_the_former_analysis(files, tmp_path, capsys, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "analysis.json").write_text("former")
+    monkeypatch.setattr("unite_fast.analysis.study.study", exhausted)
+    arguments = ["analyze", "--run", files / "model", "--data", files / "val", "--out"]
+    says = mistake(capsys, *arguments, tmp_path / "out", "--batch", 6)
+    assert says == "the device ran out of memory at --batch 6: try --batch 3"
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["former"]
+    says = mistake(capsys, *arguments, tmp_path / "out" / "analysis.json")  # is asked before the study begins
+    assert says.startswith("cannot write the analysis into ") and says.endswith("Give --out a folder that takes files.")
 
 
 def test_training_does_not_load_it():
