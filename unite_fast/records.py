@@ -157,7 +157,8 @@ def open_run(path: str | Path) -> RunFolder:
     config = _read_object(folder / CONFIG, problems)
     if config is None:
         raise UserError(problems[0])
-    for key, kind, what in (("modality", str, "text"), ("train", dict, "an object"), ("model", dict, "an object")):
+    kinds = {"modality": (str, "text")} | dict.fromkeys(("train", "model", "evaluation"), (dict, "an object"))
+    for key, (kind, what) in kinds.items():
         if not isinstance(config.get(key, kind()), kind):
             raise UserError(f"{folder / CONFIG} is no run's configuration: its {key} must be {what}")
     metrics = []

@@ -41,10 +41,10 @@ def report(
     """
     from unite_fast.records import open_run
 
-    open_run(run)  # a wrong folder is told before torch is imported
+    found = open_run(run)  # a wrong folder is told before torch is imported
     from unite_fast.report import write_report
 
-    with explain_memory(batch or 64):
+    with explain_memory(batch or found.config.get("evaluation", {}).get("batch", 64)):
         path = write_report(
             run, out=out_file, device=str(pick_device(device)), quick=quick, held_out=held_out, seed=seed, batch=batch,
             progress=_bar,
