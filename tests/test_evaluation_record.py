@@ -70,13 +70,19 @@ def test_other_protocols_are_shown_and_not_ranked(runs, capsys, section, change,
     assert run("compare", runs / "one", runs / "three") == 0
     printed = capsys.readouterr().out
     assert printed.count(says) == 1 and "not ranked, protocols differ" in printed, "once for all metrics it is true of"
-    assert "*" not in line_of(touched, printed)
+    assert "*" not in line_of(touched, printed) and "≠" in line_of(touched, printed)
     one, two, three = (read_records(runs / name) for name in ("one", "two", "three"))
     assert ranking(one + three, untouched)[0] == [1]
     assert ranking(one + two + three, touched) == ([], [says]), "of three, two that are alike are not enough"
     assert run("compare", runs / "one", runs / "three", "--anyway") == 0
     printed = capsys.readouterr().out
     assert "ranked all the same, --anyway" in printed and says in printed and "*" in line_of(touched, printed)
+
+
+def test_what_is_said_of_several_metrics_names_them_all(runs, capsys):
+    record(runs / "three", "c", {"gfid": 1.0, "is": 300.0, "psnr": 30.0}, generation={"guidance": 1.5})
+    assert run("compare", runs / "one", runs / "three") == 0
+    assert "\n≠ gfid, is: not ranked, protocols differ in generation.guidance: 2.4 / 1.5\n" in capsys.readouterr().out
 
 
 def test_differences_that_are_not_shown_are_counted(runs, capsys):

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_toy import picture
+from cli_toy import picture, run
 from inception_toy import inception_weights
 
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
+from unite_fast.evaluation import reference as reference_module
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.reference import Moments, folder_statistics, read_reference, write_reference
 
@@ -137,3 +138,25 @@ def test_files_that_do_not_fit(tmp_path):
         assert "sigma is no covariance" in refusal()
     with pytest.raises(UserError, match="must end in .npz"):
         write_reference(moments(), Path("x.npy"), {})
+
+
+def test_every_option_reaches_the_statistics(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def statistics(images, inception, *, world, **options):
+        asked.append((images, inception, options))
+        return moments(), {"skipped": 2 * len(asked) - 2}
+
+    monkeypatch.setattr(reference_module, "folder_statistics", statistics)
+    monkeypatch.setattr(reference_module, "write_reference", lambda *given: None)
+    arguments = ["reference", tmp_path, "--out", tmp_path / "r.npz"]
+    assert run(*arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"mu and sigma of 50 images of 256×256 (crop adm) in {tmp_path / 'r.npz'}\n"
+    assert printed.err.startswith("warning: 50 images determine 49 of the 2048 directions")
+    assert run(*arguments, "--inception", "pt.pth", "--size", 32, "--crop", "none", "--batch", 5) == 0
+    assert "of 32×32 (crop none), 2 unreadable ones skipped in" in capsys.readouterr().out
+    assert asked == [
+        (tmp_path, None, {"image_size": 256, "crop": "adm", "batch": 64}),
+        (tmp_path, Path("pt.pth"), {"image_size": 32, "crop": "none", "batch": 5}),
+    ]
