@@ -15,7 +15,7 @@ from unite_fast.data import crop
 from unite_fast.records import RunFolder
 from unite_fast.report import tiles as tiles_module
 from unite_fast.report.charts import Curve, bar_chart, line_chart
-from unite_fast.report.metrics import result_tables
+from unite_fast.report.metrics import headline, result_tables
 from unite_fast.report.neighbours import Match, Neighbours
 from unite_fast.report.page import build
 from unite_fast.report.probe import Latents, Probe, Row
@@ -101,13 +101,18 @@ def test_every_picture_and_number_stands_in_its_place(tmp_path, probe):
 
 
 def test_charts_of_latents(tmp_path, probe):
-    (channels, spans), (values, bars), (directions, _) = _charts(_page(tmp_path, probe=probe))
+    (channels, spans), (values, bars), (directions, shares) = _charts(_page(tmp_path, probe=probe))
     (found,) = channels["curves"]
     assert (found["x"], found["y"], found["note"]) == ([0, 1, 2], [1, -2, 0.5], ["± 0.5", "± 1", "± 0.05"])
     centres = _numbers(r'<circle [^>]*cy="([^"]*)"', spans)
     for (top, height), centre in zip(_numbers(r'<rect [^>]*y="([^"]*)" height="([^"]*)"', spans), centres, strict=True):
         assert top + height / 2 == pytest.approx(centre, abs=0.02)
     assert directions["curves"][0]["y"] == [0.7, 0.2, 0.1]
+    for data, chart in ((channels, spans), (directions, shares), (values, bars)):
+        low, high, start, end, _ = data["xAxis"]  # by which a pointer finds a bar
+        places = start + (np.array(data["curves"][0]["x"]) - low) / (high - low) * (end - start)
+        rects = _numbers(r'<rect [^>]*x="([^"]*)" width="([^"]*)"', chart)
+        assert rects[:, 0] + rects[:, 1] / 2 == pytest.approx(places, abs=0.3)
     (found,) = values["curves"]
     assert (found["x"], found["y"]) == ([-3, -1, 1, 3], [0.1, 0.4, 0.3, 0.2]), "middles of four bins from -4 to 4"
     line = np.array([pair.split(",") for pair in re.search(r'"line c2" points="([^"]*)"', bars)[1].split()], float)
@@ -186,6 +191,32 @@ def test_a_search_is_a_line_for_each_setting_between(tmp_path):
     assert (apart.columns, apart.rows, apart.chart) == ([], [["1", "2.5"], ["yes", "x"]], None)
 
 
+def test_results_of_earlier_weights_are_folded(tmp_path):
+    evaluations = {f"at_{step}": {"metrics": {"is": 2.0}, "protocol": {"model": {"step": step}}} for step in (10, 20)}
+    page = _page(tmp_path, RunFolder(tmp_path, {}, evaluations=evaluations))
+    assert re.findall(r'class="card"><(summary|h3)>(at_\d+)', page.source) == [("h3", "at_20"), ("summary", "at_10")]
+
+
+def test_the_first_numbers_are_of_the_end_of_training_unless_a_later_step_was_evaluated():
+    def first(*evaluated):
+        made = [{"metrics": {"psnr": float(step)}, "protocol": {"model": {"step": step}}} for step in evaluated]
+        evaluations = dict(zip("ab", made))
+        return headline(RunFolder(None, {}, summary={"steps": 20, "psnr": 20.5}, evaluations=evaluations))
+
+    assert first(10) == first() == [("PSNR", "20.5 dB", "higher")]
+    assert first(10, 20)[0][1] == "20 dB" and first(30, 10)[0][1] == "30 dB"
+    many = RunFolder(None, {}, summary={"ssim": 0.5, "psnr": 20.0, "rfid": 2.0, "coverage": 0.25, "gfid": 3.0})
+    assert [title for title, *_ in headline(many)] == ["gFID", "rFID", "PSNR", "coverage"]
+
+
+def test_what_training_images_score_stands_beside_its_metric(tmp_path):
+    metrics = {"frechet_pca": 0.5, "frechet_pca_train": 0.25, "images_train": 7}
+    (found,) = result_tables(RunFolder(tmp_path, {}, evaluations={"a": {"metrics": metrics, "protocol": {}}}))
+    assert [(entry.title, entry.value, entry.real) for entry in found.entries] == [
+        ("Fréchet distance, PCA", "0.5", "0.25"), ("images train", "7", "")
+    ]  # fmt: skip
+
+
 def test_small_pictures_are_exact_and_large_ones_no_wider_than_the_page_shows():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     tiles = Tiles([noise])
@@ -224,6 +255,8 @@ def test_sheets_of_the_run_from_the_first_to_the_last(tmp_path):
     ended = RunFolder(tmp_path, {}, [{"step": 99}], summary={"steps": 90, "reconstructed": "training"})
     page = _page(tmp_path, ended)
     assert _levels(page, "samples") == [200, 10, 30, 40, 60, 70, 200] and "step 90" in page.says("samples")
+    extended = RunFolder(tmp_path, {}, [{"step": 99}], summary={"steps": 35})
+    assert "step 30 step 35 step 50" in _page(tmp_path, extended).says("samples")
     assert _levels(page, "reconstructions") == [250]
     assert "Training images above their reconstructions" in page.says("reconstructions")
 
@@ -263,12 +296,12 @@ def test_curves_are_noisy_logarithmic_and_marked_as_their_panel_says(tmp_path):
 def test_keys_that_differ_from_their_default_are_marked(tmp_path):
     config = {
         "name": "other", "train": {"seed": 0}, "data": {"prefetch": 4, "workers": 3},
-        "model": {"decoder": {"depth": 1}}, "sampling": {"interval": [0.1, 1.0], "steps": 51},
+        "model": {"decoder": {"depth": 1}}, "sampling": {"interval": [0.1, 1.0], "guidance": 1.0, "steps": 51},
         "unknown": {"key": 1},
     }  # fmt: skip
     page = _page(tmp_path, RunFolder(tmp_path, config))
     changed = re.findall(r'<div class="changed"><dt>([^<]*)</dt>', page.source)
     assert changed == ["name", "workers", "decoder.depth", "steps", "key"]
     kept = re.findall(r"<div><dt>([^<]*)</dt>", page.source)
-    assert kept == ["seed", "prefetch", "interval"]
-    assert "sampling 1 of 2 set" in page.says("configuration")
+    assert kept == ["seed", "prefetch", "interval", "guidance"]
+    assert "sampling 1 of 3 set" in page.says("configuration")

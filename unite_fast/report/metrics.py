@@ -170,9 +170,14 @@ def headline(run: RunFolder) -> list[tuple[str, str, str]]:
 
     Each is of the latest step where it was measured, there of the most images: a trial of a few is no result.
     """
-    metrics: dict[str, Any] = dict(run.summary or {})
-    for content in sorted(run.evaluations.values(), key=lambda content: (_step(content), *_images(content))):
-        metrics |= content["metrics"]
+    summary = run.summary or {}
+    steps = summary.get("steps")
+    # What was measured at the end of training stands before what has been evaluated of that step since.
+    measured = [((steps if isinstance(steps, int) else 0, 0, 0, ""), summary)]
+    measured += [((_step(content), *_images(content)), content["metrics"]) for content in run.evaluations.values()]
+    metrics: dict[str, Any] = {}
+    for _, values in sorted(measured, key=lambda one: one[0]):
+        metrics |= values
     found = []
     for key in HEADLINE:
         value = number(metrics.get(key))

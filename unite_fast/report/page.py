@@ -171,15 +171,16 @@ def _latents(probe: Probe | None) -> dict[str, Any] | None:
 
 def _history(run: RunFolder) -> list[tuple[int, str]]:
     """(step, data URI) of sample sheets made on the way, evenly chosen."""
-    found = sorted(
+    found = [
         (int(match[1]), path) for path in run.path.glob("samples_*.png")
         if (match := re.fullmatch(r"samples_(\d{8,})\.png", path.name))
-    )  # fmt: skip
+    ]  # fmt: skip
     if (run.path / "samples.png").is_file() and run.summary:
         steps = run.summary.get("steps")
         found.append((steps if isinstance(steps, int) else run.step, run.path / "samples.png"))
     if len(found) < 2:
         return []
+    found.sort()  # a run that was extended has sheets of later steps than samples.png
     encoded = [(found[k][0], sheet(found[k][1], HISTORY_WIDTH)) for k in spread(len(found), HISTORY_SHEETS)]
     return [(step, uri) for step, uri in encoded if uri]
 
