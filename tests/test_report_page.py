@@ -180,15 +180,19 @@ def test_a_search_is_a_line_for_each_setting_between(tmp_path):
     search = EVALUATION["tables"]["guidance_search"]
     rows = [*reversed(search), {"guidance": 4.0, "low": 0.0, "high": 1.0, "score": 7.5}]
     lonely = [{"guidance": 1.0, "low": 0.1 * low, "high": 1.0, "score": 1.0} for low in range(3, 9)]
-    content = {"metrics": {}, "protocol": {}, "tables": {"search": rows + lonely, "apart": [[1, 2.5], [True, "x"]]}}
+    gaps = [{"count": 50_000, "b": 2.0}, {"b": 3.0, "whole": True}]
+    tables = {"search": rows + lonely, "damaged": [[1, 2.5], {"b": 1}], "empty": [], "gaps": gaps}
+    content = {"metrics": {}, "protocol": {}, "tables": tables}
     (found,) = result_tables(RunFolder(tmp_path, {}, evaluations={"a": content}))
-    grid, apart = found.grids
+    grid, gaps = found.grids
+    assert (gaps.columns, gaps.rows) == (["count", "b", "whole"], [["50,000", "2", ""], ["", "3", "yes"]])
     curves = _data(grid.chart)["curves"]
     assert len(grid.legend) == 5 and grid.legend[:2] == ["low 0, high 1", "low 0.2, high 1"]
     assert [(curve["x"], curve["y"]) for curve in curves[:2]] == [
         ([1, 2, 3, 4], [19, 18, 17, 7.5]), ([1, 2, 3], [19.2, 18.2, 17.2])
     ]  # fmt: skip
-    assert (apart.columns, apart.rows, apart.chart) == ([], [["1", "2.5"], ["yes", "x"]], None)
+    content["tables"] = [1]
+    assert result_tables(RunFolder(tmp_path, {}, evaluations={"a": content}))[0].grids == []
 
 
 def test_results_of_earlier_weights_are_folded(tmp_path):

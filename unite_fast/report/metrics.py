@@ -235,16 +235,16 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def _tables(tables: Any) -> list[tuple[str, list[Any]]]:
-    """(title, rows) of what an evaluation stored beside its metrics."""
-    if isinstance(tables, list):
-        tables = {"table": tables}
-    if not isinstance(tables, dict):
-        return []
-    return [(str(name).replace("_", " "), rows) for name, rows in tables.items() if isinstance(rows, list) and rows]
+def _tables(tables: Any) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(title, rows) of what an evaluation stored beside its metrics; what is no table of objects is passed over."""
+    return [
+        (str(name).replace("_", " "), rows)
+        for name, rows in (tables.items() if isinstance(tables, dict) else ())
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    ]
 
 
-def _grid(title: str, rows: list[Any]) -> Grid:
+def _grid(title: str, rows: list[dict[str, Any]]) -> Grid:
     columns, cells = _cells(rows)
     grid = Grid(title, columns, cells)
     lines = _lines(rows)
@@ -254,9 +254,9 @@ def _grid(title: str, rows: list[Any]) -> Grid:
     return grid
 
 
-def _lines(rows: list[Any]) -> list[Curve]:
+def _lines(rows: list[dict[str, Any]]) -> list[Curve]:
     """The last column over the first, a line for each setting of those between (guidance, low, high, score)."""
-    if len(rows) < 3 or not all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows):
+    if len(rows) < 3 or not all(list(row) == list(rows[0]) for row in rows):
         return []
     keys = list(rows[0])
     if len(keys) < 2 or any(number(value) is None for row in rows for value in row.values()):
@@ -273,10 +273,8 @@ def _lines(rows: list[Any]) -> list[Curve]:
     return found if len(found[0].x) >= 2 else []
 
 
-def _cells(rows: list[Any]) -> tuple[list[str], list[list[str]]]:
-    """Column titles and cells; rows are objects, or lists of values."""
-    if all(isinstance(row, dict) for row in rows):
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        titles = [GLOSSARY[key][0] if key in GLOSSARY else str(key).replace("_", " ") for key in keys]
-        return titles, [[_number(row.get(key, "")) for key in keys] for row in rows]
-    return [], [[_number(cell) for cell in row] if isinstance(row, list) else [_number(row)] for row in rows]
+def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Column titles and cells."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    titles = [GLOSSARY[key][0] if key in GLOSSARY else str(key).replace("_", " ") for key in keys]
+    return titles, [[_number(row.get(key, "")) for key in keys] for row in rows]
