@@ -245,6 +245,15 @@ def test_every_option_reaches_the_measurement(files, ask, tmp_path):
     assert "holds EMA weights only" in ask("--weights", "model")
 
 
+def test_every_option_reaches_the_search(files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_Session, "go", lambda self, trained, *given: asked.append(given))
+    assert run("evaluate", files / "model", "--search", "guidance") == 0
+    options = ["--search", "guidance", "--search-count", 9, "--search-values", "1,2", "--name", "n"]
+    assert run("evaluate", files / "model", *options) == run("evaluate", files / "model") == 0
+    assert asked == [(["guidance"], 5000, None, None), (["guidance"], 9, [1, 2], "n"), ([], 5000, None, None)]
+
+
 def test_without_metrics_those_are_measured_that_the_files_allow(tmp_path):
     def chosen(**files):
         session = _Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)
