@@ -146,6 +146,7 @@ def test_probing_and_protocol(files, analysis):
     protocol = record["protocol"]
     assert (record["images"], record["times"]) == (15, [0, 0.4, 1]) and record["notes"] == {}
     assert (protocol["seed"], protocol["neighbours"], protocol["bins"], protocol["precision"]) == (3, 10, 64, "fp32")
+    assert (protocol["batch"], protocol["tokenize_time"], len(protocol["penalties"])) == (64, 0.005, 9)
     assert protocol["model"]["step"] == MADE_BY["step"] and protocol["model"]["origin"] == str(files / "model")
     assert protocol["data"]["images"] == 15 and protocol["train"]["path"] == str(files / "train")
     assert len(record["entropy"]) == 10 * CONFIG.depth + 2
