@@ -10,6 +10,8 @@ from unite_fast.data import prepare as prepare_module
 from unite_fast.data.source import open_source
 from unite_fast.workers import available_cores
 
+JOBS = min(available_cores(), 2) % 2 + 1  # few, and not as many as the default
+
 
 def _printed(capsys, *arguments, code=0):
     """What a call prints, each run of blanks as one."""
@@ -41,7 +43,7 @@ def test_what_was_packed_is_said(tmp_path, capsys, asked):
     root, shards = tree(tmp_path / "d"), tmp_path / "s"
     for name in ("c0/002.png", "c2/000.png"):
         (root / name).write_bytes(b"no picture")
-    arguments = ["prepare", root, shards, "--size", 8, "--shard-images", 4, "--jobs", 2]
+    arguments = ["prepare", root, shards, "--size", 8, "--shard-images", 4, "--jobs", JOBS]
     packed, unreadable, *named = _printed(capsys, *arguments)
     assert packed.startswith("15 images of 3 classes in 4 shards of ") and packed.endswith(f" in {shards}")
     assert unreadable.startswith("2 could not be read") and f"remove {shards} and prepare it again" in unreadable
@@ -50,8 +52,8 @@ def test_what_was_packed_is_said(tmp_path, capsys, asked):
     assert ", 4 of them from before in " in _printed(capsys, *arguments)[0]
     (line,) = _printed(capsys, "prepare", tree(tmp_path / "whole"), tmp_path / "one")
     assert line.startswith("15 images of 3 classes in 1 shard of ") and "from before" not in line
-    given, default = {"size": 8, "shard_images": 4, "jobs": 2}, {"size": None, "shard_images": 8192}
-    assert asked == [given, given, default | {"jobs": available_cores()}]
+    given = {"size": 8, "shard_images": 4, "jobs": JOBS}
+    assert asked == [given, given, {"size": None, "shard_images": 8192, "jobs": available_cores()}]
     says = mistake(capsys, "data", "prepare", root, tmp_path / "t", "--devkit", tmp_path / "kit.tar.gz")
     assert says == f"--devkit belongs to the validation archive, and {root} is a folder"
 
@@ -59,8 +61,8 @@ def test_what_was_packed_is_said(tmp_path, capsys, asked):
 def test_what_is_checked_and_of_what_size(tmp_path, capsys, asked):
     root = tree(tmp_path / "d")
     assert _printed(capsys, "check", root)[0].startswith("0 of 15 images are unusable")
-    _printed(capsys, "check", root, "--size", 32, "--jobs", 2)
-    assert asked == [{"size": 256, "jobs": available_cores()}, {"size": 32, "jobs": 2}]
+    _printed(capsys, "check", root, "--size", 32, "--jobs", JOBS)
+    assert asked == [{"size": 256, "jobs": available_cores()}, {"size": 32, "jobs": JOBS}]
 
 
 def test_damaged_shards_are_no_clean_set(tmp_path, capsys):
