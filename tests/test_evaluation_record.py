@@ -53,6 +53,9 @@ def test_equal_protocols_are_ranked(runs, capsys, monkeypatch):
     assert "2.1 *" in printed and "200 *" in printed and "≠" not in printed
     assert "gfid ↓" in printed and "is ↑" in printed
     assert "[1] one/a" in printed and "[2] two/b" in printed
+    head = next(line for line in printed.splitlines() if line.startswith("┃"))
+    assert head.replace("┃", "").split() == ["metric", "[1]", "[2]"]
+    assert line_of("gfid", printed).replace("│", "").split() == ["gfid", "↓", "2.5", "2.1", "*"]
 
 
 @pytest.mark.parametrize(
