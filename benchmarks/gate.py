@@ -141,7 +141,8 @@ def judge_again(
 ) -> list[Verdict]:
     """As `judge`, but entries that are slower are measured anew, up to REPEATS times, until they are not.
 
-    A process in which an entry is too noisy says nothing of it: it stays slower.
+    A process that is too noisy to judge a steady entry says nothing of it: it stays slower. One that scatters anyway is
+    no longer slower where it is within its band.
 
     Args:
         run, baseline, part: as for `judge`.
@@ -152,7 +153,8 @@ def judge_again(
         if not slower:
             break
         found = repeat(slower)
-        noisy = {verdict.key for verdict in judge(found, baseline, part=True) if verdict.word == NOISY}
+        verdicts = judge(found, baseline, part=True)
+        noisy = {v.key for v in verdicts if v.word == NOISY and baseline[v.key].band <= BAND_MOST}
         run = run | {name: found[name] for name in slower & found.keys() - noisy}
     return judge(run, baseline, part)
 

@@ -132,6 +132,15 @@ def test_what_is_too_noisy_the_second_time_stays_slower():
     assert verdict.word == gate.SLOWER
 
 
+@pytest.mark.parametrize("second, word", [(1.0, gate.NOISY), (0.8, gate.SLOWER)])
+def test_an_entry_that_scatters_anyway_must_be_slower_each_time(second, word):
+    expected = {"one": gate.Entry(1.25, 0.3)}  # 0.93 is at its edge
+    (verdict,) = gate.judge_again(
+        {"one": contest.Ratio(0.8, 0.01)}, expected, lambda names: {"one": contest.Ratio(second, 0.01)}
+    )
+    assert verdict.word == word and verdict.ratio == second
+
+
 def test_a_faster_step_passes_and_is_named():
     machine = Machine(2)
     verdicts = gate.judge(gate.measured(machine.run(slowdown=1 / 1.3)), baseline(machine))
