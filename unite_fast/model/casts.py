@@ -38,7 +38,7 @@ def cast_together(*linears: CastLinear) -> None:
 
 
 class _Ready(NamedTuple):
-    """A Linear whose weights are cast."""
+    """A Linear whose weights are cast, with or without its bias."""
 
     linear: CastLinear  # kept, lest another takes its id
     parameter: nn.Parameter
@@ -182,11 +182,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left [O, R] · right [R, I] of 16-bit matrices as float32 [O, I]."""
     if left.device.type == "cpu":  # has no such product
         return left.float() @ right.float()
-    return torch.ops.aten.mm.dtype(left, right, torch.float32)
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`total` [O, I] float32, to which `product` is added in place."""
     if left.device.type == "cpu":
         return total.addmm_(left.float(), right.float())
-    return torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+    return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
