@@ -19,7 +19,6 @@ from torch import Tensor
 
 from unite_fast.model.conditioning import sincos_1d
 from unite_fast.molecules.config import ELEMENTS, MoleculeModelConfig, MoleculeObjectiveConfig
-from unite_fast.molecules.objective import rotation_matrices
 from unite_fast.molecules.stream import MoleculeBatch
 from unite_fast.objective.perceptual import Lpips
 
@@ -40,6 +39,17 @@ class Padded(NamedTuple):
         if quaternions is not None:
             positions = positions @ rotation_matrices(quaternions).transpose(1, 2)
         return cls(elements.long(), positions, elements > 0)
+
+
+def rotation_matrices(quaternions: Tensor) -> Tensor:
+    """Rotations [B, 3, 3] of quaternions [B, 4] of any length; normal numbers give rotations uniform on SO(3)."""
+    w, x, y, z = (quaternions / quaternions.norm(dim=1, keepdim=True)).unbind(1)
+    rows = (
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    )  # fmt: skip
+    return torch.stack(rows, dim=1).view(-1, 3, 3)
 
 
 def centred(positions: Tensor, mask: Tensor) -> Tensor:

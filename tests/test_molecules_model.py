@@ -12,7 +12,7 @@ import unite_fast
 from unite_fast.model.packing import Packed
 from unite_fast.molecules.config import DECODER_PRESETS, MoleculeModelConfig, MoleculeObjectiveConfig
 from unite_fast.molecules.model import MoleculeUnite
-from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, rotation_matrices
+from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, turned
 from unite_fast.molecules.sampling import ENCODE_STREAM, NOISE_STREAM, draw_counts, encode, generate, noise, reconstruct
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
@@ -219,12 +219,13 @@ def test_rotations_are_uniform_and_one_a_molecule():
         torch.eye(3).repeat(4000, 1) - 1 / 3,
         Packed.of(counts),
     )
-    turned = rotate(data, seed=0, step=3, stream=1)
+    found = rotate(data, seed=0, step=3, stream=1)
     # The columns of the rotation are the images of the axes; centring subtracts their mean.
-    images = turned.positions.view(4000, 3, 3)
+    images = found.positions.view(4000, 3, 3)
     distances = (images[:, 0] - images[:, 1]).norm(dim=1)
     assert torch.allclose(distances, torch.full_like(distances, math.sqrt(2)), atol=1e-5)
-    matrices = rotation_matrices(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)))
+    quaternions = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    matrices = turned(torch.eye(3).repeat(4000, 1), quaternions.repeat_interleave(3, 0)).view(4000, 3, 3).mT
     identity = torch.eye(3).expand(4000, 3, 3)
     assert torch.allclose(matrices @ matrices.mT, identity, atol=1e-5) and torch.allclose(
         torch.linalg.det(matrices), torch.ones(4000), atol=1e-5
@@ -239,22 +240,29 @@ def test_rotations_are_uniform_and_one_a_molecule():
     drawn = SeededDraws(MoleculeObjectiveConfig(), seed=0, step=3, stream=0, device=torch.device("cpu"))
     first, turns = drawn.tokenize(torch.Size((4000, 1, 4))), rotate(data, seed=0, step=3, stream=0).positions
     for other in (first.noise, first.mix[2]):
-        same = (rotation_matrices(other[:, 0])[data.packed.sequence] * data.positions[:, None]).sum(2)
+        same = turned(data.positions, other[:, 0][data.packed.sequence])
         assert (turns - same).abs().mean() > 0.1
     again = rotate(data, seed=0, step=3, stream=1)
-    assert torch.equal(again.positions, turned.positions)
+    assert torch.equal(again.positions, found.positions)
     for other in (dict(seed=1, step=3, stream=1), dict(seed=0, step=4, stream=1), dict(seed=0, step=3, stream=2)):
-        assert not torch.allclose(rotate(data, **other).positions, turned.positions)
+        assert not torch.allclose(rotate(data, **other).positions, found.positions)
+
+
+def test_a_quaternion_turns_by_its_angle_about_its_axis():
+    half = math.pi / 6  # a turn of 60° about z takes x to (1/2, √3/2, 0), whatever the quaternion's length
+    quaternion = 3 * torch.tensor([[math.cos(half), 0, 0, math.sin(half)]])
+    found = turned(torch.tensor([[1.0, 0, 0], [0, 0, 2]]), quaternion.expand(2, 4))
+    assert torch.allclose(found, torch.tensor([[0.5, math.sqrt(3) / 2, 0], [0, 0, 2]]), atol=1e-6)
 
 
 def test_rotation_keeps_what_a_molecule_is():
     data = batch()
-    turned = rotate(data, seed=0, step=0, stream=0)
+    found = rotate(data, seed=0, step=0, stream=0)
     for row in range(len(COUNTS)):
         rows = data.packed.sequence == row
-        assert torch.allclose(torch.cdist(turned.positions[rows], turned.positions[rows]),
+        assert torch.allclose(torch.cdist(found.positions[rows], found.positions[rows]),
                               torch.cdist(data.positions[rows], data.positions[rows]), atol=1e-4)  # fmt: skip
-        assert turned.positions[rows].mean(0).abs().max() < 1e-5
+        assert found.positions[rows].mean(0).abs().max() < 1e-5
 
 
 def test_presets():

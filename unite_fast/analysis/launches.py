@@ -5,9 +5,9 @@ autocast: differences of steps that differ in one block, one chunk, one micro-ba
 together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
 number of samples changes nothing.
 
-Not counted: what ZeRO and the collectives launch beside the update of one GPU, and the few launches by which other forms
-of model and objective differ (without context tokens a step has 3 % fewer, with molecules left in the orientation they
-have 4 %, others differ by 1 % at most). Under `train.compile` launches are fewer, and nobody has counted them.
+Not counted: what ZeRO and the collectives launch beside the update of one GPU, and the few launches by which other
+forms of model and objective differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under
+`train.compile` launches are fewer, and nobody has counted them.
 """
 
 from __future__ import annotations
