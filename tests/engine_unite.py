@@ -16,10 +16,11 @@ from unite_fast.objective.two_pass import Objective, two_pass_step
 SHARES, SHARE = 4, 2  # a global batch of 8 as four draws of randomness, dealt to ranks and micro-batches
 
 
-def unite_config(*, stage: int, kind: str, stop_gradient: bool) -> Config:
+def unite_config(*, stage: int, kind: str, stop_gradient: bool, precision: str = "fp32") -> Config:
     decoder = dict(depth=1, width=16, heads=2, inner=12)
     model = dict(depth=2, width=32, heads=2, image_size=8, patch_size=4, registers=4, latent_dim=6, num_classes=3)
     values = toy_config(stage=stage, kind=kind, lr=0.005).model_dump()
+    values["train"]["precision"] = precision
     values["model"] = model | dict(context_len=2, context_start=1, decoder=decoder)
     values["objective"] = dict(flow_draws=2, draws_per_chunk=1, lpips=dict(weight=0), stop_gradient=stop_gradient)
     return Config.parse(values)

@@ -24,8 +24,20 @@ COLLECTIVES = (
     "reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "all_to_all_single", "all_to_all", "send", "isend",
 )  # fmt: skip
 
-# ZeRO stage -> optimizer, stop-gradient: each value of both is seen under sharded gradients.
-UNITE = {"zero1": ("muon", True), "zero2": ("muon", False), "zero3": ("adamw", False)}
+# Each value of both choices is seen under sharded gradients. In bfloat16 Linears add to the gradients that are there
+# (unite_fast/model/casts.py), between the hooks of DeepSpeed and ours.
+UNITE = {
+    "zero1": dict(stage=1, kind="muon", stop_gradient=True),
+    "zero2": dict(stage=2, kind="muon", stop_gradient=False),
+    "zero3": dict(stage=3, kind="adamw", stop_gradient=False),
+    "zero0.bf16": dict(stage=0, kind="muon", stop_gradient=True, precision="bf16"),
+    "zero2.bf16": dict(stage=2, kind="muon", stop_gradient=False, precision="bf16"),
+}
+
+
+def unite_steps(case: dict) -> range:
+    """One in bfloat16: what it rounds otherwise behind an update grows from step to step."""
+    return range(1 if "precision" in case else 3)
 
 
 class Counter:
@@ -82,6 +94,7 @@ def main(folder: Path) -> None:
     deepspeed_backend.BUCKET_ELEMENTS = 50  # many buckets, with windows that begin and end inside of parameters
     optim.STAGE_ELEMENTS = 50  # and all the stages
     report: dict = {}
+    # ZeRO 3 last: for it DeepSpeed replaces torch.nn.functional.linear, for the rest of a process's life.
     for stage, kind in ((0, "muon"), (1, "muon"), (2, "muon"), (3, "adamw")):
         config = toy_config(stage=stage, kind=kind)
         name = f"zero{stage}"
@@ -109,11 +122,11 @@ def main(folder: Path) -> None:
             "straddling": [len(exchange.straddling) for exchange in engine.optimizer.exchanges.values()],
             "trunk": value,
         }
-    for name, (kind, stop_gradient) in UNITE.items():
-        config = unite_config(stage=int(name[-1]), kind=kind, stop_gradient=stop_gradient)
-        engine = unite_engine(config, world)
-        report[f"unite.{name}"] = [unite_step(engine, step).item() for step in range(3)]
-        keep(engine, folder, f"unite.{name}")
+        for unite, case in UNITE.items():
+            if case["stage"] == stage:
+                engine = unite_engine(unite_config(**case), world)
+                report[f"unite.{unite}"] = [unite_step(engine, step).item() for step in unite_steps(case)]
+                keep(engine, folder, f"unite.{unite}")
     (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
     refused_save(world, folder)
     leave_world()

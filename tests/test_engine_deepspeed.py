@@ -16,7 +16,7 @@ import pytest
 import torch
 from engine_toy import float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
 from engine_unite import unite_config, unite_engine, unite_step
-from engine_worker import UNITE
+from engine_worker import UNITE, unite_steps
 from ranks import free_port
 from safetensors.torch import load_file
 from torch import Tensor
@@ -192,9 +192,8 @@ def test_one_rank_evaluates_the_ema_while_the_other_waits(folder, name):
 
 @pytest.mark.parametrize("name", UNITE)
 def test_unite_itself_trains_alike_on_two_ranks(folder, name):
-    kind, stop_gradient = UNITE[name]
-    engine = unite_engine(unite_config(stage=0, kind=kind, stop_gradient=stop_gradient), ALONE)
-    norms = [unite_step(engine, step).item() for step in range(3)]
+    engine = unite_engine(unite_config(**UNITE[name] | {"stage": 0}), ALONE)
+    norms = [unite_step(engine, step).item() for step in unite_steps(UNITE[name])]
     found = load_file(folder / f"unite.{name}.weights.safetensors")
     for key, weight in engine.model_state():
         assert torch.dist(found[key], weight) <= 1e-3 * weight.norm() + 1e-6, key
