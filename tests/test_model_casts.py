@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -36,6 +38,10 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.found.append(function.overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
+
+
+def open_made() -> list[torch.Tensor]:
+    return list(subject._casts._made.values())
 
 
 def passes(made: Linear, inputs: list[torch.Tensor], factors: list[torch.Tensor]) -> None:
@@ -132,6 +138,21 @@ def test_a_weight_that_changes_between_micro_batches_is_cast_again():
         with one_micro_batch("cpu"), autocast():
             assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
         made.weight.data += 1
+
+
+def test_copies_go_with_the_micro_batch_and_its_graph():
+    made, x = layer(), torch.randn(7, 12)
+    with one_micro_batch("cpu"):
+        with autocast():
+            found = made(x)
+        copies = [weakref.ref(copied) for copied in open_made()]
+        assert len(copies) == 2
+        found.sum().backward()
+        assert all(copied() is not None for copied in copies)  # for the passes to come
+    assert all(copied() is not None for copied in copies)  # `found` holds its graph
+    del found
+    gc.collect()
+    assert all(copied() is None for copied in copies)
 
 
 def test_linears_are_cast_together_in_one_launch():

@@ -149,6 +149,25 @@ def test_bf16_autocast_changes_the_distance_by_rounding_only(files):
     assert abs(float(rounded / model(a, b)) - 1) < 0.05
 
 
+def test_the_objective_holds_the_filters_in_the_dtype_of_autocast(files):
+    """Bit for bit what autocast makes of float32 ones in every pass."""
+    paths = LpipsConfig(vgg=str(files / "vgg.safetensors"), linear=str(files / "linear.pth"))
+    objective = Objective(ObjectiveConfig(lpips=paths), 3, autocast=torch.bfloat16)
+    for name, parameter in objective.lpips.named_parameters():
+        filters = name.startswith("features.") and name.endswith(".weight")
+        assert parameter.dtype == (torch.bfloat16 if filters else torch.float32) and not parameter.requires_grad
+        assert not filters or parameter.is_contiguous(memory_format=torch.channels_last)
+    target, image = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    found = []
+    for network in (objective.lpips, configured(files)):
+        leaf = image.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            distance = network(target, leaf)
+        found.append((distance, *torch.autograd.grad(distance, leaf)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    assert Objective(ObjectiveConfig(lpips=paths), 3).lpips.features.convolutions[0][0].weight.dtype == torch.float32
+
+
 def test_dropout_keeps_the_expectation(files):
     torch.manual_seed(0)
     plain, dropped = configured(files), configured(files, dropout=True)
