@@ -58,6 +58,7 @@ WIDEST = ("addcdiv", "addcmul", "cat", "stack")
 # elements a block.
 LIST_TENSORS, LIST_BLOCKS, BLOCK_ELEMENTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 WRITE_ONLY = ("means",)  # arguments of our operators that are written without being read
+COPIES_INTO = ("aten::copy_", "aten::_foreach_copy_")  # PyTorch's, which write their first so
 # Operators that launch nothing: they return their input, or memory that nobody has written.
 SILENT = ("alias", "detach", "empty", "lift_fresh", "new_empty", "prim::", "resize", "set_", "_unsafe_view")
 
@@ -354,6 +355,7 @@ def _bytes(operator, args: tuple, kwargs: dict, found: Any) -> int:
     pairs = list(zip(operator._schema.arguments, args))
     written = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
     unread = [value for argument, value in pairs if argument.name in WRITE_ONLY]
+    unread += args[:1] if operator.name() in COPIES_INTO else ()
     return given - _size(unread) + (_size(written) if written else _size(found))
 
 

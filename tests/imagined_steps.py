@@ -252,11 +252,13 @@ def test_launches_are_counted_by_what_they_depend_on(tmp_path):
             y = (x @ x + x).view(64)[:3].t().to(torch.bfloat16)
             torch._foreach_mul_([x] * 200, 2.0)
             uk.swiglu(y.expand(2, 3).contiguous().repeat(1, 2))
+            torch._foreach_copy_([torch.empty(8, 8, device=device, dtype=torch.bfloat16)], [x])
     # A product, a sum and a cast; no view. 200 lists of one tensor each in launches of 110. A clone, a repeat: two.
     assert one.launches["aten::mm"] == one.launches["aten::add.Tensor"] == one.launches["aten::_to_copy"] == 1
     assert one.launches["aten::_foreach_mul_.Scalar"] == 2 and one.launches["unite_kernels::swiglu"] == 1
     assert not {name for name in one.launches if "view" in name or "slice" in name or "expand" in name}
     assert one.moved["aten::mm"] == 3 * 64 * 4 and one.moved["aten::_to_copy"] == 3 * (4 + 2)
+    assert one.moved["aten::_foreach_copy_"] == 64 * (4 + 2)  # what stood there is not read
     assert one.moved["unite_kernels::swiglu"] == 2 * (2 * 6 + 2 * 3)
     totals = {draws: each.total for draws, each in found.items()}
     assert totals[4] - totals[2] == 2 * (totals[2] - totals[1]) > 0, "every draw launches the same"
