@@ -5,10 +5,10 @@ autocast: differences of steps that differ in one block, one chunk, one micro-ba
 together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
 number of samples changes nothing.
 
-Not counted: what ZeRO and the collectives launch beside the update of one GPU, PyTorch's own Linears, which serve under
-ZeRO 3 (they launch 28 % more in a step of B with S = 3), and the few launches by which other forms of model and objective
-differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under `train.compile` launches are
-fewer, and nobody has counted them.
+Not counted: what ZeRO and the collectives launch beside the update of one GPU, PyTorch's own Linears, which serve
+under ZeRO 3 (they launch 28 % more in a step of B with S = 3), and the few launches by which other forms of model and
+objective differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under `train.compile`
+launches are fewer, and nobody has counted them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
 # decoder's block and of a recomputed forward, casts less to keep; where rows are filled up, what their copies launch.
 EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 38, 39, 27, -1
 EIGHT_FILLED, EIGHT_FILLED_BACKWARD = 6, 3
-# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors by
-# the number of lists that go together: two are a list and its norms or averages, five all that AdamW takes.
+# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors
+# by the number of lists that go together: two are a list and its norms or averages, five all that AdamW takes.
 BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 5: 30}
 UNREAD = "time.special"  # a parameter of published checkpoints that no pass reads
 # By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone, in pass one and
