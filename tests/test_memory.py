@@ -84,6 +84,16 @@ def test_lpips_uses_what_is_counted(gpu_memory, monkeypatch, device, side):
     assert batch * part.saved < 0.5 * found
 
 
+@pytest.mark.parametrize(("dtype", "held"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_lpips_weights_are_held_in_the_dtype_of_products(dtype, held):
+    network = Lpips()
+    network.features.cast(held)
+    config = small("images", lpips={"weight": 1.0, "vgg": "-", "linear": "-"}, **SINGLE)
+    predicted = predict(config, extent=modality_of(config).largest(config, 4), dtype=dtype)
+    bytes_held = sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
+    assert predicted.frozen == pytest.approx(bytes_held, rel=1e-3)  # biases are not counted
+
+
 def test_gradients_that_come_later_are_never_more_than_there_are():
     for chunk in (1, 4):
         for size in (1, 64):
