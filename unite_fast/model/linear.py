@@ -22,7 +22,7 @@ from unite_kernels.dispatch import transformed
 
 
 class Linear(CastLinear):
-    """x Wᵀ + b, on CPUs by the fastest library."""
+    """x Wᵀ + b, on CPUs by the fastest library; under autocast in a training step as `Casts.linear` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The compiler, whose products Inductor chooses, must not look further.

@@ -47,7 +47,7 @@ class VggFeatures(nn.Module):
             self.convolutions.append(stage)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the filters in the dtype of autocast, which otherwise casts frozen ones for every pass."""
+        """Hold the filters in autocast's dtype, which casts frozen ones for every pass; they serve under it alone."""
         for convolution in self.convolutions.modules():
             if isinstance(convolution, nn.Conv2d):
                 convolution.weight.data = convolution.weight.data.to(dtype)

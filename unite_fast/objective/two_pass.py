@@ -109,7 +109,7 @@ class Objective(TwoPassObjective):
     Args:
         config, null_label: as in `TwoPassObjective`.
         device: where the images are.
-        autocast: dtype that LPIPS's convolutions compute in; None for float32.
+        autocast: dtype that LPIPS's convolutions compute in and its filters are held in; None for float32.
     """
 
     config: ObjectiveConfig
