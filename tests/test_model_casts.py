@@ -232,6 +232,43 @@ def test_pytorchs_linear_serves_elsewhere():
         assert not served(layer())
 
 
+def test_pytorchs_linear_serves_where_no_library_adds_such_products(monkeypatch):
+    found = []
+    for works in (True, False):
+        monkeypatch.setattr(subject, "adds_products", lambda device, works=works: works)
+        made, x = layer(), torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+        with one_micro_batch("cpu"):
+            with Operators() as watched:
+                passes(made, [x] * 2, [torch.ones(7, 20, dtype=BF16)] * 2)
+        assert ("addmm_" in watched.found) is works
+        found.append(made.weight.grad)
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, torch.OutOfMemoryError])
+def test_a_device_is_tried_once(monkeypatch, error):
+    tried, zeros, add = [], torch.zeros, subject.add_product
+
+    def product(total, left, right):
+        tried.append(left.dtype)
+        if error:
+            raise error("refused")
+        return add(total, left, right)
+
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **kind: zeros(*shape, **kind))
+    monkeypatch.setattr(subject, "add_product", product)
+    subject.adds_products.cache_clear()
+    try:
+        if error is torch.OutOfMemoryError:
+            with pytest.raises(error):
+                subject.adds_products(torch.device("cuda", 0))
+        else:
+            assert [subject.adds_products(torch.device("cuda", 0)) for _ in range(2)] == [error is None] * 2
+    finally:
+        subject.adds_products.cache_clear()
+    assert tried == [BF16] and subject.adds_products(torch.device("cpu"))
+
+
 def test_micro_batches_within_one_another_and_behind_errors():
     with one_micro_batch("cpu"), autocast():
         outer = open_casts(torch.ones(1))

@@ -110,7 +110,8 @@ def _bf16() -> str:
         raise Missing(f"needs a CUDA device; matrix products on this CPU: {measured}")
     if torch.cuda.get_device_capability() < (8, 0):
         raise Missing(f"the device only emulates it; matrix products: {measured}")
-    return f"matrix products: {measured}"
+    inside = _import("unite_fast.model.casts").adds_products(torch.device("cuda", torch.cuda.current_device()))
+    return f"matrix products: {measured}; weights' gradients are added up {'inside' if inside else 'outside'} of them"
 
 
 def _matmul_rate(dtype: object, cuda: bool) -> float:

@@ -8,6 +8,7 @@ Shapes: x [..., I], weight [O, I], bias [O].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class Casts:
         self, x: Tensor, linear: CastLinear, zeros: Zeros | None = None, *, biased: bool = True
     ) -> Tensor | None:
         """x Wᵀ + b in autocast's dtype, or None where PyTorch's Linear serves: under ZeRO 3, whose parameters are there
-        in their module's forward alone, and where weights are no float32 leaves.
+        in their module's forward alone, where weights are no float32 leaves, and on devices not of `adds_products`.
 
         In a backward inside `one_micro_batch` the gradient of W is added to its `grad` in place: there only
         `Tensor.backward` may ask for it, not `torch.autograd.grad`.
@@ -89,7 +90,8 @@ class Casts:
     @torch.no_grad()
     def _cast(self, linear: CastLinear, dtype: torch.dtype, zeros: Zeros | None, biased: bool) -> _Ready | None:
         weight, bias = linear.weight, linear.bias if biased else None
-        if weight.dtype != torch.float32 or not weight.is_leaf or hasattr(weight, "ds_id"):
+        trained = weight.dtype == torch.float32 and weight.is_leaf and not hasattr(weight, "ds_id")
+        if not (trained and adds_products(weight.device)):
             return None
         if zeros is not None:
             found = with_zeros(weight, zeros, dtype=dtype), None if bias is None else bias.to(dtype)
@@ -188,3 +190,17 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if left.device.type == "cpu":
         return total.addmm_(left.float(), right.float())
     return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+@functools.cache
+def adds_products(device: torch.device) -> bool:
+    """Whether `add_product` works there, by a trial: PyTorch refuses it with ROCm, and with TunableOp in part."""
+    if device.type != "cuda":
+        return True
+    try:
+        add_product(torch.zeros(16, 16, device=device), *torch.zeros(2, 16, 16, device=device, dtype=torch.bfloat16))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
