@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import unite_kernels as uk
+from unite_fast.analysis.launches import list_launches
 from unite_kernels.specialisation import FAMILIES
 from unite_kernels.toolchain import AVAILABLE
 
@@ -54,9 +54,6 @@ FLOAT32 = (
 )  # fmt: skip
 FLOAT32_RESULT = ("cumprod", "cumsum", "linalg_vector_norm", "log_softmax", "prod", "softmax", "sum")
 WIDEST = ("addcdiv", "addcmul", "cat", "stack")
-# multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): tensors a launch by the number of lists, blocks a launch,
-# elements a block.
-LIST_TENSORS, LIST_BLOCKS, BLOCK_ELEMENTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 WRITE_ONLY = ("means",)  # arguments of our operators that are written without being read
 COPIES_INTO = ("aten::copy_", "aten::_foreach_copy_")  # PyTorch's, which write their first so
 # Operators that launch nothing: they return their input, or memory that nobody has written.
@@ -370,8 +367,7 @@ def _launches(operator, args: tuple) -> int:
         return 1
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
     depth = len(lists) + (not name.rpartition(".")[0].endswith("_") and not name.endswith("_"))
-    blocks = sum(math.ceil(tensor.numel() / BLOCK_ELEMENTS) for tensor in lists[0])
-    return max(1, math.ceil(len(lists[0]) / LIST_TENSORS[min(depth, 5)]), math.ceil(blocks / LIST_BLOCKS))
+    return list_launches([tensor.numel() for tensor in lists[0]], min(depth, 5))
 
 
 def _caller() -> str:

@@ -42,8 +42,8 @@ FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
 EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 38, 39, 27, -1
 EIGHT_FILLED, EIGHT_FILLED_BACKWARD = 6, 3
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors
-# by the number of lists that go together: two are a list and its norms or averages, five all that AdamW takes.
-BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 5: 30}
+# by the number of lists that go together.
+BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 UNREAD = "time.special"  # a parameter of published checkpoints that no pass reads
 # By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone, in pass one and
 # in a chunk of pass two.
@@ -135,9 +135,9 @@ def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     rest = [size for name, size in sizes.items() if name not in muon]
     averages = 1 + len(optimizer.ema_decays)
     # The norm of the gradients and the coefficient of it; the meter adds the losses.
-    found = 10 + _on_lists(list(sizes.values()), 2)
+    found = 10 + list_launches(list(sizes.values()), 2)
     # Scaled gradients, AdamW with its counters, each average.
-    found += 2 * _on_lists(rest, 1) + _on_lists(rest, 5) + averages * _on_lists(rest, 2)
+    found += 2 * list_launches(rest, 1) + list_launches(rest, 5) + averages * list_launches(rest, 2)
     batches = matrix_batches(matrices)
     for batch in batches:
         rows, columns = matrices[batch[0]]
@@ -147,8 +147,13 @@ def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     return found + (4 if batches else 0)  # Muon's two sweeps, and a table for each
 
 
-def _on_lists(sizes: list[int], lists: int) -> int:
-    """Launches of an operation on so many lists of tensors of these elements."""
+def list_launches(sizes: list[int], lists: int) -> int:
+    """Launches that PyTorch cuts an operation on lists of tensors into.
+
+    Args:
+        sizes: elements of the tensors of a list.
+        lists: that go together, 1 to 5: two are a list and its norms or averages, five all that AdamW takes.
+    """
     blocks = sum(math.ceil(size / BLOCK_ELEMENTS) for size in sizes)
     return max(math.ceil(len(sizes) / LIST_TENSORS[lists]), math.ceil(blocks / LIST_BLOCKS))
 
