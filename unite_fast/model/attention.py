@@ -87,8 +87,7 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
     if (qkv.shape[1] if spans is None else spans.longest) <= SHORT and cpu.serves_attention(qkv):
         return cpu.attention(qkv, *(spans or ()))
     if spans is not None:
-        # Without their first dimension by a view, whose gradient is one: indexing's is copied into zeros.
-        return _attend_spans(*qkv.squeeze(0).unbind(1), spans)[None].flatten(2)
+        return attend_apart(*qkv.unbind(2), spans)
     flash = _flash_for(qkv)
     if flash is not None:
         return flash.packed(qkv).flatten(2)
@@ -99,6 +98,7 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
 def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: Spans | None = None) -> Tensor:
     """`attend` of queries, keys and values that are [B, N, H, d] each, whose gradients then stay apart, too."""
     if spans is not None:
+        # Without their first dimension by a view, whose gradient is one: indexing's is copied into zeros.
         return _attend_spans(query.squeeze(0), key.squeeze(0), value.squeeze(0), spans)[None].flatten(2)
     flash = _flash_for(query)
     if flash is not None:
