@@ -171,9 +171,8 @@ def headline(run: RunFolder) -> list[tuple[str, str, str]]:
     Each is of the latest step where it was measured, there of the most images: a trial of a few is no result.
     """
     summary = run.summary or {}
-    steps = summary.get("steps")
     # What was measured at the end of training stands before what has been evaluated of that step since.
-    measured = [((steps if isinstance(steps, int) else 0, 0, 0, ""), summary)]
+    measured = [((number(summary.get("steps")) or 0, 0, 0, ""), summary)]
     measured += [((_step(content), *_images(content)), content["metrics"]) for content in run.evaluations.values()]
     metrics: dict[str, Any] = {}
     for _, values in sorted(measured, key=lambda one: one[0]):
