@@ -18,7 +18,7 @@ from engine_unite import unite_config, unite_engine, unite_step
 
 from unite_fast.config import Config
 from unite_fast.engine import deepspeed_backend, optim
-from unite_fast.engine.world import init_world, leave_world
+from unite_fast.engine.world import await_gloo, init_world, leave_world
 
 # Whether the whole tensor of a collective is its first argument, or that of the name.
 WHOLE = {
@@ -75,6 +75,7 @@ class Volume:
 
 def live_bytes() -> int:
     """Bytes of all tensors' storages in this process, each once."""
+    await_gloo()  # else the buffers of its last collective may still be there
     gc.collect()
     storages = {}
     for thing in gc.get_objects():

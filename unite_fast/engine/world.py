@@ -168,6 +168,11 @@ def leave_world() -> None:
     if sys.exception() is not None and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
         return
     dist.destroy_process_group()
+    await_gloo()
+
+
+def await_gloo() -> None:
+    """Wait until gloo's threads have freed the tensors of the collectives that have returned; see `leave_world`."""
     latest = time.monotonic() + LAST_LOOK
     before = None
     while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
