@@ -342,6 +342,16 @@ def ask(files, capsys):
     return said
 
 
+def test_all_missing_files_are_told_at_once(files, capsys):
+    absent = "--inception", "no.pth", "--reference", "no.npz", "--data", "no", "--train", "none"
+    assert run("evaluate", files / "model", "--metrics", "gfid,rfid,lpips,small", "--count", COUNT, *absent) == 2
+    head, *lines = capsys.readouterr().err.splitlines()
+    assert head == "error: what the metrics need is missing:"
+    words = "no (--data,", "none (--train,", "no.pth", "no.npz", "lpips.vgg", "lpips.linear"
+    for line, word in zip(lines, words, strict=True):
+        assert all(part in line for part in word.split(" (")), line
+
+
 def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator_module, "draw", lambda *_, **__: pytest.fail("images were drawn"))
     assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
@@ -353,7 +363,9 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert "no reference statistics at" in ask("--reference", tmp_path / "none.npz")
     assert ask("--data", None, metrics="psnr,kid").startswith("psnr, kid compare with held-out images: give --data")
     assert ask("--data", tmp_path, metrics="psnr").startswith(f"no image below {tmp_path}")
-    assert "objective.lpips.vgg is not set; get https://download.pytorch.org" in ask(metrics="lpips")
+    assert "objective.lpips.vgg is not set; get https://download.pytorch.org" in ask(
+        "--linear", files / "ref.npz", metrics="lpips"
+    )
     assert ask("--search", "guidance", metrics="is").startswith("--search needs a score")
     assert ask("--search", "guidance", "--search-count", 10).endswith("classes: take 9 or 12 (--search-count)")
     assert "'w' is not one of guidance, ema" in ask("--search", "w")

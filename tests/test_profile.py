@@ -116,8 +116,9 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_measured(t
 def test_profile_explains_mistakes(tmp_path, capsys):
     path = config_file(tmp_path)
     options = ["--steps", "1", "--micro-batch", "1"]
-    says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1")
-    assert "objective.lpips.vgg is not set" in says
+    says = mistake(capsys, "profile", "--config", path, *options, "--set", "objective.lpips.weight=1",
+                   "--set", f"objective.lpips.vgg={path}")  # fmt: skip
+    assert "objective.lpips.linear is not set" in says
     assert "No such file" in mistake(capsys, "profile", "--config", tmp_path / "absent.json")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unite_fast import load
+from unite_fast.config import Config
 from unite_fast.engine import checkpoint, loop
 from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
 from unite_fast.evaluation.protocol import weights_hash
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +121,31 @@ def test_a_run_that_lacks_files_of_its_metrics_says_so_at_once(tmp_path, monkeyp
     monkeypatch.setattr(loop, "fit", None)  # what fits into memory is measured for minutes
     with pytest.raises(UserError, match=r"no Inception-v3 weights at .*evaluation.metrics asks for it"):
         train(config(tmp_path, evaluation={"metrics": ["is"], "count": 10, "inception": str(tmp_path / "none.pth")}))
+
+
+def test_all_that_a_run_lacks_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "fit", None)
+    given = json.loads((CONFIGS / "l_h100.json").read_text())
+    given["train"] |= {"start_from": "models/none", "device": "cpu", "zero_stage": 0}
+    with pytest.raises(UserError) as caught:
+        train(Config.parse(given))
+    head, *lines = str(caught.value).splitlines()
+    assert head == "l_h100 needs what is not there:"
+    for line, *says in zip(
+        lines,
+        ("data.path", "data.val_path", "train.start_from", "objective.lpips.vgg", "objective.lpips.linear",
+         "evaluation.inception", "evaluation.reference"),
+        ("data/imagenet/train in", "data/imagenet/val in", "models/none in", "weights/vgg16-397923af.pth",
+         "weights/lpips_vgg.pth", "weights/pt_inception-2015-12-05-6726825d.pth", "weights/imagenet256_train.npz"),
+        ("put them there", "put them there", "an export", "set objective.lpips.weight = 0",
+         "set objective.lpips.weight = 0", "evaluation.metrics=[]", "evaluation.metrics=[]"),
+        strict=True,
+    ):  # fmt: skip
+        assert all(word in line for word in says), line
+    assert not list(tmp_path.iterdir()), "a run that never began leaves nothing"
+    # The metric needs the files of the loss: each is told once.
+    with pytest.raises(UserError) as caught:
+        image_tree(tmp_path / "train")
+        train(config(tmp_path, objective={"lpips": {"weight": 1}}, evaluation={"metrics": ["lpips"]}))
+    assert str(caught.value).count("is not set") == 2

@@ -130,7 +130,7 @@ def test_molecules_begin_with_molecules(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("start", "says"),
-    [("nowhere", "no folder "), ("others", "holds no model"), ("c.json", "c.json is a file; give a run")],
+    [("nowhere", "there is no /"), ("others", "holds no model"), ("c.json", "c.json is a file; give a run")],
 )
 def test_what_holds_no_model_is_said_before_anything_is_measured(folder, capsys, monkeypatch, start, says):
     monkeypatch.setattr(loop, "fit", None)

@@ -15,11 +15,13 @@ from unite_fast.data.loader import MicroBatch
 from unite_fast.data.stream import Stream, open_stream
 from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
-from unite_fast.engine.report import Report, files_of_evaluation
+from unite_fast.engine.report import Report, absent_of_evaluation, files_of_evaluation
 from unite_fast.engine.world import World
-from unite_fast.evaluation.evaluator import Files, Plan
+from unite_fast.evaluation.evaluator import Plan
+from unite_fast.evaluation.files import Files
 from unite_fast.modality import Inputs
 from unite_fast.model.unite import Unite
+from unite_fast.objective.perceptual import absent_weights
 from unite_fast.objective.two_pass import Objective
 
 if TYPE_CHECKING:
@@ -37,6 +39,11 @@ class Images:
 
     def objective(self, config: Config, device: torch.device, autocast: torch.dtype | None) -> Objective:
         return Objective(config.objective, config.model.num_classes, device, autocast)
+
+    def absent_files(self, config: Config, device: torch.device) -> list[str]:
+        lpips = absent_weights(config.objective.lpips) if config.objective.lpips.weight else []
+        of_metrics = absent_of_evaluation(config, device)
+        return lpips + [line for line in of_metrics if not any(told in line for told in lpips)]
 
     def evaluation_files(self, config: Config, device: torch.device) -> tuple[Plan, Files]:
         return files_of_evaluation(config, device)

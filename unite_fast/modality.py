@@ -68,8 +68,11 @@ class Modality(Protocol):
     def objective(self, config: Any, device: torch.device, autocast: torch.dtype | None) -> TwoPassObjective:
         """The losses."""
 
+    def absent_files(self, config: Any, device: torch.device) -> list[str]:
+        """What to do about each file beside the data that a run needs and that is not there, a sentence each."""
+
     def evaluation_files(self, config: Any, device: torch.device) -> Any:
-        """What `report` needs from files beside the data. Raises a UserError for those that are missing or wrong."""
+        """What `report` needs from files beside the data. Raises a UserError for what is wrong with one."""
 
     def stream(self, config: Any, batch: Batch, world: World, *, start_step: int) -> Stream:
         """The training data from an optimizer step on. Raises a UserError for data that cannot be used."""

@@ -27,7 +27,7 @@ from unite_fast.engine.report import Due
 from unite_fast.engine.session import changed_classes, changed_samples, record_session
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World, init_world, leave_world
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require_none
 from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
@@ -84,8 +84,8 @@ class Run:
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
         check_fp8(config, world.device)
-        _require_data(config)
         self.modality = modality_of(config)
+        _require_files(config, self.modality.absent_files(config, world.device), begins=latest is None)
         files = self.modality.evaluation_files(config, world.device)
         start = starting_weights(config, world) if latest is None else None
         uk.set_backend(config.train.kernels)
@@ -314,12 +314,22 @@ class Run:
         )
 
 
-def _require_data(config: Config) -> None:
-    """Raise a UserError for data that are not there, before minutes of measuring what fits into memory."""
-    for key in ("path", "val_path"):
-        path = getattr(config.data, key, None)
-        if path is not None and not Path(path).exists():
-            raise UserError(
-                f"data.{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}")
-                + ": set it to where the data are, or put them there"
-            )
+def _require_files(config: Config, absent: list[str], *, begins: bool) -> None:
+    """Raise a UserError for all that the run names and does not find, before minutes of measuring what fits.
+
+    Args:
+        absent: a sentence for each missing file beside the data.
+        begins: the run has no checkpoint, so that it reads `train.start_from`.
+    """
+    places = [
+        (f"data.{key}", getattr(config.data, key, None), "set it to where the data are, or put them there")
+        for key in ("path", "val_path")
+    ]
+    if begins:
+        places.append(("train.start_from", config.train.start_from, "set it to a run, a checkpoint or an export"))
+    missing = [
+        f"{key}: there is no {path}" + ("" if Path(path).is_absolute() else f" in {Path.cwd()}") + f": {advice}"
+        for key, path, advice in places
+        if path is not None and not Path(path).exists()
+    ]
+    require_none(missing + absent, f"{config.name} needs what is not there")

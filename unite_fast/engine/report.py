@@ -17,7 +17,8 @@ from unite_fast.data.loader import load_images
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluator import Evaluator, Files, Plan, check_files, plan_of
+from unite_fast.evaluation.evaluator import Evaluator, Plan, plan_of
+from unite_fast.evaluation.files import Files, absent_files, check_files
 from unite_fast.evaluation.generation import draw, encode
 from unite_fast.evaluation.protocol import FOLDER, WORK
 from unite_fast.evaluation.record import about_model, default_name, write_record
@@ -29,7 +30,13 @@ from unite_fast.report import PAGE, write_report
 from unite_fast.weights import write_json
 
 SHEET_RECONSTRUCTIONS = 24
+ASKED = "evaluation.metrics asks for it, evaluation.metrics=[] trains without"
 Due = Literal["pictures", "metrics"]  # what a run may owe after a step that is not its last
+
+
+def absent_of_evaluation(config: Config, device: torch.device) -> list[str]:
+    """What to do about each file of a run's own metrics that is not given or not there, a sentence each."""
+    return [f"{line}; {ASKED}" for line in absent_files(plan_of(config, device))]
 
 
 def files_of_evaluation(config: Config, device: torch.device) -> tuple[Plan, Files]:
@@ -42,7 +49,7 @@ def files_of_evaluation(config: Config, device: torch.device) -> tuple[Plan, Fil
     try:
         return plan, check_files(plan, config.model)
     except UserError as error:
-        raise UserError(f"{error}; evaluation.metrics asks for it, evaluation.metrics=[] trains without") from None
+        raise UserError(f"{error}; {ASKED}") from None
 
 
 class Report:

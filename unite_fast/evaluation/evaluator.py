@@ -23,24 +23,19 @@ from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall, score_splits
+from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, check_files
 from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
 from unite_fast.evaluation.generation import Pictures, balanced_labels, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
-from unite_fast.evaluation.inception import FEATURES, Inception
+from unite_fast.evaluation.inception import FEATURES
 from unite_fast.evaluation.protocol import DEFINITIONS, METRICS, environment, names_hash
 from unite_fast.evaluation.reconstruction import require_finite, summarise
-from unite_fast.evaluation.reference import Reference, read_reference
 from unite_fast.evaluation.small_data import SmallDataJudge
 from unite_fast.evaluation.work import Work, digest
 from unite_fast.model.unite import Unite
-from unite_fast.objective.perceptual import Lpips
 
 # Raised when pieces of former versions must not be continued, because images or features come out differently.
 PIECES = 2
-INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
-
-
-Files = tuple[Inception | None, Reference | None, Lpips | None]  # what a plan's metrics need beside the model
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,7 @@ class Evaluator:
         check_metrics(plan.metrics)
         self.inception, self.reference, self.lpips = files or check_files(plan, sizes)
         self._of_generated = wanted & INCEPTION_OF_GENERATED
-        self._of_pairs = wanted & {"rfid", "psnr", "ssim", "lpips", "l1"}
-        self._of_real = wanted & {"kid", "precision", "recall", "rfid"}
+        self._of_pairs, self._of_real = wanted & PAIRS, wanted & REAL
         if "ssim" in wanted and sizes.image_size < SSIM_WINDOW:
             raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
         if self._of_generated or "small" in wanted or plan.save_images:
@@ -356,28 +350,6 @@ def _names(folder: str) -> str:
     """Hash of the names of a folder's images."""
     source = open_images(folder, remark=False)  # it was opened before, to be read
     return names_hash([source.name(index) for index in range(len(source))])
-
-
-def check_files(plan: Plan, sizes: ModelConfig) -> Files:
-    """Read the weights and statistics that the plan's metrics need.
-
-    Raises:
-        UserError: a file that is not given, missing, damaged or of something else.
-    """
-    wanted = frozenset(plan.metrics)
-    inception = Inception.open(plan.inception) if wanted & (INCEPTION_OF_GENERATED | {"rfid"}) else None
-    reference = lpips = None
-    if "gfid" in wanted:
-        if plan.reference is None:
-            raise UserError("gfid needs reference statistics: give --reference FILE.npz (evaluation.reference)")
-        reference = read_reference(plan.reference, image_size=sizes.image_size, inception=inception.sha256)
-    if "lpips" in wanted:
-        # As the metric is defined, whatever the loss was fed with.
-        try:
-            lpips = Lpips.from_config(plan.lpips.model_copy(update={"rescale": True, "dropout": False}))
-        except UserError as error:
-            raise UserError(f"lpips: {error} (unite-fast evaluate takes --vgg and --linear)") from None
-    return inception, reference, lpips
 
 
 def check_metrics(names: tuple[str, ...]) -> None:

@@ -33,6 +33,13 @@ ADVICE = (
 AVERAGE, MAXIMUM = "average", "maximum"  # 3×3 pools inside a block; the maximum alone halves the map
 
 
+def absent_inception(path: str | Path | None) -> str | None:
+    """What to do about weights that are not given or not there; None where they are."""
+    if path is None:
+        return f"Inception features need the Inception-v3 weights: {ADVICE}"
+    return None if Path(path).is_file() else f"no Inception-v3 weights at {path}: {ADVICE}"
+
+
 class Conv(NamedTuple):
     """A convolution by its name in the weights file; `halves` is stride 2 without padding."""
 
@@ -172,10 +179,8 @@ class Inception(nn.Module):
         Raises:
             UserError: no path, no such file, a truncated or altered one, other weights; says where to get it.
         """
-        if path is None:
-            raise UserError(f"Inception features need the Inception-v3 weights: {ADVICE}")
-        if not Path(path).is_file():
-            raise UserError(f"no Inception-v3 weights at {path}: {ADVICE}")
+        if absent := absent_inception(path):
+            raise UserError(absent)
         model = cls()
         try:
             model.sha256 = check_named_hash(path)

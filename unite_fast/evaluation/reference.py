@@ -92,6 +92,18 @@ def write_reference(moments: Moments, path: Path, about: dict[str, Any]) -> None
     write_arrays({"mu": mu, "sigma": sigma, "count": np.asarray(moments.count), **extra}, path)
 
 
+def absent_reference(path: str | Path | None) -> str | None:
+    """What to do about statistics that are not given or not there; None where they are."""
+    if path is None:
+        return "gfid needs reference statistics: give --reference FILE.npz (evaluation.reference)"
+    if Path(path).is_file():
+        return None
+    return (
+        f"no reference statistics at {path}: `unite-fast reference IMAGES --out {path}` makes them from a folder "
+        f"(--reference, or evaluation.reference, names the file)"
+    )
+
+
 def read_reference(path: str | Path, *, image_size: int, inception: str, features: int = FEATURES) -> Reference:
     """Read a file of `mu` and `sigma`.
 
@@ -105,10 +117,8 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
             that is no covariance, or statistics recorded for another image size or other extractor weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"no reference statistics at {path}: `unite-fast reference IMAGES --out {path}` makes them from a folder"
-        )
+    if absent := absent_reference(path):
+        raise UserError(absent)
     try:
         with path.open("rb") as file:
             if file.read(4) not in (b"PK\x03\x04", b"\x93NUM", b""):

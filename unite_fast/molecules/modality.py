@@ -37,6 +37,9 @@ class Molecular:
     ) -> MoleculeObjective:
         return MoleculeObjective(config.objective, config.model.num_classes)
 
+    def absent_files(self, config: MoleculeConfig, device: torch.device) -> list[str]:
+        return []
+
     def evaluation_files(self, config: MoleculeConfig, device: torch.device) -> None:
         """None: their figures need no files."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import unite_kernels as uk
 from unite_fast.config import LpipsConfig
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require_none
 from unite_fast.weights import check_named_hash, read_tensors
 from unite_kernels.dispatch import use_triton
 
@@ -30,6 +30,7 @@ SOURCES = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "linear": "lpips/weights/v0.1/vgg.pth of https://github.com/richzhang/PerceptualSimilarity",
 }
+OFF = "set objective.lpips.weight = 0 to train without the perceptual term"
 
 
 class VggFeatures(nn.Module):
@@ -88,22 +89,17 @@ class Lpips(nn.Module):
         """Build and load the weights that the configuration names.
 
         Raises:
-            UserError: a path that is not given, missing, unreadable or holds other weights; the message names the
-                key that turns the term off.
+            UserError: paths that are not given or missing, all of them; one that is unreadable or holds other weights.
+                The message names the key that turns the term off.
         """
-        off = "set objective.lpips.weight = 0 to train without the perceptual term"
+        require_none(absent_weights(config), "LPIPS needs what is not there")
         model = cls(rescale=config.rescale, dropout=config.dropout)
-        for key, path in (("vgg", config.vgg), ("linear", config.linear)):
-            if path is None:
-                raise UserError(f"objective.lpips.{key} is not set; get {SOURCES[key]} and give its path, or {off}")
-            if not Path(path).is_file():
-                raise UserError(f"objective.lpips.{key}: no file {path}; get {SOURCES[key]} and put it there, or {off}")
         try:
             model.sha256 = {"vgg": check_named_hash(config.vgg), "linear": check_named_hash(config.linear)}
             model.load_vgg(read_tensors(config.vgg))
             model.load_linear(read_tensors(config.linear))
         except UserError as error:
-            raise UserError(f"objective.lpips: {error}; {off}") from None
+            raise UserError(f"objective.lpips: {error}; {OFF}") from None
         return model.to(memory_format=torch.channels_last)
 
     def load_vgg(self, state: dict[str, Tensor]) -> None:
@@ -138,6 +134,17 @@ class Lpips(nn.Module):
 
     def _scaled(self, images: Tensor) -> Tensor:
         return ((2 * images - 1 if self.rescale else images) - self.shift) / self.scale
+
+
+def absent_weights(config: LpipsConfig) -> list[str]:
+    """What to do about each of LPIPS's files that is not given or not there, a sentence each."""
+    absent = []
+    for key, path in (("vgg", config.vgg), ("linear", config.linear)):
+        if path is None:
+            absent.append(f"objective.lpips.{key} is not set; get {SOURCES[key]} and give its path, or {OFF}")
+        elif not Path(path).is_file():
+            absent.append(f"objective.lpips.{key}: no file {path}; get {SOURCES[key]} and put it there, or {OFF}")
+    return absent
 
 
 def _rectified(convolution: nn.Conv2d, x: Tensor) -> Tensor:
