@@ -427,6 +427,21 @@ def test_damaged_checkpoints(damage, says, trained_run, tmp_path, capsys):
     assert says in mistake(capsys, "export", checkpoint, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "of the same size"])
+def test_a_damaged_newest_checkpoint_names_the_whole_one_before_it(damage, trained_run, tmp_path, capsys):
+    folder = _copy(trained_run, tmp_path)
+    shutil.rmtree(folder / "export")
+    older, newest = (folder / "checkpoints" / f"step_0000000{step}" for step in (2, 4))
+    size = (newest / "ema.safetensors").stat().st_size
+    (newest / "ema.safetensors").write_bytes(b"x" * (size if "same" in damage else 1))
+    says = mistake(capsys, "sample", "--run", folder, "--count", 1)
+    assert says.startswith(f"checkpoint {newest} cannot be used: {newest / 'ema.safetensors'} is ")
+    assert says.endswith(f"; {older} is whole: commands take it in place of the run, --resume once step_00000004 is deleted")
+    assert run("sample", "--run", older, "--count", 1, "--out", tmp_path / "out") == 0
+    shutil.rmtree(newest)
+    assert run("sample", "--run", folder, "--count", 1, "--out", tmp_path / "out") == 0
+
+
 def test_a_checkpoint_with_a_foreign_configuration(trained_run, tmp_path):
     checkpoint = _copy(trained_run, tmp_path) / "checkpoints" / "step_00000004"
     state = json.loads((checkpoint / "state.json").read_text())

@@ -222,15 +222,31 @@ def test_wrong_folders_are_one_sentence(folder, tmp_path, capsys):
     assert mistake(capsys, "report", folder) == f"{folder / 'config.json'} is not JSON"
 
 
-def test_an_unwritable_page_and_damaged_weights(folder, capsys):
+def test_an_unwritable_page(folder, capsys):
     (folder / "file").touch()
     before = (folder / "report.html").read_bytes()
     says = mistake(capsys, "report", folder, "--quick", "--out", folder / "file" / "page.html")
     assert says.startswith("cannot write ")
-    (folder / "export" / "model.safetensors").write_bytes(b"x")
-    shutil.rmtree(folder / "checkpoints")
-    assert "model.safetensors" in mistake(capsys, "report", folder)
     assert (folder / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("damaged", ["checkpoint", "export"])
+def test_damaged_weights_are_named_and_the_rest_is_shown(damaged, folder, caplog):
+    newest = checkpoint.latest(folder)
+    if damaged == "checkpoint":
+        shutil.rmtree(folder / "export")
+        (newest / "ema.safetensors").write_bytes(b"x")
+        told = f"checkpoint {newest} cannot be used: {newest / 'ema.safetensors'} is truncated"
+    else:
+        (folder / "export" / "model.safetensors").write_bytes(b"x")
+        shutil.rmtree(folder / "checkpoints")
+        told = f"{folder / 'export' / 'model.safetensors'} is not a whole safetensors file"
+    assert run("report", folder) == 0
+    page = Page(folder / "report.html")
+    for section in ("samples", "trajectory", "neighbours", "latents"):
+        assert f"The model cannot be read, so it was not run: {told}" in page.says(section)
+    assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+    assert "gFID" in page.says("results") and told in caplog.text
 
 
 def test_the_first_numbers_are_of_the_latest_step_and_its_most_images():

@@ -288,8 +288,11 @@ def _from_checkpoint(folder: Path, weights: Which, ema_decay: float | None = Non
             kept = ", ".join(map(str, checkpoint.ema_decays(state)))
             raise UserError(f"{folder} holds no average of decay {ema_decay}: it holds {kept} (optimizer.ema_decays)")
     file = folder / name
-    tensors = read_tensors(file)
-    check_state(tensors, config.model, source=str(file))
+    try:
+        tensors = read_tensors(file)
+        check_state(tensors, config.model, source=str(file))
+    except UserError as error:
+        raise checkpoint.unusable(folder, str(error)) from None
     made_by = {
         "run": config.name,
         "step": state["step"],

@@ -277,21 +277,21 @@ def read_state(directory: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _broken(directory, f"{path} cannot be read ({error.strerror or error})") from None
+        raise unusable(directory, f"{path} cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError):
-        raise _broken(directory, f"{path} is not JSON") from None
+        raise unusable(directory, f"{path} is not JSON") from None
     typed = {"step": int, "extra": dict, "config": dict, "parameters": dict, "files": dict}
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise _broken(directory, f"{path} is not of checkpoint format {FORMAT}")
+        raise unusable(directory, f"{path} is not of checkpoint format {FORMAT}")
     for key, kind in typed.items():
         if not isinstance(state.get(key), kind):
-            raise _broken(directory, f"{path} has no valid {key!r}")
+            raise unusable(directory, f"{path} has no valid {key!r}")
     for name in {WEIGHTS: None, EMA: None, OPTIMIZER: None} | state["files"]:
         file = directory / name
         if not file.is_file():
-            raise _broken(directory, f"{file} is missing")
+            raise unusable(directory, f"{file} is missing")
         if file.stat().st_size != state["files"].get(name):
-            raise _broken(
+            raise unusable(
                 directory, f"{file} is truncated: {file.stat().st_size} bytes of {state['files'].get(name)}"
             )
     return state
@@ -368,11 +368,11 @@ def _open(directory: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise _broken(directory, f"{path} is not a whole safetensors file ({error})") from None
+        raise unusable(directory, f"{path} is not a whole safetensors file ({error})") from None
     with file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         if found != expected:
-            raise _broken(directory, f"{path} does not fit this model: {_difference(expected, found)}")
+            raise unusable(directory, f"{path} does not fit this model: {_difference(expected, found)}")
         yield file.get_tensor
 
 
@@ -408,12 +408,13 @@ def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _broken(directory: Path, problem: str) -> UserError:
+def unusable(directory: Path, problem: str) -> UserError:
+    """The error of a checkpoint with a problem; names the newest other one of the run that is whole."""
     other = next(
         (path for path in reversed(_listed(directory.parent.parent)) if path != directory and _looks_whole(path)), None
     )
-    advice = f"; {other} is whole: resume from it or delete {directory.name}" if other else ""
-    return UserError(f"checkpoint {directory} cannot be used: {problem}{advice}")
+    advice = f"; {other} is whole: commands take it in place of the run, --resume once {directory.name} is deleted"
+    return UserError(f"checkpoint {directory} cannot be used: {problem}{advice if other else ''}")
 
 
 def _looks_whole(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from unite_fast.weights import write_text
 if TYPE_CHECKING:
     from unite_fast.model.unite import Unite
     from unite_fast.report.probe import Progress
+
+log = logging.getLogger("unite_fast.report")
 
 PAGE = "report.html"
 
@@ -32,7 +35,7 @@ def write_report(
 ) -> Path:
     """Write the report of a run, finished or in training.
 
-    What is missing (weights, data, evaluations) is named on the page in the place where it would stand. Of a run on
+    What is missing or damaged (weights, data, evaluations) is named on the page in the place where it would stand. Of a run on
     anything but images the model is not run: sheets, curves, results, configuration and environment stand.
 
     Args:
@@ -50,7 +53,7 @@ def write_report(
         The file.
 
     Raises:
-        UserError: no run there, its configuration or weights are damaged, or the page cannot be written.
+        UserError: no run there, its configuration is damaged, its model cannot be run, or the page cannot be written.
     """
     from unite_fast.report.page import build
 
@@ -70,15 +73,20 @@ def write_report(
             why = "The run has saved no checkpoint yet (train.checkpoint_every), so there is no model to show."
         else:
             config = Config.parse(run.config, source=f"configuration of {run.path}")
-            trained = open_trained(run.path)
             options = Options(
                 columns=config.evaluation.sheet_columns, held_out=held_out, seed=seed,
                 batch=batch or config.evaluation.batch,
             )  # fmt: skip
             try:
-                result = probe(trained, model or trained.build(device), config, options, progress or silent)
-            except ValueError as error:  # the model refuses, such as sizes that a later version does not know
-                raise UserError(f"cannot run the model of {trained.origin}: {error}") from None
+                trained = open_trained(run.path)
+            except UserError as error:
+                why = f"The model cannot be read, so it was not run: {error}."
+                log.warning(why)
+            else:
+                try:
+                    result = probe(trained, model or trained.build(device), config, options, progress or silent)
+                except ValueError as error:  # the model refuses, such as sizes that a later version does not know
+                    raise UserError(f"cannot run the model of {trained.origin}: {error}") from None
     path = Path(out) if out is not None else run.path / PAGE
     write_text(build(run, result, why_no_probe=why, now=time.time()), path)
     return path
