@@ -365,6 +365,10 @@ def test_a_run_that_went_on_after_its_export(trained_run, tmp_path):
     record["made_by"]["step"] = 2
     (folder / "export" / "model.json").write_text(json.dumps(record))
     assert open_trained(folder).made_by["step"] == 4
+    tensors = load_file(folder / "export" / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "export/model.safetensors")
+    assert _same(load(folder), load(trained_run)), "Python and commands take the same weights"
+    assert _same(load(folder / "checkpoints" / "step_00000004"), load(trained_run))
     record["made_by"]["step"] = 4
     (folder / "export" / "model.json").write_text(json.dumps(record))
     assert open_trained(folder).origin == str(folder)

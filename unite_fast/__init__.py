@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from unite_fast.config import Config, ModelConfig
     from unite_fast.errors import UserError
     from unite_fast.flow.sampling import generate
-    from unite_fast.model.io import load
+    from unite_fast.importing import load
     from unite_fast.model.unite import Unite
 
 _HOME = {
@@ -18,7 +18,7 @@ _HOME = {
     "Unite": "unite_fast.model.unite",
     "UserError": "unite_fast.errors",
     "generate": "unite_fast.flow.sampling",
-    "load": "unite_fast.model.io",
+    "load": "unite_fast.importing",
 }
 __all__ = ["Config", "ModelConfig", "Unite", "UserError", "generate", "load"]
 

@@ -133,6 +133,15 @@ def open_trained(path: str | Path, *, weights: Which = "ema", ema_decay: float |
     return exported
 
 
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> TwoPassModel:
+    """A model ready for inference, with the EMA weights that every command takes from this path; see `open_trained`.
+
+    Raises:
+        UserError: nothing to load there, broken files, weights that do not fit the sizes.
+    """
+    return open_trained(path).build(device)
+
+
 def read_published(
     path: str | Path,
     *,

@@ -26,15 +26,6 @@ def save_model(state: dict[str, Tensor], config: Sizes, folder: str | Path, *, m
     write_json(sizes, folder / SIZES)
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> TwoPassModel:
-    """A model ready for inference, from an exported folder or from a run folder (its exported EMA weights).
-
-    Raises:
-        UserError: nothing to load there, broken files, weights that do not fit the sizes.
-    """
-    return build_model(*read_model(path), source=str(path), device=device)
-
-
 def build_model(
     config: Sizes, state: dict[str, Tensor], made_by: dict[str, Any], *, source: str, device: torch.device | str
 ) -> TwoPassModel:
@@ -53,7 +44,11 @@ def build_model(
 
 
 def read_model(path: str | Path) -> tuple[Sizes, dict[str, Tensor], dict[str, Any]]:
-    """(sizes, state dict, what made it) of an exported or run folder; see `load`."""
+    """(sizes, state dict, what made it) of an exported folder, or of a run's.
+
+    Raises:
+        UserError: nothing to load there, broken files, weights that do not fit the sizes.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UserError(f"no folder {folder}")
