@@ -90,6 +90,17 @@ def test_refused(tmp_path, make, words):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("test", "train", "val")])
+def test_splits_of_as_many_as_classes_are_no_classes(tmp_path, names):
+    for name in names:
+        tree(tmp_path / name, (1,) * len(names))
+    with pytest.raises(UserError, match=f"{', '.join(names)} look like the splits of a data set: did you mean"):
+        ImageFolder(tmp_path, len(names))
+    assert len(ImageFolder(tmp_path / names[0], len(names)).classes) == len(names)
+    (tmp_path / names[-1]).rename(tmp_path / "ship")  # pictures of trains and ships
+    assert "ship" in ImageFolder(tmp_path, len(names)).classes
+
+
 @pytest.mark.parametrize("arguments", [("check", "{root}"), ("prepare", "{root}", "{root}-shards")])
 def test_splits_are_no_classes_to_the_commands(tmp_path, capsys, arguments):
     root = tmp_path / "data"
