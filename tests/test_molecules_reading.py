@@ -116,14 +116,46 @@ def test_half_downloaded_archive_names_the_last_whole_member(tmp_path, molecules
 
 @pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
 @pytest.mark.parametrize("kind", ["sdf", "xyz"])
-def test_one_compressed_file_is_told_from_a_damaged_archive(tmp_path, opener, kind):
-    water = _small(WATER, METHANE)
-    (write_sdf if kind == "sdf" else write_xyz)(water, tmp_path / "a")
-    path = tmp_path / f"a.{kind}.gz"
+def test_one_compressed_file(tmp_path, opener, kind):
+    two = _small(WATER, METHANE)
+    plain = tmp_path / f"a.{kind}"
+    (write_sdf if kind == "sdf" else write_xyz)(two, plain)
+    path = tmp_path / "packed" / f"a.{kind}.gz"
+    path.parent.mkdir()
     with opener(path, "wb") as file:
-        file.write((tmp_path / "a").read_bytes())
-    with pytest.raises(UserError, match="is one compressed file and no tar archive: unpack it first"):
-        load_molecules(path)
+        file.write(plain.read_bytes())
+    found = [load_molecules(place) for place in (plain, path, path.parent)]
+    found.append(load_molecules(path.rename(path.with_name("a"))))
+    for other in found[1:]:
+        assert other.names == found[0].names == two.names
+        assert_array_equal(other.positions, found[0].positions)
+    whole = path.with_name("a").read_bytes()
+    for content in (whole[: len(whole) - 20], whole[:12], whole[:20] + b"?" * 40 + whole[60:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"a.{kind}.gz is cut off or damaged where it is compressed: download"):
+            load_molecules(path)
+
+
+def test_compressed_files_of_a_folder(tmp_path):
+    """As PubChem packs them: nameless molecules are named as by the plain file, and the table of gaps is the same."""
+    texts = {"a.sdf.gz": sdf_text(_small(WATER), 0, ""), "b.SDF.GZ": sdf_text(_small(METHANE), 0, "b")}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "b.SDF.csv").write_text("mol_id,gap\nb,0.5\n")
+    found = load_molecules(tmp_path)
+    assert found.names == ("a_1", "b") and np.isnan(found.gap[0])
+    assert_allclose(found.gap[1], 0.5 * HARTREE, rtol=1e-6)
+    (tmp_path / "c.xyz.xz").write_bytes(lzma.compress("\ufeff1\n\nH 0 0 0\n".encode("utf-16-le")))
+    assert load_molecules(tmp_path).names == ("c",), "XYZ files alone, as of plain ones"
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(b"smiles,gap\nC,1\n"))
+    with pytest.raises(UserError, match="d.csv.gz is no molecule file: its first lines are neither XYZ"):
+        load_molecules(tmp_path / "d.csv.gz")
+
+
+def test_a_compressed_archive_without_tar_in_its_name(tmp_path, molecules):
+    members = [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(3)]
+    _tar(tmp_path / "dsgdb9nsd.xyz.bz2", members, "w:bz2")
+    assert len(load_molecules(tmp_path)) == len(load_molecules(tmp_path / "dsgdb9nsd.xyz.bz2")) == 3
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -419,6 +451,6 @@ def test_canonical_order_does_not_depend_on_the_files(tmp_path, molecules):
 
 
 def test_a_truncated_bzip2_file_is_not_taken_for_text(tmp_path):
-    (tmp_path / "a.tar.bz2").write_bytes(bz2.compress(b"x" * 100))
+    (tmp_path / "a.tar.bz2").write_bytes(bz2.compress(b"x" * 100)[:-9])
     with pytest.raises(UserError, match="cut off or damaged after its beginning, member 0"):
         load_molecules(tmp_path / "a.tar.bz2")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
+from unite_fast.data.molecules.compressed import content_name
 from unite_fast.data.molecules.molecule_set import Molecule, canonical_smiles, element_code
 from unite_fast.errors import UserError
 
@@ -65,7 +66,7 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
             species, position = _columns(pairs.get("Properties", PLAIN_COLUMNS), file, start + 2)
             elements, positions = _atoms(lines, atoms, species, position, file)
             single = frame == 1 and stop == end
-            name = pairs.get("name") or f"{PurePath(file).stem}{'' if single else f'_{frame}'}"
+            name = pairs.get("name") or f"{_stem(file)}{'' if single else f'_{frame}'}"
             gap = _number(pairs["gap"], file, start + 2) if "gap" in pairs else None
             yield Molecule(name, elements, positions, canonical_smiles(pairs.get("smiles")), gap, where)
         start = stop
@@ -131,6 +132,10 @@ def _number(text: str, file: str, number: int) -> float:
         raise UserError(f"{file}, line {number}: {_shown(text)} is not a number") from None
 
 
+def _stem(file: str) -> str:
+    return PurePath(content_name(PurePath(file))).stem
+
+
 def _shown(text: str) -> str:
     text = text.strip()
     return repr(text if len(text) <= 40 else text[:39] + "…") if text else "nothing"
@@ -186,6 +191,6 @@ def _record(lines: Sequence[str], before: int, record: int, file: str) -> Molecu
         elements.append(element_code(line[31:34].strip()))
     # A flat molecule is flat in 3D as well, so the record's own word counts.
     drawn = lines[1][20:22] == "2D" and not any(z for _, _, z in positions)
-    name = lines[0].strip() or f"{PurePath(file).stem}_{record}"
+    name = lines[0].strip() or f"{_stem(file)}_{record}"
     flaw = "a drawing in 2D, without coordinates in space" if drawn else None
     return Molecule(name, elements, positions, where=f"{file}, line {before + 1}", flaw=flaw)

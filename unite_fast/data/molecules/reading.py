@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import hashlib
 import io
 import logging
-import lzma
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from unite_fast.data.molecules.arrangement import Order, canonical
+from unite_fast.data.molecules.compressed import DAMAGE, content_name, explained, is_compressed, opened
 from unite_fast.data.molecules.formats import HARTREE, read_sdf, read_xyz
 from unite_fast.data.molecules.molecule_set import QM9_KEPT, Molecule, MoleculeSet, assemble, read_npz, write_npz
 from unite_fast.data.molecules.parquet import read_parquet
@@ -49,9 +46,10 @@ def load_molecules(
     """Read molecules of H, C, N, O, F from whatever stands at a path.
 
     What is recognised, whatever it is called: a folder of .xyz or .extxyz files (`dsgdb9nsd_*.xyz` among them), a
-    tar archive of such files (also gzip, bzip2 or xz), one such file, an SDF or MOL file (V2000; elements and
-    coordinates only), NPZ (see `read_npz`), Parquet (see `read_parquet`). Of a folder with XYZ files these alone are
-    read, and a warning names the others; without them it stands for its SDF and MOL files, or for exactly one other.
+    tar archive of such files, one such file, an SDF or MOL file (V2000; elements and coordinates only), NPZ (see
+    `read_npz`), Parquet (see `read_parquet`). Archives and text files may be compressed by gzip, bzip2 or xz, as
+    `a.sdf.gz` in a folder of SDF files. Of a folder with XYZ files these alone are read, and a warning names the
+    others; without them it stands for its SDF and MOL files, or for exactly one other.
 
     QM9's molecules, which are those named gdb_<index>, are put in the order of their indices, and those listed in an
     `uncharacterized.txt` in the same folder are left out. Their gaps come from the XYZ files, or for `gdb9.sdf` from
@@ -90,10 +88,10 @@ def _one_file(path: Path) -> Path:
             if not path.exists():
                 raise UserError(f"no file or folder {path}: docs/molecules.md says what can be read")
             return path
-        ignored = (".txt", ".csv", *XYZ_NAMES)
-        found = [e for e in sorted(path.iterdir()) if e.is_file() and e.suffix.lower() not in ignored]
-        known = [entry for entry in found if not entry.name.startswith(".") and _kind(entry)]
-        if _named(path, XYZ_NAMES):
+        xyz = set(_named(path, XYZ_NAMES))
+        found = [e for e in sorted(path.iterdir()) if e.is_file() and _suffix(e) not in (".txt", ".csv")]
+        known = [e for e in found if e not in xyz and not e.name.startswith(".") and _kind(e)]
+        if xyz:
             if known:
                 log.warning("of %s only the XYZ files are read, not %s", path, _listed(known))
             return path
@@ -114,9 +112,13 @@ def _listed(files: list[Path]) -> str:
 
 
 def _named(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.suffix.lower() in suffixes and not entry.name.startswith(".")
-    )
+    found = (entry for entry in folder.iterdir() if _suffix(entry) in suffixes and not entry.name.startswith("."))
+    # A compressed archive of XYZ files may go without .tar in its name.
+    return sorted(entry for entry in found if entry.suffix.lower() in suffixes or _kind(entry) != "tar")
+
+
+def _suffix(path: Path) -> str:
+    return Path(content_name(path)).suffix.lower()
 
 
 def _members(folder: Path) -> list[Path]:
@@ -132,10 +134,19 @@ def _kind(path: Path) -> str | None:
         return "npz"
     if head.startswith(b"PAR1"):
         return "parquet"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")) or head[257:262] == b"ustar":
+    if is_compressed(head):
+        try:
+            with opened(path) as file:
+                head = file.read(4096)
+        except DAMAGE:  # its reader says so
+            return _text_kind(b"", _suffix(path)) or "tar"
+        # A tar's first block, the name of a file, is padded with zeros; of texts UTF-16 alone holds them.
+        if b"\0" in head and _encoding(head) != "utf-16":
+            return "tar"
+    elif head[257:262] == b"ustar":
         return "tar"
     # A text file that is broken from the start should be told so, and not be no molecule.
-    return _text_kind(head, path.suffix.lower())
+    return _text_kind(head, _suffix(path))
 
 
 def _text_kind(head: bytes, suffix: str) -> str | None:
@@ -194,15 +205,13 @@ def _folder(folder: Path) -> Iterator[Molecule]:
     files = _members(folder)
     with track("reading molecules", len(files)) as advance:
         for path in files:
-            yield from _sdf(path) if path.suffix.lower() in SDF_NAMES else read_xyz(_lines(path), str(path))
+            yield from _sdf(path) if _suffix(path) in SDF_NAMES else read_xyz(_lines(path), str(path))
             advance(1)
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return _text_lines(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    with explained(path), opened(path) as file:
+        return _text_lines(file.read())
 
 
 def _text_lines(content: bytes) -> list[str]:
@@ -215,14 +224,16 @@ def _encoding(head: bytes) -> str:
 
 
 def _sdf(path: Path) -> Iterator[Molecule]:
-    gaps = _csv_gaps(path.with_name(path.name + ".csv"))
-    try:
-        with path.open("rb") as file:
-            lines = io.TextIOWrapper(file, encoding=_encoding(file.peek(2)), errors="replace")
-            for molecule in read_sdf(lines, str(path)):
-                yield molecule._replace(gap=gaps.get(molecule.name))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    gaps = _csv_gaps(_table(path))
+    with explained(path), opened(path) as file:
+        lines = io.TextIOWrapper(file, encoding=_encoding(file.peek(2)), errors="replace")
+        for molecule in read_sdf(lines, str(path)):
+            yield molecule._replace(gap=gaps.get(molecule.name))
+
+
+def _table(path: Path) -> Path:
+    """Where the gaps of an SDF file stand."""
+    return path.with_name(content_name(path) + ".csv")
 
 
 def _csv_gaps(path: Path) -> dict[str, float]:
@@ -244,11 +255,7 @@ def _archive(path: Path) -> Iterator[Molecule]:
     members = 0
     last = "its beginning"
     try:
-        with _decompressed(path) as file:
-            head = file.read(4096)
-            if b"\0" not in head and _text_kind(head, ""):  # a tar's first block, the name of a file, is padded
-                raise UserError(f"{path} is one compressed file and no tar archive: unpack it first")
-        with _decompressed(path) as file:
+        with opened(path) as file:
             stream = _Watched(file)
             with tarfile.open(fileobj=stream, mode="r|") as archive, track("reading molecules", QM9_ALL) as advance:
                 for member in archive:
@@ -267,19 +274,10 @@ def _archive(path: Path) -> Iterator[Molecule]:
                 raise EOFError
         if not members:
             raise UserError(f"{path} holds no .xyz file, and nothing else is read from an archive: unpack it first")
-    except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+    except (tarfile.TarError, *DAMAGE) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise UserError(f"{path} is cut off or damaged after {last}, member {members}: download it again") from None
-
-
-def _decompressed(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        head = file.read(6)
-    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open)):
-        if head.startswith(magic):
-            return opener(path, "rb")
-    return path.open("rb")
 
 
 class _Watched(io.RawIOBase):
@@ -327,7 +325,7 @@ def _fingerprint(path: Path, order: Order, strict: bool) -> str:
     files = _members(path) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     text = [f"{VERSION} {order} {strict} {path.resolve()}"]
-    tables = [file.with_name(file.name + ".csv") for file in files if file.suffix.lower() not in XYZ_NAMES]
+    tables = [_table(file) for file in files if _suffix(file) not in XYZ_NAMES]
     for file in [*files, folder / UNCHARACTERIZED, *tables]:
         if file.exists():
             status = file.stat()
