@@ -193,6 +193,9 @@ def test_utf_16_as_powershell_writes_it(tmp_path, encoding):
     folder.mkdir()
     (folder / "a.xyz").write_bytes(contents["a.xyz"])
     assert load_molecules(folder).names == ("a",)
+    for table in ("mol_id,gap\r\nb,0.5\r\n", "mol_id\tgap\r\nb\t0.5\r\n"):  # the latter as Excel's "Unicode text"
+        (tmp_path / "b.sdf.csv").write_bytes(f"\ufeff{table}".encode(encoding))
+        assert_allclose(load_molecules(tmp_path / "b.sdf").gap, [0.5 * HARTREE], rtol=1e-6)
 
 
 def test_elements_in_small_letters_and_as_atomic_numbers(tmp_path):

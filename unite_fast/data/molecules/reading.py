@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from unite_fast.data.molecules.arrangement import Order, canonical
-from unite_fast.data.molecules.compressed import DAMAGE, content_name, explained, is_compressed, opened
+from unite_fast.data.molecules.compressed import DAMAGE, SUFFIXES, content_name, explained, is_compressed, opened
 from unite_fast.data.molecules.formats import HARTREE, read_sdf, read_xyz
 from unite_fast.data.molecules.molecule_set import QM9_KEPT, Molecule, MoleculeSet, assemble, read_npz, write_npz
 from unite_fast.data.molecules.parquet import read_parquet
@@ -118,7 +118,8 @@ def _named(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return Path(content_name(path)).suffix.lower()
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in SUFFIXES else suffix
 
 
 def _members(folder: Path) -> list[Path]:
@@ -240,12 +241,14 @@ def _csv_gaps(path: Path) -> dict[str, float]:
     """mol_id -> gap in eV from a table of Hartrees as it comes with gdb9.sdf; without those it leaves empty."""
     if not path.exists():
         return {}
+    with explained(path):
+        content = path.read_bytes()
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            return {row["mol_id"]: float(row["gap"]) * HARTREE for row in rows if row["gap"] != ""}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        text = content.decode(_encoding(content))
+        # Excel's "Unicode text" is UTF-16 with tabs between the columns.
+        separator = "\t" if "\t" in text.partition("\n")[0] else ","
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        return {row["mol_id"]: float(row["gap"]) * HARTREE for row in rows if row["gap"] != ""}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} lacks a column mol_id or gap, or a number in it: repair or remove it") from None
 
