@@ -293,6 +293,16 @@ def test_diverged_models_are_named_as_such(tmp_path, capsys):
     assert "diverged" in mistake(capsys, "sample", "--run", tmp_path / "model", "--out", tmp_path / "out")
 
 
+def test_a_problem_of_the_work_is_none_of_the_output(folder, tmp_path, capsys, monkeypatch):
+    def draw(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "/no/compiler")
+
+    monkeypatch.setattr("unite_fast.evaluation.generation.draw", draw)
+    says = mistake(capsys, "sample", "--run", folder, "--out", tmp_path / "out")
+    assert says == "/no/compiler: No such file or directory"
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_that_cannot_be_written(folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     says = mistake(capsys, "sample", "--run", folder, "--out", tmp_path / "file")

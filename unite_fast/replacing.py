@@ -30,15 +30,19 @@ def replacing(
         last: name of the file that is deleted first and moved last: while it is there, all it speaks of is.
 
     Raises:
-        UserError: a folder that cannot be written.
+        UserError: a folder that cannot be written. An OSError of the block itself is raised as it is: what writes
+            files there explains its own, and others are of something else.
     """
     aside = folder / f".{os.getpid()}.tmp"
     new = not folder.exists()
+    inside = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _occupied(folder):
             aside.mkdir(exist_ok=True)
+            inside = True
             yield aside
+            inside = False
             gone = list(former())
             if last is not None:
                 (folder / last).unlink(missing_ok=True)
@@ -47,6 +51,8 @@ def replacing(
             for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
                 path.replace(folder / path.name)
     except OSError as error:
+        if inside:
+            raise
         raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
