@@ -440,7 +440,8 @@ def test_a_damaged_newest_checkpoint_names_the_whole_one_before_it(damage, train
     (newest / "ema.safetensors").write_bytes(b"x" * (size if "same" in damage else 1))
     says = mistake(capsys, "sample", "--run", folder, "--count", 1)
     assert says.startswith(f"checkpoint {newest} cannot be used: {newest / 'ema.safetensors'} is ")
-    assert says.endswith(f"; {older} is whole: commands take it in place of the run, --resume once step_00000004 is deleted")
+    advice = "commands take it in place of the run, --resume once step_00000004 is deleted"
+    assert says.endswith(f"; {older} is whole: {advice}")
     assert run("sample", "--run", older, "--count", 1, "--out", tmp_path / "out") == 0
     shutil.rmtree(newest)
     assert run("sample", "--run", folder, "--count", 1, "--out", tmp_path / "out") == 0

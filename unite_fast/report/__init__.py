@@ -35,8 +35,9 @@ def write_report(
 ) -> Path:
     """Write the report of a run, finished or in training.
 
-    What is missing or damaged (weights, data, evaluations) is named on the page in the place where it would stand. Of a run on
-    anything but images the model is not run: sheets, curves, results, configuration and environment stand.
+    What is missing (weights, data, evaluations) and weights that are damaged are named on the page in the place where
+    they would stand. Of a run on anything but images the model is not run: sheets, curves, results, configuration and
+    environment stand.
 
     Args:
         folder: the run.
