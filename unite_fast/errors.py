@@ -1,6 +1,5 @@
 """The one exception that stands for a user's mistake."""
 
-
 from __future__ import annotations
 
 from collections.abc import Sequence
