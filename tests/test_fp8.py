@@ -92,25 +92,25 @@ def rescaled(factor: float | None):
     """Breaks the cast: every factor times `factor`, what it puts beyond the format cut off; or no scaling at all."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        right = kernels.fp8_quantize
+        right = kernels._quantize
 
-        def wrong(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-            lifts = 1.0 if factor is None else factor / right(x, dtype)[2]
+        def wrong(x: torch.Tensor, dtype: torch.dtype, *, summed: bool) -> tuple[torch.Tensor | None, ...]:
+            _, columns, scale, sums = right(x, dtype, summed=summed)
+            lifts = 1.0 if factor is None else factor / scale
             most = kernels.LARGEST[dtype]
             rows = (x.float() * lifts).clamp(-most, most).to(dtype)
-            columns = right(x, dtype)[1]
             columns[:, : len(rows)] = rows.t()
-            return rows, columns, torch.as_tensor(1 / lifts)
+            return rows, columns, torch.as_tensor(1 / lifts), sums
 
-        patch.setattr(kernels, "fp8_quantize", wrong)
+        patch.setattr(kernels, "_quantize", wrong)
 
     return plant
 
 
 def e5m2_everywhere(patch: pytest.MonkeyPatch) -> None:
     """Breaks the cast: inputs and weights with two bits of mantissa instead of three."""
-    right = kernels.fp8_quantize
-    patch.setattr(kernels, "fp8_quantize", lambda x, _: right(x, torch.float8_e5m2))
+    right = kernels._quantize
+    patch.setattr(kernels, "_quantize", lambda x, _, *, summed: right(x, torch.float8_e5m2, summed=summed))
 
 
 def gradient_error(plain, found) -> float:
@@ -154,8 +154,8 @@ def test_the_gradients_notice_a_broken_cast(plain, plant, monkeypatch):
 @pytest.mark.parametrize("on", [True, False])
 def test_what_fits_is_tried_as_it_will_be_computed(monkeypatch, on):
     """FP8 needs less memory."""
-    config, right, casts = digits_config(fp8=on), kernels.fp8_quantize, []
-    monkeypatch.setattr(kernels, "fp8_quantize", lambda *given: casts.append(given) or right(*given))
+    config, right, casts = digits_config(fp8=on), kernels._quantize, []
+    monkeypatch.setattr(kernels, "_quantize", lambda *given, **how: casts.append(given) or right(*given, **how))
     trial = Trial(config, ALONE, modality_of(config), Objective(config.objective, 10))
     trial(config, 2)
     assert bool(casts) == on

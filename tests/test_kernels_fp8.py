@@ -52,6 +52,30 @@ def test_both_copies_keep_the_numbers(backend, to, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 16)])
+def test_sums_over_rows_are_those_of_the_numbers_that_are_given(backend, dtype, shape):
+    """Before they are rounded; not asked for they are not made, and change nothing else."""
+    x = normal(*shape, dtype=dtype)
+    with on_backend(backend):
+        *found, sums = fp8._quantize(x, torch.float8_e5m2, summed=True)
+        *plain, none = fp8._quantize(x, torch.float8_e5m2, summed=False)
+    assert none is None and all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:2], plain[:2], strict=True))
+    assert sums.shape == shape[1:] and sums.dtype == torch.float32
+    # Sums in float32: 1e-6 of what they add up.
+    assert (sums.double() - x.double().sum(0)).abs().sum() <= 1e-6 * x.double().abs().sum()
+
+
+def test_a_gradient_is_read_twice_for_all_that_it_gives(monkeypatch):
+    """Nothing sums a gradient that has the size of the result."""
+    right, summed = torch.Tensor.sum, []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, *given, **how: summed.append(x.shape) or right(x, *given, **how))
+    with on_backend("triton"):
+        outputs_and_gradients(uk.fp8_linear, [normal(300, 32), normal(48, 32, seed=1), normal(48, seed=2)])
+    assert (3, 48) in summed and (300, 48) not in summed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_tiny_and_empty(backend):
     for x in (torch.zeros(3, 16, device=DEVICE), normal(3, 16) * 1e-38, torch.zeros(0, 16, device=DEVICE)):
         rows, columns, scale = quantized(backend, x, torch.float8_e5m2)
@@ -151,8 +175,8 @@ def test_compiled_and_under_autocast_it_is_the_same(backend):
 
 def test_opcheck():
     with on_backend("triton"):
-        for wide in (False, True):
-            opcheck(_fp8_quantize.registered, (normal(33, 48, dtype=torch.bfloat16), wide))
+        for wide, summed in ((False, False), (True, False), (True, True)):
+            opcheck(_fp8_quantize.registered, (normal(33, 48, dtype=torch.bfloat16), wide, summed))
 
 
 def test_refusals():
