@@ -12,7 +12,7 @@ from .adaln import (
 )
 from .dispatch import get_backend, set_backend
 from .flow import flow_noise
-from .fp8 import fp8_linear, fp8_quantize
+from .fp8 import Quantized, fp8_linear, fp8_quantize
 from .latent import latent_norm_flow_loss, latent_norm_mix
 from .muon import muon_momentum_, muon_update_
 from .optim import ema_update_, newton_schulz, newton_schulz_dtype

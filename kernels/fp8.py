@@ -8,6 +8,8 @@ Shapes: R rows (all leading dimensions together), C columns; M rows, K inputs, N
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,20 @@ TILE, STEPS, WARPS = 1024, 16, 4
 # Rows and columns of a tile that is written both ways: 32 numbers a thread at 8 warps, whole 64-byte lines of either.
 # Sums over its rows, written and read once more, are 1 % of the bytes that a gradient in bfloat16 moves.
 ROWS, COLUMNS, CAST_WARPS = 128, 64, 8
+
+
+class Quantized(NamedTuple):
+    """A matrix x [R, C] in eight bits along either side, as `fp8_quantize` makes it: x ≈ rows · scale.
+
+    Attributes:
+        rows: [R, C].
+        columns: [C, R up to a multiple of 16], the transpose with zeros behind it.
+        scale: 0-dim float32.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
 
 
 def fp8_quantize_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +177,7 @@ def aot_specialisations() -> list[Specialisation]:
     return found
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def fp8_quantize(x: Tensor, dtype: torch.dtype) -> Quantized:
     """A matrix in eight bits, along its rows and along its columns: x ≈ rows · scale.
 
     Args:
@@ -170,7 +186,7 @@ def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
         dtype: torch.float8_e4m3fn or torch.float8_e5m2.
 
     Returns:
-        rows [R, C]; columns [C, R up to a multiple of 16], the transpose with zeros behind it; scale, 0-dim float32.
+        Both, and the scale.
 
     Raises:
         TypeError, ValueError: other dtypes, dimensions or strides.
@@ -181,7 +197,7 @@ def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
     if x.dim() != 2:
         raise ValueError(f"fp8_quantize: x has shape {tuple(x.shape)}; it must be [R, C]")
     check_contiguous("fp8_quantize", "x", x)
-    return _quantize(x, dtype, summed=False)[:3]
+    return Quantized(*_quantize(x, dtype, summed=False)[:3])
 
 
 def _quantize(x: Tensor, dtype: torch.dtype, *, summed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -196,10 +212,10 @@ class _Linear(torch.autograd.Function):
     """See `fp8_linear`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, *quantized: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         x_rows, x_columns, x_scale = fp8_quantize(rows, torch.float8_e4m3fn)
-        w_rows, w_columns, w_scale = fp8_quantize(weight.contiguous(), torch.float8_e4m3fn)
+        w_rows, w_columns, w_scale = quantized
         ctx.save_for_backward(x_columns, x_scale, w_columns, w_scale)
         ctx.shape, ctx.dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -220,7 +236,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = _product(g_columns, x_columns, g_scale, x_scale, ctx.weight_dtype, fast=False)
         if ctx.needs_input_grad[2]:
             grad_bias = g_sums.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _product(
@@ -252,7 +268,7 @@ def _require_fp8(x: Tensor) -> None:
         raise RuntimeError(f"fp8_quantize: needs a GPU of compute capability {least} or newer; {x.device} has {found}")
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, quantized: Quantized | None = None) -> Tensor:
     """x Wᵀ + bias with operands of eight bits, and so the gradients of both; on a CPU it is emulated.
 
     The backward pass keeps x and the weight in eight bits. It has no derivative itself: that is refused where the
@@ -262,12 +278,14 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., K], float32, float16 or bfloat16.
         weight: [N, K], one of these. K and N must be multiples of 16, what the matrix units take.
         bias: [N], float32 or x's dtype, or None; rounded to x's dtype on a GPU.
+        quantized: `fp8_quantize(weight, torch.float8_e4m3fn)`, made once where several calls share the weight; its own
+            numbers are then not read, and a change of them is not seen.
 
     Returns:
         [..., N] of x's dtype.
 
     Raises:
-        TypeError, ValueError: other dtypes, devices or sizes.
+        TypeError, ValueError: other dtypes, devices or sizes, or a weight quantized in another format.
         RuntimeError: a GPU without FP8.
     """
     check_floats("fp8_linear", "x", x)
@@ -282,4 +300,24 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if aligned(weight.shape[0]) != weight.shape[0] or aligned(weight.shape[1]) != weight.shape[1]:
         raise ValueError(f"fp8_linear: weight has shape {tuple(weight.shape)}; both sizes must be multiples of 16")
     check_parameter("fp8_linear", "bias", bias, (weight.shape[0],), "x", x)
-    return _Linear.apply(x, weight, bias)
+    if quantized is None:
+        quantized = fp8_quantize(weight.detach().contiguous(), torch.float8_e4m3fn)
+    else:
+        _check_quantized(quantized, weight)
+    return _Linear.apply(x, weight, bias, *quantized)
+
+
+def _check_quantized(quantized: Quantized, weight: Tensor) -> None:
+    """Refuse what `fp8_quantize` does not make of a weight of this shape."""
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"fp8_linear: quantized is a {type(quantized).__name__}; it must be what fp8_quantize returns")
+    rows, columns, _ = quantized
+    if rows.shape != weight.shape or columns.shape != weight.shape[::-1]:
+        raise ValueError(
+            f"fp8_linear: quantized has rows {tuple(rows.shape)} and columns {tuple(columns.shape)}; "
+            f"they must be those of weight, {tuple(weight.shape)}, and of its transpose"
+        )
+    if rows.dtype != torch.float8_e4m3fn or columns.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"fp8_linear: quantized is {rows.dtype}; a weight must be torch.float8_e4m3fn")
+    for part in quantized:
+        check_device("fp8_linear", "quantized", part, "weight", weight)

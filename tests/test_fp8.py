@@ -9,6 +9,7 @@ import torch.nn as nn
 from compile_toy import compile_config, run_ranks
 from engine_unite import unite_engine, unite_step
 
+import unite_kernels as uk
 from unite_fast.analysis.counts import repeats, step_parts
 from unite_fast.config import Config, DecoderConfig, ModelConfig, ObjectiveConfig
 from unite_fast.engine import checkpoint, compiling, fp8
@@ -111,6 +112,7 @@ def e5m2_everywhere(patch: pytest.MonkeyPatch) -> None:
     """Breaks the cast: inputs and weights with two bits of mantissa instead of three."""
     right = kernels._quantize
     patch.setattr(kernels, "_quantize", lambda x, _, *, summed: right(x, torch.float8_e5m2, summed=summed))
+    patch.setattr(kernels, "_check_quantized", lambda *given: None)  # which would refuse such a weight
 
 
 def gradient_error(plain, found) -> float:
@@ -149,6 +151,32 @@ def test_the_loss_notices_a_wrong_scale(plain, monkeypatch):
 def test_the_gradients_notice_a_broken_cast(plain, plant, monkeypatch):
     plant(monkeypatch)
     assert gradient_error(plain[1], trained(1, fp8=True)[1]) > 1.2 * GRADIENT_BAND
+
+
+@pytest.mark.parametrize(
+    ("width", "precision", "recomputed"),
+    [(48, "fp32", False), (48, "fp32", True), (32, "fp32", False), (32, "bf16", True)],
+    ids=["as wide", "recomputed", "filled up", "filled up in bf16"],
+)
+def test_weights_are_quantized_once_a_micro_batch(width, precision, recomputed, monkeypatch):
+    """For all passes and what is recomputed of them; that changes no bit."""
+    config = digits_config(width, fp8=True, precision=precision)
+    model = config.model.model_copy(update={"checkpoint_activations": recomputed})
+    objective = config.objective.model_copy(update={"draws_per_chunk": 1})
+    config = config.model_copy(update={"model": model, "objective": objective})
+    right, made, found = kernels.fp8_quantize, [], []
+    monkeypatch.setattr(uk, "fp8_quantize", lambda x, dtype: made.append(x) or right(x, dtype))
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(fp8, "open_casts", lambda: None)
+        engine = Engine(active_model(config), config, ALONE, steps_per_epoch=10)
+        images, labels = digits()
+        draws = SeededDraws(config.objective, seed=0, step=0, stream=0, device=ALONE.device)
+        goal, shape = Objective(config.objective, 10), torch.Size((BATCH, 16, 8))
+        total = two_pass_step(engine, goal, images, labels, draws, shape=shape).total
+        found.append([total, *(p.grad for p in engine.parameters.values() if p.grad is not None)])
+    assert len(made) == 8  # of the first: four Linears of the encoder's block and of the decoder's
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True)) and len(found[0]) > 20
 
 
 @pytest.mark.parametrize("on", [True, False])

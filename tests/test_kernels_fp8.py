@@ -150,6 +150,21 @@ def test_what_is_kept_is_eight_bits():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_that_is_quantized_once_serves_every_call(backend):
+    """Its own numbers are not read: here they are none."""
+    x, weight, bias = normal(5, 32), normal(48, 32, seed=1), normal(48, seed=2)
+    with on_backend(backend):
+        quantized = uk.fp8_quantize(weight, torch.float8_e4m3fn)
+        given = [x, torch.full_like(weight, float("nan")), bias]
+        expected = outputs_and_gradients(uk.fp8_linear, [x, weight, bias])
+        shared = torch.compile(lambda *tensors: uk.fp8_linear(*tensors, quantized), fullgraph=True, backend="aot_eager")
+        torch._dynamo.reset()
+        for call in (lambda *tensors: uk.fp8_linear(*tensors, quantized), shared):
+            for ours, theirs in zip(outputs_and_gradients(call, given), expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_is_refused(backend):
     """One of the rounded operands alone would pass for it."""
     x, weight = normal(5, 32).requires_grad_(), normal(16, 32, seed=1).requires_grad_()
@@ -199,6 +214,19 @@ def test_refusals():
     ):
         with pytest.raises(error, match=words):
             uk.fp8_quantize(*arguments)
+
+
+def test_refusals_of_what_is_quantized():
+    x, weight = torch.zeros(4, 32), torch.zeros(16, 32)
+    right = uk.fp8_quantize(weight, torch.float8_e4m3fn)
+    for quantized, error, words in (
+        (tuple(right), TypeError, "quantized is a tuple; it must be what fp8_quantize returns"),
+        (uk.fp8_quantize(weight, torch.float8_e5m2), TypeError, "quantized is torch.float8_e5m2; a weight must be"),
+        (uk.fp8_quantize(x, torch.float8_e4m3fn), ValueError, r"quantized has rows \(4, 32\) .*weight, \(16, 32\)"),
+        (uk.Quantized(*(part.to("meta") for part in right)), ValueError, "quantized is on meta and weight on cpu"),
+    ):
+        with pytest.raises(error, match=words):
+            uk.fp8_linear(x, weight, None, quantized)
 
 
 def test_a_gpu_without_it_is_refused(monkeypatch):

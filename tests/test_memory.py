@@ -11,7 +11,9 @@ from traced_step import traced_peak
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import step_parts
 from unite_fast.analysis.memory import perceptual_working, predict
+from unite_fast.analysis.update import network_of
 from unite_fast.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from unite_fast.engine.fp8 import eligible
 from unite_fast.modality import modality_of
 from unite_fast.objective import perceptual
 from unite_fast.objective.perceptual import Lpips
@@ -64,9 +66,12 @@ def test_predicted_memory_is_what_a_traced_step_holds(
     ("model", "least", "most"), [({}, 0.8, 0.9), (RECOMPUTED, 1.0, 1.001)], ids=["kept", "recomputed"]
 )
 def test_fp8_saves_what_linears_keep(model, least, most):
+    """And keeps their weights in eight bits, along either side."""
     on, off = (with_fp8(small("images", model=model, **SINGLE), flag) for flag in (True, False))
     with_it, without = (predict(run, extent=modality_of(run).largest(run, 8), dtype="fp32") for run in (on, off))
-    assert with_it.state == without.state and least <= with_it.passes / without.passes <= most
+    assert with_it.state == without.state and least <= with_it.activations / without.activations <= most
+    linears = [(n, m) for n, m in network_of(on.model).named_modules() if isinstance(m, torch.nn.Linear)]
+    assert without.casts == 0 < with_it.casts == 2 * sum(m.weight.numel() for n, m in linears if eligible(n, m))
 
 
 @pytest.mark.parametrize("side", [16, 32])

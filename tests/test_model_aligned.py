@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from kernel_testing import on_backend
 
 from unite_fast.model import blocks
-from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
+from unite_fast.model import linear as linears
+from unite_fast.model.aligned import Zeros, product_dtype, unread_with_zeros, with_zeros
 from unite_fast.model.blocks import swiglu_hidden, swiglu_mlp
 from unite_fast.model.casts import one_micro_batch
 from unite_fast.model.linear import Linear
@@ -43,13 +45,13 @@ def test_the_published_widths():
 
 def test_the_same_result_and_gradients(pretended_cuda, monkeypatch):
     pair, x, seen = mlp(), torch.randn(3, 5, 32), []
-    linear = blocks.F.linear
+    linear = F.linear
 
     def watched(x, weight, bias=None):
         seen.append(tuple(weight.shape))
         return linear(x, weight, bias)
 
-    monkeypatch.setattr(blocks.F, "linear", watched)
+    monkeypatch.setattr(F, "linear", watched)
     found = run(*pair, x)
     assert seen == [(2 * 96, 32), (32, 96)]  # hidden width 85
     monkeypatch.setattr(blocks, "aligned", lambda width: width)
@@ -65,6 +67,7 @@ def test_widths_that_fit_and_gathered_parameters_are_left_alone(pretended_cuda, 
         raise AssertionError("copied")
 
     monkeypatch.setattr(blocks, "with_zeros", refused)
+    monkeypatch.setattr(linears, "with_zeros", refused)
     run(*mlp(48), torch.randn(2, 48))  # hidden width 128
     inward, outward = mlp()
     outward.weight.ds_id = 1  # as under ZeRO 3
@@ -76,9 +79,10 @@ def test_widths_that_fit_and_gathered_parameters_are_left_alone(pretended_cuda, 
 class Other(nn.Linear):
     """Has a way of its own to multiply, as a Linear in FP8 does."""
 
-    def forward(self, x):
-        self.seen = tuple(self.weight.shape), self.bias is not None
-        return (x @ self.weight.t() + (0 if self.bias is None else self.bias)) * 0.5
+    def forward(self, x, zeros=None, *, biased=True):
+        weight = self.weight if zeros is None else with_zeros(self.weight, zeros, dtype=x.dtype)
+        self.seen = tuple(weight.shape), biased
+        return (x @ weight.t() + (self.bias if biased else 0)) * 0.5
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(32, 96), (48, 128)])
@@ -96,6 +100,7 @@ def test_linears_of_another_kind_multiply_in_their_own_way(width, hidden):
 
 def test_elsewhere_nothing_is_copied(monkeypatch):
     monkeypatch.setattr(blocks, "with_zeros", None)
+    monkeypatch.setattr(linears, "with_zeros", None)
     run(*mlp(), torch.randn(2, 32))
 
 
@@ -113,6 +118,17 @@ def test_zeros_behind_each_piece(shape, dim, pieces):
     (found * factor).sum().backward()
     expected = torch.cat([f.narrow(dim, 0, shape[dim] // pieces) for f in factor.chunk(pieces, dim)], dim).float()
     assert torch.equal(x.grad, expected) and x.grad.is_contiguous()
+
+
+@pytest.mark.parametrize(("shape", "zeros"), [((10, 3), Zeros(0, pieces=2)), ((3, 5), Zeros(1))])
+def test_a_stand_in_has_the_shape_and_the_gradient_and_no_memory(shape, zeros):
+    x = torch.randn(shape, requires_grad=True)
+    whole, stand_in = (fill(x, zeros, dtype=torch.bfloat16) for fill in (with_zeros, unread_with_zeros))
+    assert (stand_in.shape, stand_in.dtype) == (whole.shape, whole.dtype)
+    assert stand_in.untyped_storage().nbytes() == stand_in.itemsize
+    factor = torch.randn(whole.shape).bfloat16()
+    ours, theirs = (torch.autograd.grad(found, x, factor)[0] for found in (stand_in, whole))
+    assert torch.equal(ours, theirs) and ours.dtype == torch.float32 and ours.is_contiguous()
 
 
 def test_the_dtype_of_products_and_a_compiled_copy():

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import unite_kernels as uk
 from unite_fast.model import casts as subject
-from unite_fast.model.aligned import Zeros
+from unite_fast.model.aligned import Zeros, with_zeros
 from unite_fast.model.casts import cast_together, one_micro_batch, open_casts
 from unite_fast.model.linear import Linear
 
@@ -173,7 +174,7 @@ def test_a_product_without_its_bias():
     made, x = layer(), torch.randn(7, 12)
     with one_micro_batch("cpu"):
         with autocast():
-            found = open_casts(x).linear(x, made, biased=False)
+            found = open_casts().linear(x, made, biased=False)
             assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
             assert torch.equal(found, F.linear(x, made.weight))
         found.sum().backward()
@@ -212,7 +213,7 @@ def test_pytorchs_linear_serves_elsewhere():
 
     def served(made: Linear) -> bool:
         with torch.no_grad():
-            casts, expected = open_casts(x), F.linear(x.to(made.weight.dtype), made.weight, made.bias)
+            casts, expected = open_casts(), F.linear(x.to(made.weight.dtype), made.weight, made.bias)
             assert torch.allclose(made(x.to(made.weight.dtype)), expected, atol=1e-6)
         return casts is not None and casts.linear(x, made) is not None
 
@@ -225,8 +226,8 @@ def test_pytorchs_linear_serves_elsewhere():
         with autocast():
             assert served(layer())
             assert not served(gathered) and not served(computed) and not served(layer().double())
-            compiled = torch.compile(lambda x: open_casts(x) is None, backend="eager", fullgraph=True)
-            assert compiled(x)
+            compiled = torch.compile(lambda: open_casts() is None, backend="eager", fullgraph=True)
+            assert compiled()
         assert not served(layer())
     with autocast():
         assert not served(layer())
@@ -271,7 +272,7 @@ def test_a_device_is_tried_once(monkeypatch, error):
 
 def test_micro_batches_within_one_another_and_behind_errors():
     with one_micro_batch("cpu"), autocast():
-        outer = open_casts(torch.ones(1))
+        outer = open_casts()
         with pytest.raises(ValueError), one_micro_batch("cpu"):
             assert subject._casts is not outer
             raise ValueError
@@ -292,7 +293,7 @@ def test_a_weight_with_zeros(shape, zeros):
     with one_micro_batch("cpu"):
         for x, factor in zip(inputs, factors):
             with autocast():
-                found = open_casts(x).linear(x, made, zeros, biased=False)
+                found = open_casts().linear(x, made, zeros, biased=False)
             assert found.shape == (7, outputs)
             whole = torch.zeros(outputs, x.shape[1]).index_copy(zeros.dim, places, weight.detach())
             torch.testing.assert_close(found.float(), x.float() @ whole.to(BF16).float().t(), rtol=1e-2, atol=1e-2)
@@ -301,6 +302,28 @@ def test_a_weight_with_zeros(shape, zeros):
     assert weight.grad.shape == shape and weight.grad.is_contiguous() and len(places_of_sums) == 1
     expected = sum(f.float().t() @ x.float() for f, x in zip(factors, inputs)).index_select(zeros.dim, places)
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zeros", [None, Zeros(1)])
+def test_a_weight_in_eight_bits_is_made_once_a_micro_batch(zeros):
+    """With autocast or without, as its products take it."""
+    weight = torch.nn.Parameter(torch.randn(32, 80 if zeros is None else 85))
+    found = []
+    for dtype in (torch.float32, BF16):
+        with one_micro_batch("cpu"):
+            with torch.autocast("cpu", BF16, enabled=dtype is BF16):
+                found.append(open_casts().eight_bits(weight, zeros))
+            assert open_casts().eight_bits(weight, zeros) is found[-1]
+        whole = weight if zeros is None else with_zeros(weight, zeros, dtype=dtype)
+        expected = uk.fp8_quantize(whole.detach(), torch.float8_e4m3fn)
+        for ours, theirs in zip(found[-1], expected, strict=True):
+            assert torch.equal(ours.float(), theirs.float()) and not ours.requires_grad
+        weight.data *= 2
+    assert found[1].scale != found[0].scale
+    kept = [weakref.ref(part) for part in found[1]]
+    del found, ours
+    gc.collect()
+    assert all(part() is None for part in kept)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="such products are CUDA's")

@@ -37,10 +37,10 @@ BLOCK_CASTS, OTHER_CASTS = 2, 3
 # Where SwiGLU's rows are filled up (model/aligned.py): a bias copied with its zeros in every forward; its gradient and
 # two weights' cut out; among the casts two weights and a bias that are not cast with others.
 FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
-# Under train.fp8, whose products cast their operands themselves, in every forward: kernels more of an encoder's and a
-# decoder's block and of a recomputed forward, casts less to keep; where rows are filled up, what their copies launch.
-EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS = 38, 39, 27, -1
-EIGHT_FILLED, EIGHT_FILLED_BACKWARD = 6, 3
+# Under train.fp8, whose products cast their inputs themselves, in every forward: kernels more of an encoder's and a
+# decoder's block and of a recomputed forward, and among the casts three for each weight; where rows are filled up, two
+# weights' copies.
+EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS, EIGHT_FILLED_CASTS = 38, 39, 15, 11, 4
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors
 # by the number of lists that go together.
 BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -80,13 +80,11 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
         decoder_block += EIGHT_DECODER
         recomputed += EIGHT_RECOMPUTED
         block_casts += EIGHT_CASTS
-    if filled and config.train.fp8:
-        block += EIGHT_FILLED + EIGHT_FILLED_BACKWARD
-        recomputed += EIGHT_FILLED
-    elif filled:
-        block += FILLED + FILLED_BACKWARD + FILLED_CASTS
+    if filled:
+        filled_casts = EIGHT_FILLED_CASTS if config.train.fp8 else FILLED_CASTS
+        block += FILLED + FILLED_BACKWARD + filled_casts
         recomputed += FILLED
-        block_casts += FILLED_CASTS
+        block_casts += filled_casts
     reconstruct, flow = (sum(pair) for pair in zip((reconstruct, flow), LATENT_NORM[model.latent_norm], strict=True))
     encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
     casts = model.depth * block_casts + OTHER_CASTS

@@ -29,6 +29,7 @@ from unite_fast.modality import modality_of
 
 # Elements that DeepSpeed's ZeRO 3 keeps gathered at most, its default.
 LIVE_ELEMENTS = 10**9
+EIGHT_BIT_WEIGHT = 2  # bytes an element under train.fp8, which keeps a weight along its rows and along its columns
 # Working tensors of the largest operators beside what autograd keeps, as a share of it. Traced: 0.2 to 2.4 % with the
 # presets, 0.7 to 8 % with two to four blocks, the most where the draws are the peak. LPIPS's are counted where they are
 # more, as on small images.
@@ -47,7 +48,8 @@ class Memory:
         ema: averaged weights.
         frozen: weights that are not trained, LPIPS's network.
         buffers: what gradients are reduced through and ZeRO's slice of the mean, alive from the last backward on.
-        casts, activations: weights in the compute dtype, and what waits for the backward, at the passes' worst moment.
+        casts, activations: weights in the dtype of products, and what waits for the backward, at the passes' worst
+            moment.
         last: casts and activations of the last backward of a step, with which the buffers are alive.
         update: working tensors of the optimizer, or what the updated weights come in behind it.
     """
@@ -153,10 +155,7 @@ def _backward(
     """
     parts = {name: part for name, (part, _) in counted.items()}
     runs = {name: config.objective.chunk if name == "denoise" else 1 for name in parts}
-    kept = {
-        name: pass_activations(part) * times * runs[name] + part.eight_bit_weights
-        for name, (part, times) in counted.items()
-    }
+    kept = {name: pass_activations(part) * times * runs[name] for name, (part, times) in counted.items()}
     casts = {name: _casts(part) for name, part in parts.items()}
     whole, decoder = FP32 * weights.total, FP32 * sum(op.weights for op in parts["decode"].ops)
     rest = sum(size for name, size in kept.items() if name not in ("tokenize", "denoise"))
@@ -231,14 +230,15 @@ def recomputed_activations(part: Part) -> int:
 
 
 def _casts(part: Part) -> int:
-    """Trained weights in bfloat16, kept for the micro-batch.
+    """Trained weights in bfloat16, and under `train.fp8` in eight bits along either side, kept for the micro-batch.
 
-    Those of time embedding and atoms' heads stay float32, and those that go to eight bits do so from float32,
-    in each pass anew (`Part.eight_bit_weights`).
+    Those of time embedding and atoms' heads stay float32.
     """
+    eight = sum(EIGHT_BIT_WEIGHT * op.weights for op in part.ops if part.fp8 and op.fp8)
     if part.width == DTYPE_BYTES["fp32"]:
-        return 0
-    return part.width * sum(op.weights for op in part.ops if op.trained and not (op.wide or part.fp8 and op.fp8))
+        return eight
+    rest = (op.weights for op in part.ops if op.trained and not (op.wide or part.fp8 and op.fp8))
+    return eight + part.width * sum(rest)
 
 
 def _arriving(config: Config, ranks: int, device: Literal["cuda", "cpu"]) -> int:

@@ -3,8 +3,9 @@
 A multiply-add counts as two operations, and only matrix products, attention and convolutions count; a backward pass
 costs one more product for each gradient that is really taken (Linears that read data take none for their input).
 Bytes are what an operator must move: every input read once, every output written once, at the width it is stored in.
-Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an operand is
-read twice and written twice, once along either of its sides (kernels/fp8.py). What a Linear keeps is in eight bits.
+Under `train.fp8` the products that it takes count at the FP8 rate and read eight bits, and before them an input or a
+gradient is read twice and written twice, once along either of its sides (kernels/fp8.py). What a Linear keeps is in
+eight bits. Casts of weights, made once a micro-batch (model/casts.py), belong to no pass and count in none.
 """
 
 from __future__ import annotations
@@ -117,11 +118,6 @@ class Part:
         """Bytes of activations that wait for the backward pass, where no activation is recomputed."""
         return sum(self.kept(op) for op in self.ops)
 
-    @property
-    def eight_bit_weights(self) -> int:
-        """Bytes of weights that each forward pass keeps beside its activations: under `train.fp8`, of its Linears."""
-        return 0 if self.recomputes else sum(op.weights for op in self.ops if self.fp8 and op.fp8)
-
     def kept(self, op: Op) -> int:
         """What one of them keeps, bytes."""
         return op.fp8.saved if self.fp8 and op.fp8 else op.saved
@@ -158,8 +154,7 @@ class Part:
         """Bytes that an operator moves in one forward pass, and those of casts to eight bits before it."""
         if not (fp8 and op.fp8):
             return images * op.forward_bytes + self.width * op.weights, 0.0
-        casts = images * op.fp8.forward_casts + op.weights * (2 * DTYPE_BYTES["fp32"] + 2)
-        return images * op.fp8.forward + op.weights, casts
+        return images * op.fp8.forward + op.weights, images * op.fp8.forward_casts
 
     def _backward(self, op: Op, images: float, fp8: bool) -> tuple[float, float]:
         """Those of its backward pass; a gradient of a weight is read and written in float32."""

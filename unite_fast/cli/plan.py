@@ -292,8 +292,9 @@ def _print_assumptions(
         *(
             [
                 f"train.fp8: {in_fp8:.0%} of the passes' operations in FP8 at {fp8 / 1e12:.0f} of "
-                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts counted; "
-                "MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned in bf16"
+                f"{device.fp8 / 1e12:.0f} TFLOP/s (assumed: the share of the peak that bf16 reaches), casts of "
+                "inputs and gradients counted; MFU stays relative to the bf16 peak; ZeRO 3 refuses FP8 and is planned "
+                "in bf16"
             ]
             if in_fp8
             else []

@@ -50,6 +50,18 @@ class _Aligned(torch.autograd.Function):
         return parts.contiguous().flatten(ctx.zeros.dim, ctx.zeros.dim + 1), None, None
 
 
+class _StandIn(_Aligned):
+    """See `unread_with_zeros`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
+        shape = list(x.shape)
+        width = shape[zeros.dim] // zeros.pieces
+        shape[zeros.dim] = zeros.pieces * aligned(width)
+        ctx.zeros, ctx.width, ctx.dtype = zeros, width, x.dtype
+        return x.new_empty((), dtype=dtype).expand(shape)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast casts a weight to for a product."""
     kind = x.device.type
@@ -68,6 +80,12 @@ def with_zeros(x: Tensor, zeros: Zeros, *, dtype: torch.dtype) -> Tensor:
         x with each piece `aligned`; the gradient, in x's dtype, leaves the zeros out.
     """
     return _Aligned.apply(x, zeros, dtype)
+
+
+def unread_with_zeros(x: Tensor, zeros: Zeros, *, dtype: torch.dtype) -> Tensor:
+    """What stands for `with_zeros`' result where nobody reads its numbers, of which it has none: its shape, dtype and
+    gradient."""
+    return _StandIn.apply(x, zeros, dtype)
 
 
 def without_zeros(x: Tensor, zeros: Zeros, width: int) -> Tensor:

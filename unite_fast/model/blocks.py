@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 import unite_kernels as uk
-from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
+from unite_fast.model.aligned import Zeros, with_zeros
 from unite_fast.model.attention import attend, attend_apart
-from unite_fast.model.casts import cast_together, open_casts
+from unite_fast.model.casts import cast_together
 from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 
@@ -48,20 +46,6 @@ def swiglu_hidden(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
-def _product(linear: nn.Linear, x: Tensor, zeros: Zeros | None, *, biased: bool) -> Tensor:
-    """x Wᵀ, and b where `biased`, in the linear's own way, FP8 maybe, with zeros in its weight."""
-    if zeros is None and biased:
-        return linear(x)
-    own = type(linear) is Linear
-    if own and (casts := open_casts(x)) is not None:
-        if (found := casts.linear(x, linear, zeros, biased=biased)) is not None:
-            return found
-    weight, bias = linear.weight, linear.bias if biased else None
-    if zeros is not None:
-        weight = with_zeros(weight, zeros, dtype=product_dtype(weight))
-    return F.linear(x, weight, bias) if own else functional_call(linear, {"weight": weight, "bias": bias}, (x,))
-
-
 def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
     """Linear, SwiGLU, Linear; on CUDA and in FP8 with `aligned` hidden rows, and the first bias added by SwiGLU."""
     on_matrix_units = x.is_cuda or type(inward) is not Linear
@@ -73,7 +57,7 @@ def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
         # A gate of zero times zero is zero, and so are the rows and columns that it meets.
         rows, columns = Zeros(0, pieces=2), Zeros(1)
         bias = with_zeros(bias, rows, dtype=bias.dtype)
-    return _product(outward, uk.swiglu(_product(inward, x, rows, biased=False), bias), columns, biased=True)
+    return outward(uk.swiglu(inward(x, rows, biased=False), bias), columns)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Linears of a training step under autocast: weights cast once for all passes, gradients added up inside of products.
+"""Linears of a training step: weights cast once for all passes, and under autocast gradients added up in products.
 
 PyTorch's autocast casts the product that is a weight's gradient to float32, and adds that to what other passes have
 given: two launches for each weight and pass, and 20 bytes an element moved. cuBLAS adds a product of bfloat16 matrices
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import unite_kernels as uk
 from unite_fast.model.aligned import Zeros, product_dtype, with_zeros, without_zeros
 
 
@@ -51,7 +52,7 @@ class _Ready(NamedTuple):
 
 
 class Casts:
-    """Weights in the dtype of products, as `one_micro_batch` keeps them for Linears."""
+    """Weights in the dtype of products, and in eight bits, as `one_micro_batch` keeps them for Linears."""
 
     def __init__(self) -> None:
         self.open = True
@@ -59,18 +60,22 @@ class Casts:
         self._ready: dict[tuple[int, Zeros | None, bool], _Ready | None] = {}
         # By id() of a parameter, which a Linear keeps: its cast.
         self._made: dict[int, Tensor] = {}
+        # By id() of a parameter, kept beside it, and zeros.
+        self._eight: dict[tuple[int, Zeros | None], tuple[Tensor, uk.Quantized]] = {}
 
     def close(self) -> None:
         """Let the copies go; gradients that are asked for from here on are none's sums."""
         self.open = False
         self._ready.clear()
         self._made.clear()
+        self._eight.clear()
 
     def linear(
         self, x: Tensor, linear: CastLinear, zeros: Zeros | None = None, *, biased: bool = True
     ) -> Tensor | None:
-        """x Wᵀ + b in autocast's dtype, or None where PyTorch's Linear serves: under ZeRO 3, whose parameters are there
-        in their module's forward alone, where weights are no float32 leaves, and on devices not of `adds_products`.
+        """x Wᵀ + b in autocast's dtype, or None where PyTorch's Linear serves: without autocast, under ZeRO 3, whose
+        parameters are there in their module's forward alone, where weights are no float32 leaves, and on devices not of
+        `adds_products`.
 
         In a backward inside `one_micro_batch` the gradient of W is added to its `grad` in place: there only
         `Tensor.backward` may ask for it, not `torch.autograd.grad`.
@@ -81,11 +86,22 @@ class Casts:
             zeros: where the product's weight has them.
             biased: False leaves b out.
         """
+        if not torch.is_autocast_enabled(x.device.type):
+            return None
         key = id(linear), zeros, biased
         if key not in self._ready:
             self._ready[key] = self._cast(linear, product_dtype(x), zeros, biased)
         ready = self._ready[key]
         return None if ready is None else _apply(x, ready.parameter, ready.bias_parameter, ready)
+
+    @torch.no_grad()
+    def eight_bits(self, weight: Tensor, zeros: Zeros | None) -> uk.Quantized:
+        """A weight in E4M3 for `fp8_linear`, with zeros where it gets some; kept after the first call."""
+        key = id(weight), zeros
+        if key not in self._eight:
+            whole = weight if zeros is None else with_zeros(weight, zeros, dtype=product_dtype(weight))
+            self._eight[key] = weight, uk.fp8_quantize(whole.contiguous(), torch.float8_e4m3fn)
+        return self._eight[key][1]
 
     @torch.no_grad()
     def _cast(self, linear: CastLinear, dtype: torch.dtype, zeros: Zeros | None, biased: bool) -> _Ready | None:
@@ -128,11 +144,9 @@ def one_micro_batch(device: str) -> Iterator[None]:
         _casts = before
 
 
-def open_casts(x: Tensor) -> Casts | None:
-    """Those of the `one_micro_batch` around, if autocast is on; None for torch.compile, which places casts itself."""
-    if torch.compiler.is_compiling() or _casts is None or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return _casts
+def open_casts() -> Casts | None:
+    """Those of the `one_micro_batch` around; None for torch.compile, which places casts itself."""
+    return None if torch.compiler.is_compiling() else _casts
 
 
 class _CastProduct(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
 from unite_fast.model.casts import CastLinear, open_casts
 from unite_kernels.cpu import cpuinfo, matmul, multiplies, sees_plainly
 from unite_kernels.dispatch import transformed
@@ -24,15 +25,17 @@ from unite_kernels.dispatch import transformed
 class Linear(CastLinear):
     """x Wᵀ + b, on CPUs by the fastest library; under autocast in a training step as `Casts.linear` says."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, zeros: Zeros | None = None, *, biased: bool = True) -> Tensor:
+        """x Wᵀ, and b where `biased`; with `zeros` in the weight, x or the result have more columns."""
         # The compiler, whose products Inductor chooses, must not look further.
-        if x.is_cpu and not torch.compiler.is_compiling() and prefers_onednn():
+        if x.is_cpu and zeros is None and biased and not torch.compiler.is_compiling() and prefers_onednn():
             tensors = (x, self.weight, self.bias)
             if x.numel() and not torch.is_autocast_enabled("cpu") and sees_plainly(*tensors):
                 return _OneDnnLinear.apply(*tensors)
-        if (casts := open_casts(x)) is not None and (found := casts.linear(x, self)) is not None:
+        if (casts := open_casts()) is not None and (found := casts.linear(x, self, zeros, biased=biased)) is not None:
             return found
-        return super().forward(x)
+        weight = self.weight if zeros is None else with_zeros(self.weight, zeros, dtype=product_dtype(self.weight))
+        return F.linear(x, weight, self.bias if biased else None)
 
 
 @functools.cache
