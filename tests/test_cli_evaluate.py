@@ -25,11 +25,11 @@ from test_perceptual import weights as lpips_weights
 from unite_fast.cli.evaluate import _Session
 from unite_fast.engine.world import World
 from unite_fast.evaluation import evaluator as evaluator_module
-from unite_fast.evaluation.evaluator import Plan
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
 from unite_fast.evaluation.inception import Inception
+from unite_fast.evaluation.plan import Plan
 from unite_fast.flow.sampling import generate
 from unite_fast.objective.perceptual import Lpips
 from unite_fast.weights import file_hash

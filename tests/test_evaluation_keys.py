@@ -13,8 +13,9 @@ from cli_toy import CONFIG, picture, toy_model
 from unite_fast.data.reader import FileReader
 from unite_fast.data.source import open_images
 from unite_fast.engine.world import World
-from unite_fast.evaluation.evaluator import Evaluator, Plan
+from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.held_out import HeldOut
+from unite_fast.evaluation.plan import Plan
 from unite_fast.evaluation.work import digest
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

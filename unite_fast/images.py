@@ -17,8 +17,8 @@ from unite_fast.engine.batch import Batch
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.report import Report, absent_of_evaluation, files_of_evaluation
 from unite_fast.engine.world import World
-from unite_fast.evaluation.evaluator import Plan
 from unite_fast.evaluation.files import Files
+from unite_fast.evaluation.plan import Plan
 from unite_fast.modality import Inputs
 from unite_fast.model.unite import Unite
 from unite_fast.objective.perceptual import absent_weights

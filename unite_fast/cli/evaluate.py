@@ -17,7 +17,8 @@ from unite_fast.errors import UserError
 if TYPE_CHECKING:
     from unite_fast.config import Config
     from unite_fast.engine.world import World
-    from unite_fast.evaluation.evaluator import Evaluator, Plan
+    from unite_fast.evaluation.evaluator import Evaluator
+    from unite_fast.evaluation.plan import Plan
     from unite_fast.importing import Trained
 
 PATHS = ("data", "train_data", "reference", "inception")  # strings in a plan, as in a configuration
@@ -263,7 +264,7 @@ class _Session:
         return "gfid" if "gfid" in self.evaluator.plan.metrics else "frechet_pca"
 
     def _check_search(self, count: int) -> None:
-        from unite_fast.evaluation.evaluator import check_balance
+        from unite_fast.evaluation.plan import check_balance
 
         if not {"gfid", "small"}.intersection(self.evaluator.plan.metrics):
             raise UserError("--search needs a score: put gfid (or small) among --metrics")
@@ -334,7 +335,7 @@ def _typed(context: typer.Context, **parsed: Any) -> dict[str, Any]:
 
 def _plan(config: Config | None, world: World, **given: Any) -> Plan:
     """What the command line says, and what the configuration says where it is silent."""
-    from unite_fast.evaluation.evaluator import Plan, plan_of
+    from unite_fast.evaluation.plan import Plan, plan_of
 
     metrics = given.pop("metrics")
     base = Plan(metrics or ()) if config is None else plan_of(config, world.device, metrics)

@@ -17,9 +17,10 @@ from unite_fast.data.loader import load_images
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.evaluator import Evaluator, Plan, plan_of
+from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.files import Files, absent_files, check_files
 from unite_fast.evaluation.generation import draw, encode
+from unite_fast.evaluation.plan import Plan, plan_of
 from unite_fast.evaluation.protocol import FOLDER, WORK
 from unite_fast.evaluation.record import about_model, default_name, write_record
 from unite_fast.evaluation.work import Work

@@ -12,7 +12,7 @@ from unite_fast.evaluation.reference import Reference, absent_reference, read_re
 from unite_fast.objective.perceptual import Lpips, absent_weights
 
 if TYPE_CHECKING:
-    from unite_fast.evaluation.evaluator import Plan
+    from unite_fast.evaluation.plan import Plan
 
 INCEPTION_OF_GENERATED = frozenset({"gfid", "is", "kid", "precision", "recall"})
 INCEPTION = INCEPTION_OF_GENERATED | {"rfid"}
