@@ -22,18 +22,18 @@ from ranks import torchrun
 from safetensors.torch import load_file, save_file
 from test_perceptual import weights as lpips_weights
 
-from unite_fast.cli.evaluate import _Session
+from unite_fast.cli.evaluating import Session
 from unite_fast.engine.world import World
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
 from unite_fast.evaluation.frechet import gaussian_statistics
-from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
+from unite_fast.evaluation.generation import LABEL_STREAM, SAMPLE_STREAM, TOKENIZE_STREAM, to_bytes
 from unite_fast.evaluation.inception import Inception
 from unite_fast.evaluation.plan import Plan
 from unite_fast.flow.sampling import generate
 from unite_fast.objective.perceptual import Lpips
 from unite_fast.weights import file_hash
-from unite_kernels import philox_normal
+from unite_kernels import philox_normal, philox_uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT, HELD_OUT, SIDE = 12, 11, 16
@@ -84,13 +84,19 @@ def features(inception, held_out):
     return inception(held_out)[0], *inception(to_bytes(drawn()))
 
 
-def drawn(count=COUNT, **changes):
+def drawn(count=COUNT, labels=None, seed=0, **changes):
     """The same images one by one, through the library alone."""
     model, images = toy_model(), []
     for index in range(count):
-        noise = philox_normal((16, 4), 0, 0, SAMPLE_STREAM, draws=1, first_draw=index)
-        images.append(generate(model, torch.tensor([index % 3]), noise=noise, **SETTINGS | changes))
+        noise = philox_normal((16, 4), seed, 0, SAMPLE_STREAM, draws=1, first_draw=index)
+        label = index % 3 if labels is None else labels[index]
+        images.append(generate(model, torch.tensor([label]), noise=noise, **SETTINGS | changes))
     return torch.cat(images)
+
+
+def random_labels(count, seed):
+    """One by one: of 3 classes."""
+    return [int(3 * philox_uniform((), seed, 0, LABEL_STREAM, first_draw=index)) for index in range(count)]
 
 
 def apart(a, b):
@@ -223,6 +229,19 @@ def test_images_are_kept_if_asked_for(files, tmp_path):
     assert kept.shape == expected.shape and np.abs(kept.astype(int) - expected).max() <= 1
 
 
+def test_labels_at_random_are_those_of_seed_and_number(files, tmp_path, capsys):
+    """Any count serves then, and pieces of any size hold the same images."""
+    record = evaluate(files, "--label-sampling", "random", "--seed", 1, "--save-images", tmp_path / "png", metrics="is",
+                      name="random", count=13)  # fmt: skip
+    assert "13 images, of classes drawn at random; heun" in capsys.readouterr().out
+    generation, labels = record["protocol"]["generation"], random_labels(13, seed=1)
+    assert generation["label_sampling"] == "random" and "per_class" not in generation
+    pictures = sorted((tmp_path / "png").glob("*.png"))
+    assert [path.name for path in pictures] == [f"{i:06d}_class{label:04d}.png" for i, label in enumerate(labels)]
+    expected = to_bytes(drawn(13, labels, seed=1)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.stack([read(path) for path in pictures]).astype(int) - expected).max() <= 1
+
+
 def test_images_are_drawn_again_for_a_folder_that_lacks_them(files, tmp_path):
     """An evaluation that was killed before its record, then begun again with another folder for its images."""
     with pytest.MonkeyPatch.context() as patch:
@@ -247,7 +266,7 @@ def test_every_option_reaches_the_measurement(files, ask, tmp_path):
 
 def test_every_option_reaches_the_search(files, monkeypatch):
     asked = []
-    monkeypatch.setattr(_Session, "go", lambda self, trained, *given: asked.append(given))
+    monkeypatch.setattr(Session, "go", lambda self, trained, *given: asked.append(given))
     assert run("evaluate", files / "model", "--search", "guidance") == 0
     options = ["--search", "guidance", "--search-count", 9, "--search-values", "1,2", "--name", "n"]
     assert run("evaluate", files / "model", *options) == run("evaluate", files / "model") == 0
@@ -256,7 +275,7 @@ def test_every_option_reaches_the_search(files, monkeypatch):
 
 def test_without_metrics_those_are_measured_that_the_files_allow(tmp_path):
     def chosen(**files):
-        session = _Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)
+        session = Session(tmp_path, Plan((), **files), World(0, 1, 0, torch.device("cpu")), {}, "ema", None)
         return session._complete(None)
 
     assert chosen(data="val").metrics == ("psnr", "ssim", "l1")
@@ -311,10 +330,11 @@ def test_pieces_of_another_folder_with_the_same_names_are_not_taken(files, tmp_p
 
 
 def test_two_ranks_make_the_same_numbers(files):
-    alone = evaluate(files, metrics="is,psnr", name="alone")
+    """Labels drawn at random among them."""
+    alone = evaluate(files, "--label-sampling", "random", metrics="is,psnr", name="alone")
     torchrun(["-m", "unite_fast", "evaluate", files / "model", "--metrics", "is,psnr", "--count", str(COUNT),
-              "--batch", "5", "--inception", files / "inception.pth", "--data", files / "val", "--name", "ranks",
-              "--device", "cpu"])  # fmt: skip
+              "--label-sampling", "random", "--batch", "5", "--inception", files / "inception.pth",
+              "--data", files / "val", "--name", "ranks", "--device", "cpu"])  # fmt: skip
     ranks = json.loads((files / "model" / "evaluations" / "ranks.json").read_text())
     assert ranks["protocol"]["environment"]["ranks"] == 2
     assert ranks["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)

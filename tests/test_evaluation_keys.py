@@ -13,9 +13,11 @@ from cli_toy import CONFIG, picture, toy_model
 from unite_fast.data.reader import FileReader
 from unite_fast.data.source import open_images
 from unite_fast.engine.world import World
+from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluator import Evaluator
+from unite_fast.evaluation.generation import labels_of
 from unite_fast.evaluation.held_out import HeldOut
-from unite_fast.evaluation.plan import Plan
+from unite_fast.evaluation.plan import Plan, check_count
 from unite_fast.evaluation.work import digest
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -50,6 +52,7 @@ def test_generated_images_are_known_by_all_that_makes_them():
     assert of_generated() == of_generated(replace(plan, count=15)), "more images go on from fewer"
     changed = [
         of_generated(replace(plan, seed=1)), of_generated(replace(plan, batch=5)),
+        of_generated(replace(plan, label_sampling="random")),
         of_generated(replace(plan, precision="bf16")), of_generated(about={"sha256": "other"}),
         of_generated(inception="other"), of_generated(sizes=CONFIG.model_copy(update={"image_size": 32})),
         *(
@@ -97,3 +100,26 @@ def test_few_held_out_images_are_spread_over_all(folder):
     assert held_out(folder).chosen == held_out(folder, limit=9).chosen == list(range(7))
     assert held_out(folder, limit=3).chosen == [0, 2, 4] and held_out(folder, limit=1).chosen == [0]
     assert held_out(folder, limit=6).chosen == [0, 1, 2, 3, 4, 5]
+
+
+def test_counts_that_do_not_serve_the_metrics_are_refused():
+    def refusal(count, metrics, label_sampling="balanced"):
+        with pytest.raises(UserError) as error:
+            check_count(Plan(metrics, label_sampling=label_sampling), count, 3, metrics)
+        return str(error.value)
+
+    assert refusal(10, ("is",)).startswith("10 images do not balance 3 classes: take 9 or 12 (--count")
+    check_count(Plan(("is",), label_sampling="random"), 10, 3, ("is",))
+    once = "small-data metrics need at least 2 generated images a class, and 3 images give class 0 only 1: take more"
+    assert refusal(3, ("small",)).startswith(once)
+    counts = torch.bincount(labels_of(0, 5, 3, sampling="random", seed=0), minlength=3)
+    assert f"5 images give class {int(counts.argmin())} only {int(counts.min())}" in refusal(5, ("small",), "random")
+
+
+def test_labels_at_random_depend_on_seed_and_number_and_reach_every_class_alike():
+    whole = labels_of(0, 30_000, 10, sampling="random", seed=3)
+    pieces = [labels_of(first, first + 7, 10, sampling="random", seed=3) for first in (0, 7, 14)]
+    assert torch.equal(torch.cat(pieces), whole[:21])
+    assert not torch.equal(labels_of(0, 30_000, 10, sampling="random", seed=4), whole)
+    counts = torch.bincount(whole, minlength=10)
+    assert len(counts) == 10 and 5 * 52 > (counts - 3000).abs().max() > 0, "five standard deviations of 52"

@@ -160,7 +160,10 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatc
 
 
 def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
-    pictures = Pictures(tmp_path / "png", 3)
+    def labels(first, stop):
+        return torch.arange(first, stop) % 3
+
+    pictures = Pictures(tmp_path / "png", labels)
     pictures.begin("one")
     pictures.save(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), first=3)
     pictures.begin("one")
@@ -169,4 +172,4 @@ def test_pictures_of_an_evaluation_begun_before_stay(tmp_path):
     assert not pictures.hold(3, 4)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        Pictures(tmp_path / "file", 3).begin("one")
+        Pictures(tmp_path / "file", labels).begin("one")

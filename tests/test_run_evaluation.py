@@ -18,7 +18,11 @@ from unite_fast.config import Config
 from unite_fast.engine import checkpoint, loop
 from unite_fast.engine.loop import train
 from unite_fast.errors import UserError
+from unite_fast.evaluation.generation import LABEL_STREAM
+from unite_fast.evaluation.plan import plan_of
 from unite_fast.evaluation.protocol import weights_hash
+from unite_fast.evaluation.small_data import SmallDataJudge
+from unite_kernels import philox_uniform
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -77,6 +81,28 @@ def test_search_chooses_average_and_guidance_and_measures_with_them(trained, cap
     assert (trained / "evaluations" / "searched_guidance.png").stat().st_size > 1000
     assert "ema_decay 0.5  frechet_pca" in capsys.readouterr().out
     assert not (trained / "evaluations" / ".work").exists()
+
+
+def test_small_metrics_judge_each_image_by_the_class_it_was_drawn_as(trained, monkeypatch):
+    judged = []
+
+    def judge(self, images, labels):
+        judged.append(labels.tolist())
+        return {"class_accuracy": 1.0}
+
+    monkeypatch.setattr(SmallDataJudge, "judge", judge)
+    options = ["--metrics", "small", "--count", 11, "--label-sampling", "random", "--name", "random"]
+    assert run("evaluate", trained, *options) == 0
+    assert judged == [[int(2 * philox_uniform((), 0, 0, LABEL_STREAM, first_draw=index)) for index in range(11)]]
+
+
+def test_a_configuration_chooses_how_labels_are_drawn(tmp_path):
+    def plan(**evaluation):
+        return plan_of(config(tmp_path, evaluation=evaluation), torch.device("cpu"))
+
+    assert plan().label_sampling == "balanced" and plan(label_sampling="random").label_sampling == "random"
+    with pytest.raises(UserError, match="evaluation.label_sampling: Input should be 'balanced' or 'random'"):
+        plan(label_sampling="uniform")
 
 
 def pixels(folder):

@@ -331,11 +331,12 @@ class EvaluationConfig(Section):
     """What is measured at the end of a run and every so often."""
 
     every: PositiveInt | None = Field(None, description="optimizer steps between sample and reconstruction sheets; null: only at the end")
-    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class that small-data metrics judge, measured whenever metrics are; 0 turns them off. Beside gfid, is, kid, precision or recall they judge those of count")
+    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class (with random labels: on average) that small-data metrics judge, measured whenever metrics are; 0 turns them off. Beside gfid, is, kid, precision or recall they judge those of count")
     reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics and rfid, kid, precision, recall use, at most")
     metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="measured at the end beside psnr, ssim and l1, as unite-fast evaluate does")
     metrics_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="epochs between such measurements during training; null: only at the end")
-    count: PositiveInt = Field(50_000, description="generated images of these metrics, a multiple of model.num_classes")
+    count: PositiveInt = Field(50_000, description="generated images of these metrics; balanced labels need a multiple of model.num_classes")
+    label_sampling: Literal["balanced", "random"] = Field("balanced", description="labels of generated images that metrics judge: exactly as many of each class, or drawn uniformly at random from the seed and the image's number")
     reference: LocalPath | None = Field(None, description="mu/sigma file of the training images for gfid, .npz; unite-fast reference makes one")
     inception: LocalPath | None = Field(None, description="Inception-v3 weights of the FID layout, pt_inception-2015-12-05-6726825d.pth")
     sheet_classes: PositiveInt = Field(10, description="classes (rows) on the sample sheet")

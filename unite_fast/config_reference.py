@@ -44,11 +44,11 @@ ABLATIONS = """
 | noise before the decoder | `objective.decoder_noise` |
 | law of flow times, weighting of the flow loss | `objective.time_law`, `objective.weighting` |
 | solver, guidance and its interval | `sampling.solver`, `sampling.guidance`, `sampling.interval` |
+| class balance in evaluation | `evaluation.label_sampling` |
 
 What is not the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
 number of patches) trains, samples and is evaluated like it, and cannot be exported under the published names. Not here:
-evaluation with labels drawn at random (classes are always balanced), and adversarial fine-tuning of the decoder. The
-paper's analyses of trained models are [`unite-fast analyze`](analysis.md).
+adversarial fine-tuning of the decoder. The paper's analyses of trained models are [`unite-fast analyze`](analysis.md).
 """
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unite_fast.cli.console import Device, DeviceOption, Which, out, plain, warn
+from unite_fast.cli.console import Device, DeviceOption, Which
+from unite_fast.cli.evaluating import Search, Session
 from unite_fast.cli.sample import Solver, _interval, _require_finite, run_folder
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
     from unite_fast.config import Config
     from unite_fast.engine.world import World
-    from unite_fast.evaluation.evaluator import Evaluator
     from unite_fast.evaluation.plan import Plan
-    from unite_fast.importing import Trained
 
 PATHS = ("data", "train_data", "reference", "inception")  # strings in a plan, as in a configuration
 OF_EVERY_MODALITY = ("run", "weights", "ema_decay", "device")  # options that choose the weights and where to compute
@@ -34,11 +32,11 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-class Search(StrEnum):
-    """What a search chooses before the full count is drawn."""
+class LabelSampling(StrEnum):
+    """How the classes of generated images are chosen."""
 
-    guidance = "guidance"
-    ema = "ema"
+    balanced = "balanced"
+    random = "random"
 
 
 def evaluate(
@@ -58,6 +56,13 @@ def evaluate(
             "--samples",
             help="Generated images, a multiple of the classes, or molecules. Default: the configuration's, or 50,000.",
             min=1,
+        ),
+    ] = None,
+    label_sampling: Annotated[
+        LabelSampling | None,
+        typer.Option(
+            help="balanced: exactly as many images of each class; random: classes drawn uniformly, any --count. "
+            "Default: the configuration's, or balanced."
         ),
     ] = None,
     reference: Annotated[
@@ -162,146 +167,15 @@ def evaluate(
             return
         config = run_config(run)
         plan = _plan(
-            config, world, metrics=wanted, count=count, seed=seed, batch=batch, precision=precision, data=data,
-            data_count=data_count, train_data=train, reference=reference, inception=inception, vgg=vgg, linear=linear,
-            save_images=save_images,
+            config, world, metrics=wanted, count=count, label_sampling=label_sampling and label_sampling.value,
+            seed=seed, batch=batch, precision=precision, data=data, data_count=data_count, train_data=train,
+            reference=reference, inception=inception, vgg=vgg, linear=linear, save_images=save_images,
         )  # fmt: skip
         chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps}
-        session = _Session(run, plan, world, chosen, weights.value, ema_decay)
+        session = Session(run, plan, world, chosen, weights.value, ema_decay)
         session.go(trained, searches, search_count or SEARCH_COUNT, strengths, name)
     finally:
         leave_world()
-
-
-@dataclass
-class _Session:
-    """One call: the searches, then the measurement, then the record."""
-
-    run: Path
-    plan: Plan
-    world: World
-    chosen: dict[str, Any]  # sampling settings given on the command line
-    weights: str
-    ema_decay: float | None
-
-    def go(
-        self,
-        trained: Trained,
-        searches: list[Search],
-        search_count: int,
-        strengths: list[float] | None,
-        name: str | None,
-    ) -> None:
-        from unite_fast.evaluation.evaluator import Evaluator
-        from unite_fast.evaluation.protocol import FOLDER, WORK
-        from unite_fast.evaluation.record import default_name, write_record
-        from unite_fast.evaluation.work import Work
-
-        began = time.monotonic()
-        self.evaluator: Evaluator = Evaluator(self._complete(trained), trained.config, self.world, trained.class_names)
-        self.folder = run_folder(self.run) / FOLDER
-        self.work = Work(self.folder / WORK, self.world)
-        self.tables: dict[str, list[dict[str, float]]] = {}
-        sampling = self._sampling(trained)
-        if searches:
-            self._check_search(search_count)
-        if Search.ema in searches:
-            self.ema_decay = self._best_decay(sampling, search_count)
-            trained = self._open(self.ema_decay)
-        model, about = self._build(trained)
-        if Search.guidance in searches:
-            sampling = self._best_guidance(model, about, sampling, search_count, strengths)
-        found = self.evaluator.measure(model, about, sampling, self.work)
-        if self.world.is_main:
-            protocol = found.protocol
-            protocol["environment"]["seconds"] = round(time.monotonic() - began, 1)
-            if searches:
-                over = [str(what) for what in searches]
-                protocol["search"] = {"by": self._objective(), "count": search_count, "over": over}
-            path = self.folder / f"{name or default_name(protocol)}.json"
-            write_record(path, found.metrics, protocol, self.tables)
-            if Search.guidance in searches:
-                from unite_fast.evaluation.search import search_curve
-
-                about_score = f"{self._objective()} of {search_count} images"
-                search_curve(self.tables["guidance"], about_score, path.with_name(f"{path.stem}_guidance.png"))
-            self.work.discard()
-            _show(found.metrics, protocol, self.tables, path)
-        self.world.barrier()
-
-    def _open(self, ema_decay: float | None) -> Trained:
-        from unite_fast.importing import open_trained
-
-        return open_trained(self.run, weights=self.weights, ema_decay=ema_decay)
-
-    def _complete(self, trained: Trained) -> Plan:
-        """The plan, with the metrics that its files allow where none were named."""
-        if self.plan.metrics:
-            return self.plan
-        found = [*(("gfid",) if self.plan.reference else ()), *(("is",) if self.plan.inception else ())]
-        if self.plan.data:
-            found += ["psnr", "ssim", "l1", *(("rfid",) if self.plan.inception else ())]
-        if not found:
-            raise UserError(
-                f"nothing says what to measure of {trained.origin}: give --metrics, or files that metrics need "
-                f"(--inception and --reference, --data)"
-            )
-        return replace(self.plan, metrics=tuple(found))
-
-    def _sampling(self, trained: Trained) -> dict[str, Any]:
-        defaults = trained.sampling
-        own = {name: getattr(defaults, name) for name in ("guidance", "interval", "solver", "steps")}
-        given = {name: value for name, value in self.chosen.items() if value is not None}
-        return own | given | {"time_shift": trained.time_shift}
-
-    def _build(self, trained: Trained):
-        """The network on its device, and what the protocol says of it."""
-        from unite_fast.evaluation.record import about_model
-
-        return trained.build(self.world.device), about_model(trained.state, trained.origin, trained.made_by)
-
-    def _objective(self) -> str:
-        return "gfid" if "gfid" in self.evaluator.plan.metrics else "frechet_pca"
-
-    def _check_search(self, count: int) -> None:
-        from unite_fast.evaluation.plan import check_balance
-
-        if not {"gfid", "small"}.intersection(self.evaluator.plan.metrics):
-            raise UserError("--search needs a score: put gfid (or small) among --metrics")
-        check_balance(count, self.evaluator.sizes.num_classes, "--search-count")
-
-    def _score(self, model, about, sampling, count: int) -> float:
-        metrics = ("gfid",) if self._objective() == "gfid" else ("small",)
-        found = self.evaluator.measure(model, about, sampling, self.work, metrics=metrics, count=count)
-        return float(found.metrics[self._objective()])
-
-    def _best_decay(self, sampling: dict[str, Any], count: int) -> float:
-        from unite_fast.engine import checkpoint
-        from unite_fast.importing import find_checkpoint
-
-        decays = checkpoint.ema_decays(checkpoint.read_state(find_checkpoint(self.run)))
-        if len(decays) < 2:
-            raise UserError(f"{self.run} keeps one average only: optimizer.ema_decays keeps several to choose from")
-        rows = self.tables["ema"] = []
-        for decay in decays:
-            model, about = self._build(self._open(decay))
-            rows.append({"ema_decay": decay, "score": self._score(model, about, sampling, count)})
-            self._tell(rows[-1])
-        return min(rows, key=lambda row: row["score"])["ema_decay"]
-
-    def _best_guidance(self, model, about, sampling, count: int, strengths: list[float] | None) -> dict[str, Any]:
-        from unite_fast.evaluation.search import GuidanceSearch
-
-        search = GuidanceSearch(
-            lambda settings: self._score(model, about, settings, count), sampling, told=self._tell
-        )
-        self.tables["guidance"] = search.rows
-        return search.sweep(strengths) if strengths else search.adapt()
-
-    def _tell(self, row: dict[str, float]) -> None:
-        if self.world.is_main:
-            settings = "  ".join(f"{key} {value:g}" for key, value in row.items() if key != "score")
-            out().print(f"{settings}  {self._objective()} {row['score']:.5g}", markup=False)
 
 
 def _require_place(run: Path) -> None:
@@ -365,26 +239,3 @@ def _numbers(text: str) -> list[float]:
     if not found or any(not 0 <= value < float("inf") for value in found):
         raise UserError(f"--search-values {text!r} are not non-negative numbers with commas between, such as 1,1.5,2")
     return found
-
-
-def _show(metrics: dict[str, Any], protocol: dict[str, Any], tables: dict[str, Any], path: Path) -> None:
-    from rich.table import Table
-
-    for warning in protocol["warnings"]:
-        warn(warning)
-    model, generation = protocol["model"], protocol.get("generation")
-    step = "" if model.get("step") is None else f", step {model['step']}"
-    title = f"{model['origin']}{step}, {model['weights']} weights"
-    table = Table(title=plain(title), title_justify="left", show_header=False)
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
-    out().print(table)
-    if generation:
-        low, high = generation["interval"]
-        out().print(
-            f"{generation['count']} images, {generation['per_class']} a class; {generation['solver']}, "
-            f"{generation['steps']} steps, guidance {generation['guidance']:g} between {low:g} and {high:g}, seed "
-            f"{generation['seed']}, {generation['precision']}",
-            markup=False,
-        )  # fmt: skip
-    out().print(f"with all that made it in {path}", markup=False, soft_wrap=True)

@@ -24,10 +24,10 @@ from unite_fast.errors import UserError
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall, score_splits
 from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, check_files
 from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
-from unite_fast.evaluation.generation import Pictures, balanced_labels, draw, to_bytes
+from unite_fast.evaluation.generation import Pictures, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
 from unite_fast.evaluation.inception import FEATURES
-from unite_fast.evaluation.plan import Plan, check_balance, check_metrics
+from unite_fast.evaluation.plan import Plan, check_count, check_metrics
 from unite_fast.evaluation.protocol import DEFINITIONS, environment, names_hash
 from unite_fast.evaluation.reconstruction import require_finite, summarise
 from unite_fast.evaluation.small_data import SmallDataJudge
@@ -57,7 +57,8 @@ class Evaluator:
         files: what `check_files` read for this plan, where it was called before; None reads them.
 
     Raises:
-        UserError: an unknown metric, one whose files are not given, missing or wrong, classes that cannot be balanced.
+        UserError: an unknown metric, one whose files are not given, missing or wrong, a count that does not serve the
+            metrics.
     """
 
     def __init__(
@@ -78,9 +79,7 @@ class Evaluator:
         if "ssim" in wanted and sizes.image_size < SSIM_WINDOW:
             raise UserError(f"ssim needs images of {SSIM_WINDOW} pixels a side, these have {sizes.image_size}")
         if self._of_generated or "small" in wanted or plan.save_images:
-            check_balance(plan.count, sizes.num_classes)
-        if "is" in wanted:
-            score_splits(plan.count)
+            check_count(plan, plan.count, sizes.num_classes, wanted)
         self.held_out = None
         if self._of_pairs or self._of_real:
             if plan.data is None:
@@ -131,7 +130,7 @@ class Evaluator:
         count = self.plan.count if count is None else count
         pictures = None
         if metrics is None and self.plan.save_images:
-            pictures = Pictures(self.plan.save_images, self.sizes.num_classes)
+            pictures = Pictures(self.plan.save_images, self._labels)
         with self._on_device(model) as device:
             generated = self._generated(model, device, about, sampling, work, wanted, count, pictures)
             held_out = self._held_out(model, device, about, work, wanted)
@@ -176,7 +175,7 @@ class Evaluator:
         too_strong = f"; or guidance {w:g} is too strong, lower it" if w > 1 else ""
 
         def make(first: int, stop: int) -> dict[str, Tensor]:
-            labels = balanced_labels(first, stop, self.sizes.num_classes)
+            labels = self._labels(first, stop)
             with self._autocast(device):
                 images = draw(model, labels, sampling, seed=plan.seed, first=first)
             require_finite(images, "generated images", too_strong)
@@ -189,13 +188,17 @@ class Evaluator:
             return made | ({"images": pixels} if keep_images else {})
 
         key = self._key("generated", about) | {
-            "sampling": sampling, "inception": self.inception.sha256 if with_features else None, "images": keep_images,
+            "labels": plan.label_sampling, "sampling": sampling, "images": keep_images,
+            "inception": self.inception.sha256 if with_features else None,
         }  # fmt: skip
         if pictures is None:
             return work.gather("generating", key, count, plan.batch, make)
         if self.world.is_main:
             pictures.begin(digest(key | {"count": count}))
         return work.gather("generating", key, count, plan.batch, make, kept=pictures.hold)
+
+    def _labels(self, first: int, stop: int) -> Tensor:
+        return self.plan.labels(first, stop, self.sizes.num_classes)
 
     def _held_out(self, model, device, about, work, wanted) -> dict[str, Tensor] | None:
         """See `HeldOut.measure`."""
@@ -250,10 +253,12 @@ class Evaluator:
         network = {"seed": plan.seed, "precision": plan.precision}
         sections: dict[str, Any] = {}
         if self._of_generated.intersection(wanted) or "small" in wanted:
+            balanced = plan.label_sampling == "balanced"
             sections["generation"] = {
-                "count": count, "classes": classes, "per_class": count // classes, **network, **sampling,
-                "interval": list(sampling["interval"]), "normalised": True, "pixels": "uint8, rounded",
-                "image_size": self.sizes.image_size,
+                "count": count, "classes": classes,
+                **({"per_class": count // classes} if balanced else {"label_sampling": plan.label_sampling}),
+                **network, **sampling, "interval": list(sampling["interval"]), "normalised": True,
+                "pixels": "uint8, rounded", "image_size": self.sizes.image_size,
             }  # fmt: skip
             if sampling["solver"] == "dopri5":  # whose steps adapt to the batch as a whole
                 sections["generation"]["batch"] = min(plan.batch, work.patience.limit or plan.batch)

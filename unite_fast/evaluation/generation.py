@@ -6,8 +6,9 @@ Shapes: n images, K registers, D latent channels.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from unite_fast.flow import sampling
 from unite_fast.model.unite import Unite
 from unite_fast.pictures import save_png
 from unite_fast.weights import write_text
-from unite_kernels import philox_normal
+from unite_kernels import philox_normal, philox_uniform
 
 STAMP = ".evaluation"  # in a folder of pictures: which evaluation they belong to
 PICTURE = re.compile(r"\d{6,}_class\d{4,}\.png")
-SAMPLE_STREAM, TOKENIZE_STREAM = 0, 1  # of the counter-based generator
+SAMPLE_STREAM, TOKENIZE_STREAM = 0, 1  # of the counter-based generator; 2 is analysis.activations'
+LABEL_STREAM = 3
 
 
 def draw(model: Unite, labels: Tensor, settings: dict[str, Any], *, seed: int, first: int) -> Tensor:
@@ -66,9 +68,22 @@ def register_noise(model: Unite, count: int, *, seed: int, stream: int, first: i
     return philox_normal(shape, seed, 0, stream, draws=count, first_draw=first, device=device)
 
 
-def balanced_labels(first: int, stop: int, num_classes: int) -> Tensor:
-    """[stop − first] int64: image i is of class i mod num_classes, so a multiple of it is exactly balanced."""
-    return torch.arange(first, stop) % num_classes
+def labels_of(
+    first: int, stop: int, num_classes: int, *, sampling: Literal["balanced", "random"], seed: int
+) -> Tensor:
+    """Classes of images number first … stop − 1: [stop − first] int64.
+
+    Args:
+        sampling: balanced makes image i one of class i mod num_classes, so that a multiple of it is exactly balanced;
+            random draws each class with equal probability.
+        seed: of that draw, in which the class of image i depends on (seed, i) alone.
+    """
+    if sampling == "balanced":
+        return torch.arange(first, stop) % num_classes
+    # On the CPU wherever the model is: rank 0 counts the classes and names the pictures before any is drawn. In
+    # float64 the product of a number below 1 stays below num_classes.
+    uniform = philox_uniform((), seed, 0, LABEL_STREAM, draws=stop - first, first_draw=first, device="cpu")
+    return (uniform.double() * num_classes).long()
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -81,15 +96,16 @@ class Pictures:
 
     Args:
         folder: made if missing.
-        num_classes: the images are labelled as by `balanced_labels`.
+        labels: first, stop -> classes [stop − first] of images number first … stop − 1.
     """
 
-    def __init__(self, folder: Path, num_classes: int):
-        self.folder, self._classes = folder, num_classes
+    def __init__(self, folder: Path, labels: Callable[[int, int], Tensor]):
+        self.folder, self._labels = folder, labels
 
-    def path(self, index: int) -> Path:
-        """Of image number `index`."""
-        return self.folder / f"{index:06d}_class{index % self._classes:04d}.png"
+    def paths(self, first: int, stop: int) -> list[Path]:
+        """Of images number first … stop − 1."""
+        labels = self._labels(first, stop).tolist()
+        return [self.folder / f"{index:06d}_class{label:04d}.png" for index, label in enumerate(labels, start=first)]
 
     def begin(self, evaluation: str) -> None:
         """Delete the pictures of another evaluation; those of this one, begun before, stay. For one rank.
@@ -117,9 +133,9 @@ class Pictures:
         Raises:
             UserError: a path that cannot be written.
         """
-        for index, image in enumerate(pixels.cpu(), start=first):
-            save_png(image, self.path(index))
+        for image, path in zip(pixels.cpu(), self.paths(first, first + len(pixels)), strict=True):
+            save_png(image, path)
 
     def hold(self, first: int, stop: int) -> bool:
         """Whether images first … stop − 1 are there."""
-        return all(self.path(index).is_file() for index in range(first, stop))
+        return all(path.is_file() for path in self.paths(first, stop))

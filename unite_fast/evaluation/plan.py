@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from unite_fast.config import Config, DataConfig, LpipsConfig
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.errors import UserError
+from unite_fast.evaluation.features import score_splits
 from unite_fast.evaluation.files import INCEPTION_OF_GENERATED
+from unite_fast.evaluation.generation import labels_of
 from unite_fast.evaluation.held_out import SSIM_WINDOW
 from unite_fast.evaluation.protocol import METRICS
+from unite_fast.evaluation.small_data import FEWEST_GENERATED
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,9 @@ class Plan:
 
     Attributes:
         metrics: names of `protocol.METRICS`, and "small" for those of `SmallDataJudge`.
-        count: generated images, a multiple of the classes.
-        seed: of all noise, shuffles and subsets.
+        count: generated images; of balanced labels a multiple of the classes.
+        label_sampling: see `generation.labels_of`.
+        seed: of all noise, random labels, shuffles and subsets.
         batch: images at a time; halved on the way if memory runs out.
         precision: bf16 runs the network under autocast; features and metrics never.
         reference: mu/sigma file, for gfid.
@@ -38,6 +44,7 @@ class Plan:
 
     metrics: tuple[str, ...]
     count: int = 50_000
+    label_sampling: Literal["balanced", "random"] = "balanced"
     seed: int = 0
     batch: int = 64
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -49,6 +56,10 @@ class Plan:
     data_config: DataConfig = DataConfig(path="")
     lpips: LpipsConfig = LpipsConfig()
     save_images: Path | None = None
+
+    def labels(self, first: int, stop: int, num_classes: int) -> Tensor:
+        """Classes of generated images number first … stop − 1: [stop − first] int64."""
+        return labels_of(first, stop, num_classes, sampling=self.label_sampling, seed=self.seed)
 
     @property
     def on_training(self) -> bool:
@@ -69,6 +80,7 @@ def plan_of(config: Config, device: torch.device, metrics: tuple[str, ...] | Non
         metrics=metrics,
         count=of_small if of_small and "small" in metrics and not INCEPTION_OF_GENERATED.intersection(metrics)
         else evaluation.count,
+        label_sampling=evaluation.label_sampling,
         batch=evaluation.batch,
         precision="fp32" if autocast_dtype(config, device) is None else "bf16",
         reference=evaluation.reference,
@@ -90,9 +102,20 @@ def check_metrics(names: tuple[str, ...]) -> None:
         raise UserError("small has a precision of its own: measure it and Inception's precision in two evaluations")
 
 
-def check_balance(count: int, classes: int, option: str = "--count, evaluation.count") -> None:
-    """Raise a UserError that names the option where classes cannot have equally many images."""
-    if count < classes or count % classes:
+def check_count(
+    plan: Plan, count: int, classes: int, metrics: Iterable[str], option: str = "--count, evaluation.count"
+) -> None:
+    """Raise a UserError that names the option where so many generated images do not serve the metrics."""
+    if plan.label_sampling == "balanced" and (count < classes or count % classes):
         below, above = count // classes * classes, -(-count // classes) * classes
         near = f"{below} or {above}" if below else str(above)
         raise UserError(f"{count} images do not balance {classes} classes: take {near} ({option})")
+    if "small" in metrics:
+        counts = torch.bincount(plan.labels(0, count, classes), minlength=classes)
+        if counts.min() < FEWEST_GENERATED:
+            raise UserError(
+                f"small-data metrics need at least {FEWEST_GENERATED} generated images a class, and {count} images "
+                f"give class {int(counts.argmin())} only {int(counts.min())}: take more ({option})"
+            )
+    if "is" in metrics:
+        score_splits(count)

@@ -25,6 +25,7 @@ COMPONENTS = 32
 NEIGHBOURS = 5
 # 1, 10 and 100 give 98.6, 99.4 and 99.4 % on the digits.
 SVM_PENALTY = 10.0
+FEWEST_GENERATED = 2  # a class: a spread needs two
 # A generated image is a near copy if it lies closer to a training image than 99 % of the held-out images do.
 NEAR_COPY_QUANTILE = 0.01
 
@@ -120,7 +121,7 @@ class SmallDataJudge:
         """
         features, asked = self._prepare(generated, labels, "generated images")
         self._same_classes(asked, "generated images")
-        self._at_least(asked, 2, "generated images")
+        self._at_least(asked, FEWEST_GENERATED, "generated images")
         correct = self._svm.predict(features) == asked
         chosen = self._same_count(asked)
         reference, reference_labels = self._train[chosen], self._train_labels[chosen]
