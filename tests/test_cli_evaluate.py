@@ -377,6 +377,14 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
     assert ask(count=10) == "10 images do not balance 3 classes: take 9 or 12 (--count, evaluation.count)"
     assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
+    few = "precision and recall need more than 3 real and as many generated images, got "
+    assert ask(metrics="recall", count=3).startswith(f"{few}12 and 3 (--data")
+    assert ask("--data-count", 2, metrics="precision").startswith(f"{few}2 and 12 (--data")
+    assert ask("--data-count", 1, metrics="kid").startswith("KID needs at least 2 real and 2 generated images, got 1 a")
+    assert ask("--data-count", 1, metrics="rfid").startswith("rfid needs at least 2 held-out images, got 1 (--data")
+    assert ask("--label-sampling", "random", count=1) == (
+        "gfid needs at least 2 generated images, got 1 (--count, evaluation.count)"
+    )
     assert ask("--inception", None).startswith("Inception features need the Inception-v3 weights: get pt_inception")
     assert "no Inception-v3 weights at" in ask("--inception", tmp_path / "none.pth")
     assert "gfid needs reference statistics" in ask("--reference", None)

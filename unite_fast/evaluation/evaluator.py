@@ -21,9 +21,11 @@ from unite_fast.data.reader import FileReader
 from unite_fast.data.source import open_images
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
-from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall, score_splits
+from unite_fast.evaluation.features import (
+    check_sides, inception_score, kernel_distance, precision_recall, score_splits,
+)  # fmt: skip
 from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, check_files
-from unite_fast.evaluation.frechet import frechet_caveat, frechet_distance, gaussian_statistics
+from unite_fast.evaluation.frechet import FEWEST_ROWS, frechet_caveat, frechet_distance, gaussian_statistics
 from unite_fast.evaluation.generation import Pictures, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
 from unite_fast.evaluation.inception import FEATURES
@@ -89,6 +91,13 @@ class Evaluator:
             images = open_images(plan.data, image_size=side, remark=world.is_main)
             reader = FileReader(images, side, plan.data_config.crop)
             self.held_out = HeldOut(reader, plan.data_count, plan.batch, self.inception, self.lpips)
+            chosen = len(self.held_out.chosen)
+            check_sides(wanted, chosen, plan.count)
+            if "rfid" in wanted and chosen < FEWEST_ROWS:
+                raise UserError(
+                    f"rfid needs at least {FEWEST_ROWS} held-out images, got {chosen} (--data, --data-count, "
+                    f"evaluation.reconstructions)"
+                )
         self.judge = self._small_judge(classes) if "small" in wanted and world.is_main else None
 
     def _small_judge(self, classes: Iterable[str] | None) -> SmallDataJudge:

@@ -6,6 +6,7 @@ N generated and M real images, k features. The libraries' arithmetic, in float64
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -54,6 +55,15 @@ def inception_score(logits: Tensor, *, seed: int) -> dict[str, float]:
     return {"is": mean, "is_std": deviation}
 
 
+def check_sides(metrics: Collection[str], real: int, generated: int) -> None:
+    """Raise a UserError where so many real and generated images are too few for kid, precision or recall."""
+    got = f"got {real} and {generated} (--data, --data-count, evaluation.reconstructions; --count, evaluation.count)"
+    if "kid" in metrics and min(real, generated) < 2:
+        raise UserError(f"KID needs at least 2 real and 2 generated images, {got}")
+    if {"precision", "recall"}.intersection(metrics) and min(real, generated) <= NEIGHBOURS:
+        raise UserError(f"precision and recall need more than {NEIGHBOURS} real and as many generated images, {got}")
+
+
 def kernel_distance(real: Tensor, generated: Tensor, *, seed: int) -> dict[str, float]:
     """KID: squared maximum mean discrepancy under a cubic kernel, unbiased, mean and deviation over subsets.
 
@@ -67,9 +77,8 @@ def kernel_distance(real: Tensor, generated: Tensor, *, seed: int) -> dict[str, 
     Raises:
         UserError: fewer than two images on a side.
     """
+    check_sides(("kid",), len(real), len(generated))
     size = min(SUBSET_SIZE, len(real), len(generated))
-    if size < 2:
-        raise UserError(f"KID needs at least 2 real and 2 generated images, got {len(real)} and {len(generated)}")
     from torchmetrics.image.kid import KernelInceptionDistance
 
     metric = _on_features(KernelInceptionDistance, subsets=SUBSETS, subset_size=size, degree=DEGREE)
@@ -93,11 +102,7 @@ def precision_recall(real: Tensor, generated: Tensor) -> dict[str, float]:
     Raises:
         UserError: as few images on a side as neighbours.
     """
-    if min(len(real), len(generated)) <= NEIGHBOURS:
-        raise UserError(
-            f"precision and recall need more than {NEIGHBOURS} images a side, got {len(real)} real and "
-            f"{len(generated)} generated"
-        )
+    check_sides(("precision", "recall"), len(real), len(generated))
     sides = real.double().numpy(), generated.double().numpy()
     return {"precision": _inside(sides[1], sides[0]), "recall": _inside(sides[0], sides[1])}
 

@@ -7,6 +7,7 @@ import numpy as np
 from unite_fast.errors import UserError
 
 FIELD_IMAGES = 50_000
+FEWEST_ROWS = 2  # that have a covariance
 
 
 def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -19,8 +20,8 @@ def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         UserError: fewer than two rows, for which no covariance exists.
     """
     features = np.asarray(features, dtype=np.float64)
-    if len(features) < 2:
-        raise UserError(f"a covariance needs at least 2 images, got {len(features)}: evaluate more images")
+    if len(features) < FEWEST_ROWS:
+        raise UserError(f"a covariance needs at least {FEWEST_ROWS} images, got {len(features)}: evaluate more images")
     mean = features.mean(axis=0)
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)

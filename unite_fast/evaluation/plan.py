@@ -15,6 +15,7 @@ from unite_fast.engine.backend import autocast_dtype
 from unite_fast.errors import UserError
 from unite_fast.evaluation.features import score_splits
 from unite_fast.evaluation.files import INCEPTION_OF_GENERATED
+from unite_fast.evaluation.frechet import FEWEST_ROWS
 from unite_fast.evaluation.generation import labels_of
 from unite_fast.evaluation.held_out import SSIM_WINDOW
 from unite_fast.evaluation.protocol import METRICS
@@ -119,3 +120,5 @@ def check_count(
             )
     if "is" in metrics:
         score_splits(count)
+    if "gfid" in metrics and count < FEWEST_ROWS:
+        raise UserError(f"gfid needs at least {FEWEST_ROWS} generated images, got {count} ({option})")
