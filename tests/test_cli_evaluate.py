@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.image
-from cli_toy import mistake, picture, read, run, save_toy, toy_model
-from inception_toy import inception_weights
+from cli_toy import SIDE, mistake, picture, read, run, toy_model
+from evaluation_files import HELD_OUT, evaluation_files
 from ranks import torchrun
-from safetensors.torch import load_file, save_file
 from test_perceptual import weights as lpips_weights
 
 from unite_fast.cli.evaluating import Session
@@ -36,25 +35,13 @@ from unite_fast.weights import file_hash
 from unite_kernels import philox_normal, philox_uniform
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT, HELD_OUT, SIDE = 12, 11, 16
+COUNT = 12
 SETTINGS = {"guidance": 1.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 4, "time_shift": 0.7}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, held-out pictures, weights of Inception and LPIPS, a reference made of the pictures."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    save_toy(folder / "model")
-    for index in range(HELD_OUT):
-        picture(folder / "val" / f"{index % 2}" / f"{index:02d}.png", seed=index)
-    (folder / "val" / "0" / "broken.png").write_bytes(b"no picture")
-    torch.save(inception_weights(), folder / "inception.pth")
-    vgg, linear = lpips_weights()
-    torch.save(vgg, folder / "vgg.pth")
-    torch.save(linear, folder / "linear.pth")
-    assert run("reference", folder / "val", "--out", folder / "ref.npz", "--inception", folder / "inception.pth",
-               "--size", SIDE, "--batch", 4) == 0  # fmt: skip
-    return folder
+    return evaluation_files(tmp_path_factory.mktemp("evaluate"))
 
 
 def evaluate(files, *options, metrics="gfid,is", name="here", count=COUNT):
@@ -242,6 +229,19 @@ def test_labels_at_random_are_those_of_seed_and_number(files, tmp_path, capsys):
     assert np.abs(np.stack([read(path) for path in pictures]).astype(int) - expected).max() <= 1
 
 
+def test_the_published_sampler_without_guidance(files, tmp_path, capsys):
+    record = evaluate(files, "--unnormalised", "--guidance", 1, "--save-images", tmp_path / "png", metrics="is",
+                      name="published")  # fmt: skip
+    assert "fp32, un-normalised" in capsys.readouterr().out
+    generation = record["protocol"]["generation"]
+    assert generation["normalised"] is False and "normalise" not in generation
+    kept = np.stack([read(path) for path in sorted((tmp_path / "png").glob("*.png"))]).astype(int)
+    expected, other = (
+        to_bytes(drawn(guidance=1.0, normalise=normalise)).permute(0, 2, 3, 1).numpy() for normalise in (False, True)
+    )
+    assert np.abs(kept - expected).max() <= 1 < np.abs(kept - other).max()
+
+
 def test_images_are_drawn_again_for_a_folder_that_lacks_them(files, tmp_path):
     """An evaluation that was killed before its record, then begun again with another folder for its images."""
     with pytest.MonkeyPatch.context() as patch:
@@ -253,15 +253,16 @@ def test_images_are_drawn_again_for_a_folder_that_lacks_them(files, tmp_path):
     shutil.rmtree(files / "model" / "evaluations" / ".work")
 
 
-def test_every_option_reaches_the_measurement(files, ask, tmp_path):
+def test_every_option_reaches_the_measurement(files, capsys, tmp_path):
     record = evaluate(files, "--precision", "bf16", "--data-count", 4, "--seed", 3, "--steps", 3, "--solver", "euler",
                       "--guidance", 2, "--interval", "0.3,0.8", metrics="psnr,is", name="options")  # fmt: skip
     generation, held_out = record["protocol"]["generation"], record["protocol"]["held_out"]
     given = {"precision": "bf16", "seed": 3, "steps": 3, "solver": "euler", "guidance": 2, "interval": [0.3, 0.8]}
     assert {name: generation[name] for name in given} == given
     assert held_out["count"] + held_out["skipped"] == 4 and (held_out["precision"], held_out["seed"]) == ("bf16", 3)
-    assert str(tmp_path / "none") in ask("--train", tmp_path / "none", metrics="small")
-    assert "holds EMA weights only" in ask("--weights", "model")
+    small = ["evaluate", files / "model", "--metrics", "small", "--count", COUNT, "--data", files / "val"]
+    assert str(tmp_path / "none") in mistake(capsys, *small, "--train", tmp_path / "none")
+    assert "holds EMA weights only" in mistake(capsys, *small, "--weights", "model")
 
 
 def test_every_option_reaches_the_search(files, monkeypatch):
@@ -347,101 +348,3 @@ def test_ranks_measure_the_checkpoint_that_the_first_one_found(files, monkeypatc
     assert run("evaluate", files / "model", "--metrics", "psnr", "--data", files / "val", "--name", "shared") == 0
     record = json.loads((other / "evaluations" / "shared.json").read_text())
     assert record["protocol"]["model"]["origin"] == str(other)
-
-
-@pytest.fixture()
-def ask(files, capsys):
-    """The mistake of an evaluation."""
-
-    def said(*options, metrics="gfid", count=COUNT, model=None):
-        named = {"--inception": files / "inception.pth", "--reference": files / "ref.npz", "--data": files / "val"}
-        named |= dict(zip(options[::2], options[1::2], strict=True))
-        arguments = [part for option, value in named.items() if value is not None for part in (option, value)]
-        return mistake(capsys, "evaluate", model or files / "model", "--metrics", metrics, "--count", count, *arguments)
-
-    return said
-
-
-def test_all_missing_files_are_told_at_once(files, capsys):
-    absent = "--inception", "no.pth", "--reference", "no.npz", "--data", "no", "--train", "none"
-    assert run("evaluate", files / "model", "--metrics", "gfid,rfid,lpips,small", "--count", COUNT, *absent) == 2
-    head, *lines = capsys.readouterr().err.splitlines()
-    assert head == "error: what the metrics need is missing:"
-    words = "no (--data,", "none (--train,", "no.pth", "no.npz", "lpips.vgg", "lpips.linear"
-    for line, word in zip(lines, words, strict=True):
-        assert all(part in line for part in word.split(" (")), line
-
-
-def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator_module, "draw", lambda *_, **__: pytest.fail("images were drawn"))
-    assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
-    assert ask(count=10) == "10 images do not balance 3 classes: take 9 or 12 (--count, evaluation.count)"
-    assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
-    few = "precision and recall need more than 3 real and as many generated images, got "
-    assert ask(metrics="recall", count=3).startswith(f"{few}12 and 3 (--data")
-    assert ask("--data-count", 2, metrics="precision").startswith(f"{few}2 and 12 (--data")
-    assert ask("--data-count", 1, metrics="kid").startswith("KID needs at least 2 real and 2 generated images, got 1 a")
-    assert ask("--data-count", 1, metrics="rfid").startswith("rfid needs at least 2 held-out images, got 1 (--data")
-    assert ask("--label-sampling", "random", count=1) == (
-        "gfid needs at least 2 generated images, got 1 (--count, evaluation.count)"
-    )
-    assert ask("--inception", None).startswith("Inception features need the Inception-v3 weights: get pt_inception")
-    assert "no Inception-v3 weights at" in ask("--inception", tmp_path / "none.pth")
-    assert "gfid needs reference statistics" in ask("--reference", None)
-    assert "no reference statistics at" in ask("--reference", tmp_path / "none.npz")
-    assert ask("--data", None, metrics="psnr,kid").startswith("psnr, kid compare with held-out images: give --data")
-    assert ask("--data", tmp_path, metrics="psnr").startswith(f"no image below {tmp_path}")
-    assert "objective.lpips.vgg is not set; get https://download.pytorch.org" in ask(
-        "--linear", files / "ref.npz", metrics="lpips"
-    )
-    assert ask("--search", "guidance", metrics="is").startswith("--search needs a score")
-    assert ask("--search", "guidance", "--search-count", 10).endswith("classes: take 9 or 12 (--search-count)")
-    assert "'w' is not one of guidance, ema" in ask("--search", "w")
-    assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
-    assert "add that" in ask("--search-values", "1,2")
-    assert ask("--search-count", 9).endswith("how many images a point of a search has: add --search guidance or ema")
-    for option in (("--ema-decay", 0.5), ("--weights", "model")):
-        assert ask("--search", "ema", *option).startswith("--search ema chooses among the averages: leave out --ema")
-    for search in ("guidance", "guidance,guidance"):
-        assert ask("--search", search, "--guidance", 2) == "--search guidance finds the strength: leave out --guidance"
-    assert ask("--guidance", "inf") == "--guidance must be a finite number, found inf"
-    assert "small has a precision of its own" in ask(metrics="small,precision")
-    assert "give both, --train FOLDER and --data FOLDER" in ask(metrics="small")
-    assert "holds no checkpoint" in ask("--ema-decay", 0.9)
-    save_toy(tmp_path / "full")
-    (tmp_path / "full" / "evaluations").touch()
-    says = ask(model=tmp_path / "full")
-    place = tmp_path / "full" / "evaluations"
-    assert says.startswith(f"cannot write evaluations into {place}: Not a directory. Evaluate")
-    assert f"unite-fast export {tmp_path / 'full'} --out DIR" in says
-    cut = tmp_path / "cut.npz"
-    cut.write_bytes((files / "ref.npz").read_bytes()[:1000])
-    assert "is truncated or no .npz" in ask("--reference", cut)
-    np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
-    assert "is of another extractor: mu is [64]" in ask("--reference", tmp_path / "small.npz")
-    with np.load(files / "ref.npz") as found:
-        np.savez(tmp_path / "large.npz", **{**found, "image_size": 256})
-    assert "made from images of 256×256 pixels, the model makes 16×16" in ask("--reference", tmp_path / "large.npz")
-
-
-def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys):
-    save_toy(tmp_path / "diverged")
-    weights = load_file(tmp_path / "diverged" / "model.safetensors")
-    weights["decoder.token"][:] = float("nan")
-    save_file(weights, tmp_path / "diverged" / "model.safetensors")
-    assert ask(model=tmp_path / "diverged", metrics="is").startswith("12 of 12 generated images contain NaN")
-    assert ask("--guidance", 1e38, metrics="is").endswith("; or guidance 1e+38 is too strong, lower it")
-    assert "reconstructions contain NaN" in ask(model=tmp_path / "diverged", metrics="psnr")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
-    assert ask("--data", tmp_path / "bad", metrics="psnr") == f"none of the 1 images of {tmp_path / 'bad'} is readable"
-    (tmp_path / "empty").mkdir()
-    bare = ["reference", tmp_path / "empty", "--out", tmp_path / "r.npz", "--inception", files / "inception.pth"]
-    assert mistake(capsys, *bare).startswith(f"no image below {tmp_path / 'empty'}")
-    picture(tmp_path / "one" / "a.png", seed=0)
-    bare[1] = tmp_path / "one"
-    assert "a covariance needs at least 2 images, got 1" in mistake(capsys, *bare)
-    assert "must end in .npz" in mistake(capsys, "reference", tmp_path / "one", "--out", tmp_path / "r.json")
-    assert not list(tmp_path.glob("r.*"))
-    nothing = mistake(capsys, "evaluate", files / "model")
-    assert nothing.startswith("nothing says what to measure")

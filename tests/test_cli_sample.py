@@ -73,12 +73,15 @@ def test_every_option_reaches_the_sampler(folder, tmp_path):
         ("euler", ["--solver", "euler"], {"solver": "euler"}),
         ("dopri5", ["--solver", "dopri5", "--batch", 3], {"solver": "dopri5"}),
         ("steps", ["--steps", "9"], {"steps": 9}),
+        ("unguided", ["--guidance", "1"], {"guidance": 1.0}),
+        ("unnormalised", ["--unnormalised", "--guidance", "1"], {"guidance": 1.0, "normalise": False}),
     ):
         record, images = _sample(folder, tmp_path / name, *options, *arguments)
         assert _apart(images, _drawn([2, 2, 2], seed=9, **changes)) <= 1, name
         assert _apart(images, base) > 1, name
         expected = RECORDED | {key: list(value) if key == "interval" else value for key, value in changes.items()}
         assert record["sampling"] == expected
+    assert _apart(images, _drawn([2, 2, 2], seed=9, guidance=1.0)) > 1, "the latent norm was left out"
 
 
 def test_images_depend_on_seed_and_number_alone(folder, tmp_path):
@@ -197,6 +200,7 @@ def test_samples_go_into_the_run_by_default(tmp_path):
         (["--interval", "nan,1"], "must rise within 0 and 1"),
         (["--guidance", "nan"], "--guidance"),
         (["--guidance", "inf"], "finite"),
+        (["--unnormalised"], "without guidance, and guidance is 1.5: add --guidance 1"),
     ],
 )
 def test_wrong_options(options, says, folder, tmp_path, capsys):

@@ -232,6 +232,7 @@ def test_two_ranks_make_the_same_numbers(finished, again):
         (("--reference", "a.npz", "--train", "b"), "--reference, --train: not for molecules"),
         (("--precision", "bf16"), "--precision: not for molecules"),
         (("--label-sampling", "random"), "--label-sampling: not for molecules"),
+        (("--unnormalised",), "--unnormalised: not for molecules"),
         (("--solver", "dopri5"), "euler or heun"),
         (("--guidance", "inf"), "--guidance must be a finite number"),
         (("--interval", "1"), "--interval '1' is not two numbers"),

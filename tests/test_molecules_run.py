@@ -353,6 +353,7 @@ def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
         (("sample", "--atoms", "30"), "within 1 and 29"),
         (("sample", "--atoms", "many"), "--atoms 'many'"),
         (("sample", "--classes", "1"), "--classes is for images"),
+        (("sample", "--unnormalised"), "--unnormalised is for images"),
         (("sample", "--property", "nan"), "--property must be a finite number"),
         (("sample", "--solver", "dopri5"), "euler or heun"),
         (("reconstruct", "missing.sdf"), "missing.sdf"),

@@ -11,7 +11,7 @@ import typer
 
 from unite_fast.cli.console import Device, DeviceOption, Which
 from unite_fast.cli.evaluating import Search, Session
-from unite_fast.cli.sample import Solver, _interval, _require_finite, run_folder
+from unite_fast.cli.sample import Solver, UnnormalisedOption, _interval, _require_finite, run_folder
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def evaluate(
     interval: Annotated[str | None, typer.Option(help="Times between which it acts.", metavar="LOW,HIGH")] = None,
     solver: Annotated[Solver | None, typer.Option(help="euler, heun or dopri5.")] = None,
     steps: Annotated[int | None, typer.Option(help="Time points of the solver.", min=2)] = None,
+    unnormalised: UnnormalisedOption = False,
     search: Annotated[
         str | None,
         typer.Option(
@@ -148,6 +149,8 @@ def evaluate(
         raise UserError("--search ema chooses among the averages: leave out --ema-decay and --weights model")
     if set(searches) == {Search.guidance} and guidance is not None:
         raise UserError("--search guidance finds the strength: leave out --guidance")
+    if Search.guidance in searches and unnormalised:
+        raise UserError("--unnormalised is the published sampler without guidance: leave out --search guidance")
 
     from unite_fast.engine.world import join_world, leave_world
     from unite_fast.importing import open_trained
@@ -171,7 +174,8 @@ def evaluate(
             seed=seed, batch=batch, precision=precision, data=data, data_count=data_count, train_data=train,
             reference=reference, inception=inception, vgg=vgg, linear=linear, save_images=save_images,
         )  # fmt: skip
-        chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps}
+        chosen = {"guidance": guidance, "interval": window, "solver": solver and solver.value, "steps": steps,
+                  "normalise": False if unnormalised else None}  # fmt: skip
         session = Session(run, plan, world, chosen, weights.value, ema_decay)
         session.go(trained, searches, search_count or SEARCH_COUNT, strengths, name)
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unite_fast.cli.console import out, plain, warn
-from unite_fast.cli.sample import run_folder
+from unite_fast.cli.sample import require_unguided, run_folder
 from unite_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ class Session:
         defaults = trained.sampling
         own = {name: getattr(defaults, name) for name in ("guidance", "interval", "solver", "steps")}
         given = {name: value for name, value in self.chosen.items() if value is not None}
-        return own | given | {"time_shift": trained.time_shift}
+        settings = own | given | {"time_shift": trained.time_shift}
+        require_unguided(settings)
+        return settings
 
     def _build(self, trained: Trained):
         """The network on its device, and what the protocol says of it."""
@@ -178,7 +180,7 @@ def _show(metrics: dict[str, Any], protocol: dict[str, Any], tables: dict[str, A
         out().print(
             f"{generation['count']} images, {a_class}; {generation['solver']}, "
             f"{generation['steps']} steps, guidance {generation['guidance']:g} between {low:g} and {high:g}, seed "
-            f"{generation['seed']}, {generation['precision']}",
+            f"{generation['seed']}, {generation['precision']}{'' if generation['normalised'] else ', un-normalised'}",
             markup=False,
         )  # fmt: skip
     out().print(f"with all that made it in {path}", markup=False, soft_wrap=True)

@@ -26,6 +26,14 @@ Solver = Enum(
     "Solver", {name: name for name in typing.get_args(SamplingConfig.model_fields["solver"].annotation)}, type=str
 )
 
+UnnormalisedOption = Annotated[
+    bool,
+    typer.Option(
+        "--unnormalised",
+        help="Leave the latent norm out of every prediction, as the published sampler does without guidance, whose "
+        "numbers at w = 1 this reproduces; for --guidance 1 alone.",
+    ),
+]
 RECORD, SHEET = "samples.json", "sheet.png"
 OURS = re.compile(r"\d{6,}_class\d+\.png")
 # A sheet of more is too large to look at: at 256×256 pixels this one is 2,600 × 10,000.
@@ -64,6 +72,7 @@ def sample(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Time points of the solver.", min=2)] = None,
+    unnormalised: UnnormalisedOption = False,
     seed: SeedOption = 0,
     out_dir: Annotated[
         Path | None,
@@ -101,6 +110,8 @@ def sample(
     if special is not None:
         if classes is not None:
             raise UserError("--classes is for images; molecules take --atoms and --property")
+        if unnormalised:
+            raise UserError("--unnormalised is for images, whose published sampler it is")
         special.sample(
             trained, out_dir or run_folder(run) / "samples", atoms=atoms, value=value, count=count, guidance=guidance,
             interval=window, solver=None if solver is None else solver.value, steps=steps, seed=seed, batch=batch,
@@ -116,7 +127,9 @@ def sample(
         "solver": defaults.solver if solver is None else solver.value,
         "steps": defaults.steps if steps is None else steps,
         "time_shift": trained.time_shift,
+        **({"normalise": False} if unnormalised else {}),
     }
+    require_unguided(settings)
     chosen = _classes(classes, trained.class_names, trained.config.num_classes)
     labels = [chosen[index % len(chosen)] for index in range(count)]
     files = [f"{index:06d}_class{label:04d}.png" for index, label in enumerate(labels)]
@@ -194,6 +207,15 @@ class _Sheet:
 def _require_finite(guidance: float | None) -> None:
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance must be a finite number, found {guidance}")
+
+
+def require_unguided(settings: dict[str, Any]) -> None:
+    """Refuse guidance of predictions that are not normalised, which no published number stands for."""
+    if not settings.get("normalise", True) and settings["guidance"] != 1:
+        raise UserError(
+            f"--unnormalised is the published sampler without guidance, and guidance is {settings['guidance']:g}: "
+            f"add --guidance 1"
+        )
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -126,7 +126,7 @@ class Evaluator:
         Args:
             model: on this rank's device, in evaluation mode.
             about: the protocol's `model`, with the `sha256` of its weights.
-            sampling: options of `generate` beside noise: guidance, interval, solver, steps, time_shift.
+            sampling: options of `generate` beside noise: guidance, interval, solver, steps, time_shift, normalise.
             work: where pieces are kept until the result is on record.
             metrics: fewer than the plan's, as for a point of a search; no images are saved then.
             count: another number of generated images than the plan's.
@@ -263,10 +263,12 @@ class Evaluator:
         sections: dict[str, Any] = {}
         if self._of_generated.intersection(wanted) or "small" in wanted:
             balanced = plan.label_sampling == "balanced"
+            settings = {name: value for name, value in sampling.items() if name != "normalise"}
             sections["generation"] = {
                 "count": count, "classes": classes,
                 **({"per_class": count // classes} if balanced else {"label_sampling": plan.label_sampling}),
-                **network, **sampling, "interval": list(sampling["interval"]), "normalised": True,
+                **network, **settings, "interval": list(sampling["interval"]),
+                "normalised": sampling.get("normalise", True),
                 "pixels": "uint8, rounded", "image_size": self.sizes.image_size,
             }  # fmt: skip
             if sampling["solver"] == "dopri5":  # whose steps adapt to the batch as a whole
