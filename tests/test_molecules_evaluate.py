@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_toy import mistake, run
+from evaluation_files import another_process
 from ranks import torchrun
 
 pytest.importorskip("rdkit", reason="molecules need RDKit: pip install 'unite_fast[molecules]'")
@@ -35,7 +37,7 @@ class Pieces:
     def __init__(self):
         self.keys, self.made = [], []
 
-    def gather(self, what, key, count, batch, make):
+    def gather(self, what, key, count, batch, make, **options):
         self.keys.append(digest(key))
         pieces = [make(first, min(first + batch, count)) for first in range(0, count, batch)]
         self.made.append({name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]})
@@ -191,7 +193,7 @@ def test_an_exported_folder_is_told_its_data(finished, folder, tmp_path, capsys,
     assert "not what the model was trained on" in capsys.readouterr().err
 
 
-def test_an_interruption_loses_nothing_and_the_next_call_goes_on(again, monkeypatch):
+def test_an_interruption_loses_nothing_and_the_next_call_goes_on(again, capsys, monkeypatch):
     before = record(again, name="kept")
     evaluations = again / "evaluations"
 
@@ -212,6 +214,10 @@ def test_an_interruption_loses_nothing_and_the_next_call_goes_on(again, monkeypa
         assert sorted(path.name for path in evaluations.iterdir() if path.name.startswith(".")) == [".work"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation_module, "generate", lambda *_, **__: pytest.fail("made again"))
+        with contextlib.ExitStack() as others:
+            for pieces in (evaluations / ".work").iterdir():
+                others.enter_context(another_process(pieces))
+            assert mistake(capsys, *options).startswith("another process is making the same molecules in")
         assert run(*options) == 0
     assert records(again)["kept"]["protocol"]["generation"]["guidance"] == 3 and state() != pictures
     assert not (evaluations / ".work").exists()

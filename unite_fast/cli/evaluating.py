@@ -53,7 +53,7 @@ class Session:
         began = time.monotonic()
         self.evaluator: Evaluator = Evaluator(self._complete(trained), trained.config, self.world, trained.class_names)
         self.folder = run_folder(self.run) / FOLDER
-        self.work = Work(self.folder / WORK, self.world)
+        self.work = Work(self.folder / WORK, self.world, sole=True)
         self.tables: dict[str, list[dict[str, float]]] = {}
         sampling = self._sampling(trained)
         if searches:

@@ -106,9 +106,10 @@ class HeldOut:
             "lpips": self._lpips.sha256 if "lpips" in pairs else None,
             "tokenize_time": model.tokenize_time if pairs else None,
         }  # fmt: skip
-        found = work.gather("reconstructing" if pairs else "reading", key, len(self.chosen), self._batch, make)
+        what, count = "reconstructing" if pairs else "reading", len(self.chosen)
+        found = work.gather(what, key, count, self._batch, make, common=True)
         if found is not None and not len(found["number"]):
-            raise UserError(f"none of the {len(self.chosen)} images of {self._reader.folder.root} is readable")
+            raise UserError(f"none of the {count} images of {self._reader.folder.root} is readable")
         return found
 
     @torch.no_grad()

@@ -3,13 +3,19 @@
 A piece is one batch, images first … stop − 1. What it yields (features, distances, …) goes into a file of its own under
 a folder named after everything that determines it, so that pieces of different settings never meet and a finished one
 is never made again, whatever the number of ranks then and now. Ranks share nothing but that folder.
+
+Processes that need the same pieces, such as held-out images under several guidances, share a lock on their folder;
+whoever has it alone deletes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +35,8 @@ from unite_fast.weights import read_tensors, write_tensors
 
 Make = Callable[[int, int], dict[str, Tensor]]  # first, stop -> tensors whose first dimension counts the images
 SECONDS_BETWEEN_LINES = 15.0  # of progress where there is no terminal
+LOCK = ".lock"  # in a folder of pieces
+ABANDONED_DAYS = 30  # since the last piece: more than a failed evaluation waits for being started again
 
 
 class Work:
@@ -39,12 +47,16 @@ class Work:
         world: the ranks that share the work.
         shown: tell progress on stderr (rank 0 alone does).
         unit: what is numbered, in the plural.
+        sole: refuse what another process is making, but for pieces that evaluations have in common. Not for a run that
+            measures itself: it must not end because somebody evaluates it.
     """
 
-    def __init__(self, folder: Path, world: World, *, shown: bool = True, unit: str = "images"):
+    def __init__(
+        self, folder: Path, world: World, *, shown: bool = True, unit: str = "images", sole: bool = False
+    ):
         self.folder, self.world, self._shown = folder, world, shown and world.is_main
-        self.patience, self.unit = Patience(unit), unit
-        self._used: set[Path] = set()
+        self.patience, self.unit, self._sole = Patience(unit), unit, sole
+        self._held: dict[Path, int] = {}  # on rank 0: folders of pieces, and their open lock files
 
     def gather(
         self,
@@ -55,6 +67,7 @@ class Work:
         make: Make,
         *,
         kept: Callable[[int, int], bool] = lambda first, stop: True,
+        common: bool = False,
     ) -> dict[str, Tensor] | None:
         """What `make` yields of images 0 … count − 1, in order. Collective.
 
@@ -65,18 +78,22 @@ class Work:
             batch: images of one piece. Memory that runs out halves what is made at a time, never the pieces.
             make: called on each rank for its pieces; may leave images out.
             kept: a further condition for a piece to count as finished.
+            common: evaluations of other settings need the same pieces, and may make them at the same time.
 
         Returns:
             On rank 0 tensors joined over the images, elsewhere None.
 
         Raises:
-            UserError: memory ends at one image, a full disk, or ranks that do not share the folder.
+            UserError: memory ends at one image, a full disk, ranks that do not share the folder, or work that another
+                process is at.
         """
         folder = self.folder / digest(key)
-        self._used.add(folder)
+        refusal = self._hold(folder, alone=self._sole and not common) if self.world.is_main else None
         spans = [(first, min(first + batch, count)) for first in range(0, count, batch)]
         missing = [span for span in spans if not (_piece(folder, span).is_file() and kept(*span))]
-        missing = self.world.share(missing)
+        refusal, missing = self.world.share((refusal, missing))
+        if refusal is not None:
+            raise UserError(refusal)
         size, rank = self.world.size, self.world.rank
         finished = count - sum(stop - first for first, stop in missing)
         with progress(what, count, finished, shown=self._shown, unit=self.unit) as advance:
@@ -103,13 +120,34 @@ class Work:
             time.sleep(1)
         return absent
 
+    def _hold(self, folder: Path, *, alone: bool) -> str | None:
+        """Keep others from deleting the folder; what to tell the user where it is to be held alone and is not."""
+        if folder not in self._held:
+            try:
+                held = _share(folder, alone=alone)
+            except OSError as error:
+                return f"cannot write {folder}: {error.strerror or error}"
+            if held is None:
+                return (
+                    f"another process is making the same {self.unit} in {folder}: wait for its end, or stop it and "
+                    f"go on with what it has finished"
+                )
+            self._held[folder] = held
+        return None
+
     def discard(self) -> None:
         """Delete the pieces gathered here: the result is on record. For rank 0.
 
-        Those of another evaluation of the same run, which may be under way, stay.
+        Those that another evaluation of the same run needs as well stay for it, and those of others unless no process
+        has gone on with them for ABANDONED_DAYS.
         """
-        for folder in self._used:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder, held in self._held.items():
+            _delete(folder, held)
+        self._held.clear()
+        with contextlib.suppress(OSError):  # nothing was gathered, or another evaluation deletes, too
+            for folder in list(self.folder.iterdir()):
+                if time.time() - folder.stat().st_mtime > ABANDONED_DAYS * 24 * 3600:
+                    _delete(folder, os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
         with contextlib.suppress(OSError):  # not empty, or nothing was gathered
             self.folder.rmdir()
 
@@ -208,3 +246,49 @@ def digest(value: Any) -> str:
 
 def _piece(folder: Path, span: tuple[int, int]) -> Path:
     return folder / f"{span[0]:08d}-{span[1]:08d}.safetensors"
+
+
+def _share(folder: Path, *, alone: bool) -> int | None:
+    """The folder's open lock file, under a lock that other processes may share; the folder is made if missing.
+
+    The kernel frees it when the process ends, however that happens. Where there are no locks, nothing is guarded.
+
+    Args:
+        alone: give None where another process has the lock at this moment.
+    """
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # deleted by another process meanwhile
+            continue
+        if alone and _is_shared(file):
+            os.close(file)
+            return None
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_SH)  # waits while another process deletes
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)
+
+
+def _is_shared(file: int) -> bool:
+    """Whether another process has the lock; if none has, it is this one's alone."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def _delete(folder: Path, file: int) -> None:
+    """Delete a folder of pieces unless another process has its lock, and close the lock file."""
+    alone = not _is_shared(file)
+    if alone:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(file)
+    if alone:
+        with contextlib.suppress(OSError):  # network folders keep a file's name while it is open
+            folder.rmdir()

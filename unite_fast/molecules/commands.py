@@ -222,7 +222,7 @@ def evaluate(trained: Trained, run: Path, world: World, given: dict[str, Any]) -
     histogram = _recorded_histogram(trained) or atom_histogram(parts.train).tolist()
     drawing = Drawing(settings, histogram, trained.class_names or ())
     evaluator = MoleculeEvaluator(plan, parts, world)
-    work = Work(run / FOLDER / WORK, world, unit="molecules")
+    work = Work(run / FOLDER / WORK, world, unit="molecules", sole=True)
     about = about_model(trained.state, trained.origin, trained.made_by)
     found = evaluator.measure(trained.build(world.device), about, drawing, work)
     if found is None:

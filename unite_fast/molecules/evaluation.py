@@ -183,7 +183,7 @@ class MoleculeEvaluator:
                 **key, "what": "held-out", "molecules": self._hash("held_out", self.held_out),
                 "tokenize_time": model.tokenize_time,
             },
-            len(self.held_out), plan.batch, rebuild,
+            len(self.held_out), plan.batch, rebuild, common=True,
         )  # fmt: skip
         made = work.gather(
             "generating", {**key, "what": "generated", **_json(drawing)}, plan.samples, plan.batch,
