@@ -161,6 +161,9 @@ def test_names_tell_protocols_apart_and_not_dates():
     assert default_name(first) == default_name(PROTOCOL | {"environment": {"date": "2"}})
     assert default_name(first) != default_name(first | {"generation": {"count": 1}})
     assert default_name(PROTOCOL | {"model": {}}).startswith("model-")
+    model = PROTOCOL["model"]
+    assert default_name(first) == default_name(first | {"model": model | {"origin": "/home/a"}})
+    assert default_name(first) != default_name(first | {"model": model | {"sha256": "12" * 32}})
 
 
 def test_weights_are_known_by_their_values():

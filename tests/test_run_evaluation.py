@@ -65,6 +65,16 @@ def test_training_measures_itself_and_evaluate_reproduces_it(trained):
     assert again[next(name for name in own if "11" in name[:13])]["metrics"] == pytest.approx(last["metrics"], rel=1e-5)
 
 
+def test_a_checkpoint_has_one_record_however_it_is_named(trained, monkeypatch):
+    """By its run, whose export has the same weights, by its path, and from inside of checkpoints/."""
+    assert run("evaluate", trained, "--metrics", "psnr") == 0
+    before = records(trained)
+    monkeypatch.chdir(trained / "checkpoints")
+    for named in (trained / "checkpoints" / "step_00000011", "step_00000011", "../../run/checkpoints/step_00000011"):
+        assert run("evaluate", named, "--metrics", "psnr") == 0
+    assert set(records(trained)) == set(before)
+
+
 def test_search_chooses_average_and_guidance_and_measures_with_them(trained, capsys):
     assert run("evaluate", trained, "--metrics", "small", "--search", "ema,guidance", "--search-count", 4,
                "--name", "searched") == 0  # fmt: skip

@@ -24,8 +24,12 @@ def about_model(state: dict[str, Tensor], origin: str, made_by: dict[str, Any]) 
 
 
 def default_name(protocol: dict[str, Any]) -> str:
-    """step_00001000-3f2a9c01: the step, and a digest of the protocol, so that only an equal evaluation is replaced."""
+    """step_00001000-3f2a9c01: the step, and a digest of the protocol, so that only an equal evaluation is replaced.
+
+    Where the weights were read does not count: a path can be written in several ways, and their hash tells them apart.
+    """
     decisive = {key: value for key, value in protocol.items() if key not in ("environment", "warnings")}
+    decisive["model"] = {key: value for key, value in protocol["model"].items() if key != "origin"}
     step = protocol["model"].get("step")
     return f"{'model' if step is None else f'step_{step:08d}'}-{digest(decisive)[:8]}"
 
