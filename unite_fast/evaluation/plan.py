@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -104,9 +104,16 @@ def check_metrics(names: tuple[str, ...]) -> None:
 
 
 def check_count(
-    plan: Plan, count: int, classes: int, metrics: Iterable[str], option: str = "--count, evaluation.count"
+    plan: Plan, count: int, classes: int, metrics: Collection[str], option: str | None = None
 ) -> None:
-    """Raise a UserError that names the option where so many generated images do not serve the metrics."""
+    """Raise a UserError where so many generated images do not serve the metrics.
+
+    Args:
+        option: which says how many; None for that of the plan's own count.
+    """
+    if option is None:
+        small_alone = "small" in metrics and not INCEPTION_OF_GENERATED.intersection(metrics)
+        option = f"--count, evaluation.{'samples_per_class' if small_alone else 'count'}"
     if plan.label_sampling == "balanced" and (count < classes or count % classes):
         below, above = count // classes * classes, -(-count // classes) * classes
         near = f"{below} or {above}" if below else str(above)
