@@ -20,6 +20,7 @@ from .dispatch import (
     check_device,
     check_eps,
     check_floats,
+    check_integer,
     check_like,
     check_parameter,
     check_tensors,
@@ -210,6 +211,7 @@ def _check_spans(operator: str, x: Tensor, spans: Spans) -> int:
             f"{operator}: with spans x must be [1, T, C] and the offsets [B + 1] int32; here x is {tuple(x.shape)} and "
             f"the offsets are {tuple(offsets.shape)} {offsets.dtype}"
         )
+    check_integer(operator, "the longest span", longest)
     if not min(1, x.shape[1]) <= longest <= max(1, x.shape[1]):
         raise ValueError(f"{operator}: the longest span is {longest}; it must lie in [1, {x.shape[1]}], the tokens")
     check_device(operator, "offsets", offsets, "x", x)

@@ -252,6 +252,12 @@ def check_eps(operator: str, eps: float) -> None:
         raise ValueError(f"{operator}: eps is {eps}; it must not be negative")
 
 
+def check_integer(operator: str, name: str, value: object) -> None:
+    """Refuse a fractional number, also one that is whole: kernels are compiled for integers."""
+    if isinstance(value, float):
+        raise TypeError(f"{operator}: {name} is {value!r}; it must be an integer")
+
+
 def check_contiguous(operator: str, name: str, x: Tensor) -> None:
     """Refuse strides that a kernel's 16-byte accesses cannot follow."""
     if not x.is_contiguous():

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import cdiv, check_contiguous, check_floats, check_programs, device_of, operator, use_triton
+from .dispatch import (
+    cdiv,
+    check_contiguous,
+    check_floats,
+    check_integer,
+    check_programs,
+    device_of,
+    operator,
+    use_triton,
+)
 from .philox import (
     Step,
     check_address,
@@ -213,8 +222,7 @@ def flow_noise(
     if z.dim() != 3:
         raise ValueError(f"flow_noise: z has shape {tuple(z.shape)}; it must be [B, K, D]")
     check_contiguous("flow_noise", "z", z)
-    if isinstance(draws, float):
-        raise TypeError(f"flow_noise: draws is {draws!r}; it must be an integer")
+    check_integer("flow_noise", "draws", draws)
     if draws < 0:
         raise ValueError(f"flow_noise: draws is {draws}; it must not be negative")
     if law not in LAWS:

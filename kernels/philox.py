@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import cdiv, check_programs, device_of, operator, use_triton
+from .dispatch import cdiv, check_integer, check_programs, device_of, operator, use_triton
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -195,8 +195,7 @@ def check_address(function: str, seed: int, step: Step, stream: int, first_draw:
     if not isinstance(step, Tensor):
         numbers.append(("step", step, 63))
     for name, value, bits in numbers:
-        if isinstance(value, float):
-            raise TypeError(f"{function}: {name} is {value!r}; it must be an integer")
+        check_integer(function, name, value)
         if not 0 <= value < 2**bits:
             raise ValueError(f"{function}: {name} is {value}; it must lie in [0, 2**{bits})")
     if isinstance(step, Tensor):

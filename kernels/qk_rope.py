@@ -18,6 +18,7 @@ from .dispatch import (
     check_contiguous,
     check_eps,
     check_floats,
+    check_integer,
     check_parameter,
     check_tensors,
     device_of,
@@ -354,6 +355,7 @@ def _check(operator, qkv, q_weight, k_weight, cos, sin, unrotated, eps) -> None:
     tokens, width = qkv.shape[1], qkv.shape[4]
     if width % 2 or not 2 <= width <= 256:
         raise ValueError(f"{operator}: the head width is {width}; pairs need an even width from 2 to 256")
+    check_integer(operator, "unrotated", unrotated)
     if not 0 <= unrotated <= tokens:
         raise ValueError(f"{operator}: unrotated is {unrotated}; it must lie in [0, {tokens}], the token count")
     rows = cos.shape[0] if cos.ndim == 2 else 0

@@ -126,6 +126,16 @@ def test_spans_of_another_form_are_refused():
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_fractional_counts_are_refused(backend):
+    x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
+    with on_backend(backend):
+        with pytest.raises(TypeError, match=r"^rms_norm_modulate: the longest span is 6\.0; it must be an integer$"):
+            uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans(offsets, 6.0))
+        with pytest.raises(TypeError, match=r"^qk_norm_rope: unrotated is 1\.0; it must be an integer$"):
+            uk.qk_norm_rope(**ROTARY, unrotated=1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("longest", [0, 1])
 def test_spans_of_no_tokens(backend, longest):
     offsets = torch.zeros(3, dtype=torch.int32, device=X.device)
