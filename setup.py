@@ -76,5 +76,5 @@ setup(
         "wandb": ["wandb>=0.19"],
         "test": [*TRAIN, *DEEPSPEED, *DALI, *MOLECULES, *PARQUET, *TEST],
     },
-    entry_points={"console_scripts": ["unite-fast=unite_fast.cli:main"]},
+    entry_points={"console_scripts": ["unite-fast=unite_fast.__main__:main"]},
 )

@@ -1,4 +1,4 @@
-"""The source distribution holds all that wheel and C library are built from."""
+"""The source distribution holds all that wheel and C library are built from; the command beside the kernels alone."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def test_the_source_distribution_is_the_repository(tmp_path):
     wanted = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()} - {"kernels/_cpu.so"}
     assert not wanted - found
     assert not [name for name in found if name.endswith(".so")]
+
+
+def test_the_command_says_what_an_installation_of_the_kernels_lacks():
+    code = "import runpy, sys; sys.modules['typer'] = None; runpy.run_module('unite_fast', run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: the package typer is not installed; unite-fast needs what comes with pip ")
+    assert found.stderr.count("\n") == 1
+    # The same function is the command that setup.py installs.
+    assert "unite-fast=unite_fast.__main__:main" in (ROOT / "setup.py").read_text()
