@@ -22,3 +22,6 @@ from .qk_rope import qk_norm_rope, qk_norm_rope_apart
 from .rectify import bias_relu, bias_relu_max_pool
 from .resample import centre_crop
 from .swiglu import swiglu
+
+# Without the list `help(unite_kernels)` shows modules alone.
+__all__ = sorted(name for name, found in globals().items() if callable(found) and name[0] != "_")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,10 @@ def test_cdiv(a, b):
 
 def test_next_power_of_2():
     assert [dispatch.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1025)] == [1, 2, 4, 4, 8, 2048]
+
+
+def test_help_shows_the_public_functions_and_nothing_else():
+    shown = pydoc.render_doc(uk, renderer=pydoc.plaintext)
+    assert all(f"    {name}(" in shown for name in ("block_boundary", "fp8_linear", "set_backend", "swiglu"))
+    assert "Spans" in uk.__all__ and all(getattr(uk, name).__doc__ for name in uk.__all__)
+    assert not [name for name in uk.__all__ if name in ("annotations", "adaln", "cpu") or name[0] == "_"]
