@@ -12,7 +12,7 @@ from unite_fast.config import ModelConfig, OptimizerConfig
 from unite_fast.engine import optim
 from unite_fast.engine.backend import clip_coefficient, gradient_norm, total_norm
 from unite_fast.engine.ema import Ema
-from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr
+from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr, schedule_doubt
 from unite_fast.engine.sharding import Layout, MatrixExchange, flat_fragments
 from unite_fast.model.unite import Unite
 
@@ -254,6 +254,24 @@ def test_a_warm_up_of_a_fraction_of_steps_ends_at_the_peak():
 def test_schedule_without_keys_is_constant():
     config = OptimizerConfig()
     assert {lr_factor(step, 3.5, config) for step in range(50)} == {1.0}
+
+
+def test_a_schedule_of_other_data_is_doubted():
+    short = OptimizerConfig(warmup_epochs=0.1, hold_until_epoch=1.8, cosine_until_epoch=4.4, final_ratio=0.02)
+    assert schedule_doubt(2000, 450, short) is None  # the molecules' quickstart
+    found = schedule_doubt(2000, 2.5, short)
+    assert "cosine_until_epoch = 4.4 is step 11 of 2000 with these data" in found and "at 0.02 of its peak" in found
+    # What it says to do ends the decay with the run.
+    factor = float(found.rsplit(" ", 1)[1])
+    scaled = short.model_copy(update={"warmup_epochs": 0.1 * factor, "hold_until_epoch": 1.8 * factor,
+                                      "cosine_until_epoch": 4.4 * factor})  # fmt: skip
+    assert schedule_doubt(2000, 2.5, scaled) is None and lr_factor(1990, 2.5, scaled) == pytest.approx(0.02, abs=1e-3)
+    assert "warmup_epochs = 0.1 takes 2500 steps of these data, and the run ends at step 2000" in schedule_doubt(
+        2000, 25000, short
+    )
+    # The published recipe's decay to half of the peak may end early, and no decay never does.
+    assert schedule_doubt(100_000, 10, short.model_copy(update={"final_ratio": 0.5})) is None
+    assert schedule_doubt(100_000, 10, OptimizerConfig(warmup_epochs=0, hold_until_epoch=0, cosine_until_epoch=0)) is None
 
 
 def test_learning_rate_scales_with_the_batch():

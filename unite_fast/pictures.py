@@ -142,7 +142,7 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("Gradient norm", "log", (("grad_norm", ""),)),
     ("Learning rate", "linear", (("lr", ""),)),
-    ("Latents: standard deviation across images", "linear", (("z0_std", ""),)),
+    ("Latents: standard deviation across the batch", "linear", (("z0_std", ""),)),
     ("Latents: effective rank", "linear", (("z0_rank", ""),)),
     ("Images per second", "linear", (("images_per_second", ""),)),
     ("Molecules per second", "linear", (("molecules_per_second", ""),)),

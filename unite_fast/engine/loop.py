@@ -23,6 +23,7 @@ from unite_fast.engine.fp8 import check_fp8
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.meter import Meter
 from unite_fast.engine.monitor import CollapseWatch, ProgressLine, Records, check_wandb
+from unite_fast.engine.optim import schedule_doubt
 from unite_fast.engine.report import Due
 from unite_fast.engine.session import changed_classes, changed_samples, record_session
 from unite_fast.engine.stopping import Interrupted, StopSignals
@@ -283,6 +284,8 @@ class Run:
                 f"warning: that is more than the {self.total} steps which the configuration asks for: nothing is trained, "
                 f"and what a finished run leaves is of step {self.first_step}"
             )
+        if doubt := schedule_doubt(self.total, self.stream.steps_per_epoch, self.config.optimizer):
+            line.say(f"warning: {doubt}")
         for notice in self._notices:
             line.say(notice)
 

@@ -24,6 +24,7 @@ BATCH_ELEMENTS = 2**26
 # More would hide little more of the reduction, and cut more matrices in two, which then travel to be orthogonalised.
 MAX_STAGES, STAGE_ELEMENTS = 4, 25_000_000
 MUON_EPS = 1e-6  # floor of the norm that Newton-Schulz divides by, as published
+SPENT = 0.1  # share of the peak at which a learning rate trains little more; the published recipe ends at 0.5
 MUON_STATE = "momentum_buffer"
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
@@ -112,6 +113,27 @@ def lr_factor(step: float, steps_per_epoch: float, config: OptimizerConfig) -> f
         return config.final_ratio
     progress = (step - hold) / (end - hold)
     return config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_doubt(total: int, steps_per_epoch: float, config: OptimizerConfig) -> str | None:
+    """What looks like a schedule of other data: its keys count epochs, and a run's length often steps.
+
+    Args:
+        total: optimizer steps of the whole run.
+    """
+    warmup, end = config.warmup_epochs * steps_per_epoch, config.cosine_until_epoch * steps_per_epoch
+    if warmup > total:
+        return (
+            f"optimizer.warmup_epochs = {config.warmup_epochs:g} takes {math.ceil(warmup)} steps of these data, and the run "
+            f"ends at step {total}: the learning rate does not reach its peak"
+        )
+    if end and 2 * end < total and config.final_ratio <= SPENT:
+        return (
+            f"optimizer.cosine_until_epoch = {config.cosine_until_epoch:g} is step {math.ceil(end)} of {total} with these "
+            f"data, and the learning rate then stays at {config.final_ratio:g} of its peak: to end the decay with the run, "
+            f"multiply warmup_epochs, hold_until_epoch and cosine_until_epoch by {total / end:.3g}"
+        )
+    return None
 
 
 def peak_lr(config: OptimizerConfig, global_batch: int) -> float:

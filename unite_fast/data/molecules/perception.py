@@ -65,7 +65,9 @@ def perceive(atoms: tuple[NDArray[np.uint8], NDArray[np.float32]]) -> Perceived:
         Chem.RemoveStereochemistry(molecule)  # else RemoveHs keeps the hydrogens that a double bond's stereo needs
         smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule), isomericSmiles=False)
     except (ValueError, RuntimeError) as error:  # RDKit's own errors are ValueErrors, its C++ ones RuntimeErrors
-        return failed(" ".join(str(error).split()).split(". ")[0][:100] or type(error).__name__)
+        # "Final molecular charge (0) does not match input (-1); could not find …": what counts in a sheet stands last.
+        sentence = " ".join(str(error).split()).split(". ")[0].split("; ")[-1]
+        return failed(sentence[:100] or type(error).__name__)
     bonds = tuple(
         (bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), int(bond.GetBondTypeAsDouble())) for bond in kekulised.GetBonds()
     )
