@@ -290,6 +290,8 @@ def test_curves_are_noisy_logarithmic_and_marked_as_their_panel_says(tmp_path):
     (losses, drawn), (lr, flat) = _charts(page)
     assert [curve["label"] for curve in losses["curves"]] == ["L1", "flow"]
     assert "Losses L1 flow" in page.says("training")
+    own = _page(tmp_path, RunFolder(tmp_path, {}, [record | {"loss_mine": 3.0} for record in metrics], []))
+    assert "Losses L1 flow mine" in own.says("training")
     assert losses["yAxis"][-1] is True and lr["yAxis"][-1] is False
     assert "faint" in drawn and "faint" not in flat and set(losses["curves"][0]["y"]) == {1.5}
     low, high, start, end, _ = losses["xAxis"]

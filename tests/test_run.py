@@ -408,6 +408,12 @@ def test_a_minute_that_is_left_is_not_sixty_seconds(capsys, monkeypatch):
     assert "left 4:30" in capsys.readouterr().err  # nine steps of 30 seconds, however long the ten before took
 
 
+def test_the_progress_line_tells_every_loss(capsys):
+    record = {"images_per_second": 8.0, "loss": 3.0, "loss_l1": 0.5, "loss_mine": 0.25, "loss_flow": 0.125}
+    ProgressLine(1, 0, enabled=True).advance(1, record)
+    assert "8 images/s  L1 0.5000  mine 0.2500  flow 0.1250  left" in " ".join(capsys.readouterr().err.split("\n"))
+
+
 def test_latent_statistics_and_the_collapse_watch():
     healthy = torch.randn(64, 8, 4)
     deviation, rank = latent_statistics(healthy).tolist()

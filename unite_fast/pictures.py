@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
-from unite_fast.records import read_metrics
+from unite_fast.records import losses, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,25 +135,25 @@ def trajectory_sheet(images: Tensor, names: Sequence[str], times: Sequence[float
     _save(_sheet(rows, [f"t = {t:.2f}" for t in times]), path)
 
 
-# Panel title, axis scale, and the keys drawn in it with their legend.
-PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Losses", "log", (
-        ("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_element", "elements"),
-        ("loss_position", "positions"), ("loss_flow", "flow"),
-    )),
-    ("Gradient norm", "log", (("grad_norm", ""),)),
-    ("Learning rate", "linear", (("lr", ""),)),
-    ("Latents: standard deviation across the batch", "linear", (("z0_std", ""),)),
-    ("Latents: effective rank", "linear", (("z0_rank", ""),)),
-    ("Images per second", "linear", (("images_per_second", ""),)),
-    ("Molecules per second", "linear", (("molecules_per_second", ""),)),
+# Panel title, axis scale and key of what is drawn beside the losses.
+PANELS = (
+    ("Gradient norm", "log", "grad_norm"),
+    ("Learning rate", "linear", "lr"),
+    ("Latents: standard deviation across the batch", "linear", "z0_std"),
+    ("Latents: effective rank", "linear", "z0_rank"),
+    ("Images per second", "linear", "images_per_second"),
+    ("Molecules per second", "linear", "molecules_per_second"),
 )
-NOISY = (
-    "loss", "loss_l1", "loss_lpips", "loss_element", "loss_position", "loss_flow", "grad_norm", "images_per_second",
-    "molecules_per_second",
-)  # fmt: skip
+SMOOTH = ("lr", "z0_std", "z0_rank", "data_wait")  # drawn as they are, without a running mean
 MOSTLY = 0.9  # share of positive values from which a logarithmic axis leaves out the rest
-COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706")
+COLOURS = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626")
+
+
+def curve_panels(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, dict[str, str]]]:
+    """Title, axis scale, and the keys drawn with their legend, of every panel: whatever losses the records hold, then
+    `PANELS`."""
+    names = losses({key: None for record in records for key in record})
+    return [("Losses", "log", names), *((title, scale, {key: ""}) for title, scale, key in PANELS)]
 
 
 def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
@@ -170,8 +171,8 @@ def loss_curves(metrics_path: str | Path, path: str | Path) -> None:
 
     records = read_metrics(metrics_path)
     panels = []
-    for title, scale, keys in PANELS:
-        curves = [(key, legend, *_series(records, key)) for key, legend in keys]
+    for title, scale, keys in curve_panels(records):
+        curves = [(key, legend, *_series(records, key)) for key, legend in keys.items()]
         curves = [curve for curve in curves if len(curve[2])]
         if curves:
             panels.append((title, scale, curves))
@@ -201,9 +202,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 def _draw(axes: Any, title: str, scale: str, curves: list[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    for (key, legend, steps, values), colour in zip(curves, COLOURS, strict=False):
+    for (key, legend, steps, values), colour in zip(curves, itertools.cycle(COLOURS), strict=False):
         marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
-        window = len(values) // 40 if key in NOISY else 1
+        window = 1 if key in SMOOTH else len(values) // 40
         if window > 1:
             axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
             steps, values = _running_mean(steps, window), _running_mean(values, window)

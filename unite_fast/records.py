@@ -19,6 +19,14 @@ LOCK = ".lock"  # says who trains in the folder, and is empty after a trainer th
 SILENT_SECONDS = 600.0
 
 
+def losses(record: dict[str, Any]) -> dict[str, str]:
+    """Key -> name for people of a record's losses, in its order; a term without a name here keeps its own."""
+    names = {"loss": "total", "loss_l1": "L1", "loss_lpips": "LPIPS", "loss_element": "elements",
+             "loss_position": "positions"}  # fmt: skip
+    found = (key for key in record if key == "loss" or key.startswith("loss_"))
+    return {key: names.get(key, key.removeprefix("loss_")) for key in found}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Records of a `metrics.jsonl`, by rising step; the last record of a step counts.
 

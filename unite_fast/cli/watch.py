@@ -18,7 +18,7 @@ from rich.text import Text
 from unite_fast.cli.console import out
 from unite_fast.cli.report import RunArgument
 from unite_fast.engine.monitor import CollapseWatch
-from unite_fast.records import RunFolder, duration, number, open_run
+from unite_fast.records import RunFolder, duration, losses, number, open_run
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND = 40  # characters of a sparkline
@@ -91,11 +91,10 @@ def view(run: RunFolder, now: float) -> RenderableType:
 
 def _rows(record: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     """Key -> (title, logarithmic) of what is shown of a record, in its order."""
-    rows = {}
+    rows, names = {}, losses(record)
     for key in record:
-        if key == "loss" or key.startswith("loss_"):
-            name = key.removeprefix("loss_")
-            rows[key] = (key if key == "loss" else f"  {name.upper() if name in ('l1', 'lpips') else name}", True)
+        if key in names:
+            rows[key] = (key if key == "loss" else f"  {names[key]}", True)
         elif key.endswith(RATE):
             rows[key] = (f"{key.removesuffix(RATE)}/s", False)
         elif key in ROWS:

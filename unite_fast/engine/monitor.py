@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from unite_fast.errors import UserError
-from unite_fast.records import METRICS
+from unite_fast.records import METRICS, losses
 
 if TYPE_CHECKING:
     from unite_fast.config import Config
@@ -157,19 +157,17 @@ def _wandb_run(folder: Path, config: Config) -> Any:
     return run
 
 
-# What stands on the progress line behind the rate, and how it is written.
-_TOLD = {
-    "mfu": "MFU {:.1%}", "data_wait": "wait {:.0%}", "memory_gb": "{:.1f} GB",
-    "loss_l1": "L1 {:.4f}", "loss_lpips": "LPIPS {:.3f}", "loss_element": "elements {:.4f}",
-    "loss_position": "positions {:.4f}", "loss_flow": "flow {:.3f}",
-}  # fmt: skip
+# What stands on the progress line between the rate and the losses, and how it is written.
+_TOLD = {"mfu": "MFU {:.1%}", "data_wait": "wait {:.0%}", "memory_gb": "{:.1f} GB"}
 
 
 def _told(record: dict[str, Any]) -> list[str]:
     """The rate, where time and memory go, and the losses of a record, for people."""
     rates = [(name, value) for name, value in record.items() if name.endswith("_per_second")]
-    return [f"{value:.0f} {name.removesuffix('_per_second')}/s" for name, value in rates] + [
-        text.format(record[name]) for name, text in _TOLD.items() if name in record
+    return [
+        *(f"{value:.0f} {name.removesuffix('_per_second')}/s" for name, value in rates),
+        *(text.format(record[name]) for name, text in _TOLD.items() if name in record),
+        *(f"{name} {record[key]:.4f}" for key, name in losses(record).items() if key != "loss"),
     ]
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from unite_fast.config import Config
-from unite_fast.pictures import NOISY, PANELS, spread
+from unite_fast.pictures import SMOOTH, curve_panels, spread
 from unite_fast.records import RunFolder, duration, number
 from unite_fast.report.charts import Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of, trends
@@ -20,8 +20,6 @@ from unite_fast.report.probe import Probe
 from unite_fast.report.tiles import Tiles, sheet
 from unite_fast.section import section_of
 
-# The panels of curves.png, and what a training that waits for its data shows.
-CURVE_PANELS = (*PANELS, ("Share of the time waiting for data", "linear", (("data_wait", ""),)))
 SHEET_WIDTH = 1400  # pixels of a sheet taken from disk
 HISTORY_WIDTH, HISTORY_SHEETS = 560, 6
 STATES = {
@@ -135,13 +133,15 @@ def _curves(run: RunFolder) -> list[tuple[str, list[str], Markup]]:
     """(title, legend, chart) of every panel with data."""
     charts = []
     starts = sorted({step for entry in run.sessions if (step := number(entry.get("first_step")))})
-    for title, scale, keys in CURVE_PANELS:
+    # The panels of curves.png, and what a training that waits for its data shows.
+    waiting = ("Share of the time waiting for data", "linear", {"data_wait": ""})
+    for title, scale, keys in (*curve_panels(run.metrics), waiting):
         curves = []
-        for key, label in keys:
+        for key, label in keys.items():
             points = [(r["step"], value) for r in run.metrics if (value := number(r.get(key))) is not None]
             if points:
                 steps, values = np.array(points, float).T
-                curves.append(Curve(label, steps, values, key in NOISY))
+                curves.append(Curve(label, steps, values, key not in SMOOTH))
         if curves:
             legend = [curve.label for curve in curves] if len(curves) > 1 else []
             charts.append((title, legend, line_chart(curves, log=scale == "log", x_name="step", marks=starts)))
