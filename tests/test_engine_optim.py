@@ -12,7 +12,14 @@ from unite_fast.config import ModelConfig, OptimizerConfig
 from unite_fast.engine import optim
 from unite_fast.engine.backend import clip_coefficient, gradient_norm, total_norm
 from unite_fast.engine.ema import Ema
-from unite_fast.engine.optim import MuonAdamW, lr_factor, matrix_shape, parameter_groups, peak_lr, schedule_doubt
+from unite_fast.engine.optim import (
+    MuonAdamW,
+    lr_factor,
+    matrix_shape,
+    parameter_groups,
+    peak_lr,
+    schedule_doubt,
+)
 from unite_fast.engine.sharding import Layout, MatrixExchange, flat_fragments
 from unite_fast.model.unite import Unite
 
@@ -271,7 +278,8 @@ def test_a_schedule_of_other_data_is_doubted():
     )
     # The published recipe's decay to half of the peak may end early, and no decay never does.
     assert schedule_doubt(100_000, 10, short.model_copy(update={"final_ratio": 0.5})) is None
-    assert schedule_doubt(100_000, 10, OptimizerConfig(warmup_epochs=0, hold_until_epoch=0, cosine_until_epoch=0)) is None
+    constant = OptimizerConfig(warmup_epochs=0, hold_until_epoch=0, cosine_until_epoch=0)
+    assert schedule_doubt(100_000, 10, constant) is None
 
 
 def test_learning_rate_scales_with_the_batch():

@@ -189,8 +189,9 @@ def test_a_loss_of_ones_own_is_drawn_like_the_others(tmp_path, monkeypatch):
     path.write_text(_record(1, loss=9, loss_l1=2, loss_lpips=1, loss_mine=3, loss_flow=2))
     monkeypatch.setattr(pictures, "_draw", lambda axes, title, scale, curves: drawn.extend([c[:2] for c in curves]))
     pictures.loss_curves(path, tmp_path / "curves.png")
-    names = [("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_mine", "mine"), ("loss_flow", "flow")]
-    assert drawn[:5] == names
+    assert drawn[:5] == [
+        ("loss", "total"), ("loss_l1", "L1"), ("loss_lpips", "LPIPS"), ("loss_mine", "mine"), ("loss_flow", "flow")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

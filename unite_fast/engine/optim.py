@@ -124,14 +124,14 @@ def schedule_doubt(total: int, steps_per_epoch: float, config: OptimizerConfig) 
     warmup, end = config.warmup_epochs * steps_per_epoch, config.cosine_until_epoch * steps_per_epoch
     if warmup > total:
         return (
-            f"optimizer.warmup_epochs = {config.warmup_epochs:g} takes {math.ceil(warmup)} steps of these data, and the run "
-            f"ends at step {total}: the learning rate does not reach its peak"
+            f"optimizer.warmup_epochs = {config.warmup_epochs:g} takes {math.ceil(warmup)} steps of these data, and "
+            f"the run ends at step {total}: the learning rate does not reach its peak"
         )
     if end and 2 * end < total and config.final_ratio <= SPENT:
         return (
-            f"optimizer.cosine_until_epoch = {config.cosine_until_epoch:g} is step {math.ceil(end)} of {total} with these "
-            f"data, and the learning rate then stays at {config.final_ratio:g} of its peak: to end the decay with the run, "
-            f"multiply warmup_epochs, hold_until_epoch and cosine_until_epoch by {total / end:.3g}"
+            f"optimizer.cosine_until_epoch = {config.cosine_until_epoch:g} is step {math.ceil(end)} of {total} with "
+            f"these data, and the learning rate then stays at {config.final_ratio:g} of its peak: to end the decay "
+            f"with the run, multiply warmup_epochs, hold_until_epoch and cosine_until_epoch by {total / end:.3g}"
         )
     return None
 
