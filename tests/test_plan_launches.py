@@ -60,6 +60,16 @@ def test_what_they_depend_on():
     assert host_seconds(with_chunk(config("B", "train.compile=true"), 14), 1, 2e-5) == 0  # not counted
 
 
+def test_zero_3_is_planned_with_the_linears_that_it_brings():
+    """Whatever stage the configuration names: none of its Linears keeps casts."""
+    run = config("B", "train.micro_batch=16")
+    hosts = [plan(run, H100, NODES, ranks=64, stage=stage).seconds.host for stage in range(4)]
+    assert hosts[0] == hosts[1] == hosts[2] and hosts[3] > 1.25 * hosts[0]
+    named = config("B", "train.micro_batch=16", "train.zero_stage=3", "optimizer.kind=adamw")
+    assert plan(named, H100, NODES, ranks=64, stage=3).seconds.host == hosts[3]
+    assert plan(named, H100, NODES, ranks=64, stage=2).seconds.host < hosts[0]  # with AdamW in place of Muon
+
+
 def test_a_step_takes_the_longer_of_host_and_device():
     device = StepTime(compute=3.0, gradients=0.5, exchange=0.25, weights=0.25, update=1.0, host=2.0)
     assert device.launching == 0 and device.total == 5

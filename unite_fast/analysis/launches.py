@@ -5,10 +5,9 @@ autocast: differences of steps that differ in one block, one chunk, one micro-ba
 together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
 number of samples changes nothing.
 
-Not counted: what ZeRO and the collectives launch beside the update of one GPU, PyTorch's own Linears, which serve
-under ZeRO 3 (they launch 28 % more in a step of B with S = 3), and the few launches by which other forms of model and
-objective differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under `train.compile`
-launches are fewer, and nobody has counted them.
+Not counted: what ZeRO and the collectives launch beside the update of one GPU, and the few launches by which other
+forms of model and objective differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under
+`train.compile` launches are fewer, and nobody has counted them.
 """
 
 from __future__ import annotations
@@ -41,6 +40,11 @@ FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
 # decoder's block and of a recomputed forward, and among the casts three for each weight; where rows are filled up, two
 # weights' copies.
 EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS, EIGHT_FILLED_CASTS = 38, 39, 15, 11, 4
+# Under ZeRO 3, whose Linears are DeepSpeed's own: they cast a weight in every forward and in every backward, and its
+# gradient, and add the bias by itself. Kernels more, after the casts that serve elsewhere, of an encoder's and a
+# decoder's block, of a recomputed forward, and of pass one and a chunk outside their blocks. Rows are not filled up.
+GATHERED, GATHERED_DECODER, GATHERED_RECOMPUTED = 20, 15, 8
+GATHERED_RECONSTRUCT, GATHERED_FLOW = 17, 12
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors
 # by the number of lists that go together.
 BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -73,8 +77,16 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
         block, decoder_block: kernels of one block, its casts among them.
         reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
     """
-    model, recomputed, block_casts = config.model, RECOMPUTED, BLOCK_CASTS
-    filled = aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width)
+    model, recomputed, block_casts, other_casts = config.model, RECOMPUTED, BLOCK_CASTS, OTHER_CASTS
+    gathered = config.train.zero_stage == 3
+    filled = not gathered and aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width)
+    if gathered:
+        block += GATHERED
+        decoder_block += GATHERED_DECODER
+        recomputed += GATHERED_RECOMPUTED
+        reconstruct += GATHERED_RECONSTRUCT
+        flow += GATHERED_FLOW
+        block_casts = other_casts = 0
     if config.train.fp8:
         block += EIGHT
         decoder_block += EIGHT_DECODER
@@ -87,7 +99,7 @@ def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct
         block_casts += filled_casts
     reconstruct, flow = (sum(pair) for pair in zip((reconstruct, flow), LATENT_NORM[model.latent_norm], strict=True))
     encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
-    casts = model.depth * block_casts + OTHER_CASTS
+    casts = model.depth * block_casts + other_casts
     return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder - casts, casts)
 
 
@@ -117,7 +129,9 @@ def step_launches(config: Config, accumulation: int) -> int:
 
 
 def summed_in_products(config: Config) -> set[str]:
-    """Names of the weights whose gradients' products add to the sum (`unite_fast/model/casts.py`)."""
+    """Names of the weights whose gradients' products add to the sum (`unite_fast/model/casts.py`); none by ZeRO 3."""
+    if config.train.zero_stage == 3:
+        return set()
     network = network_of(config.model)
     linears = {name for name, module in network.named_modules() if isinstance(module, CastLinear)}
     if config.train.fp8:

@@ -130,11 +130,10 @@ def plan(
             f"train.fp8 needs a GPU with FP8 products ({', '.join(other.name for other in GPUS if other.fp8)}), "
             f"{gpu.name} has none: set train.fp8 to false"
         )
+    train, optimizer = config.train.model_copy(update={"zero_stage": stage}), config.optimizer
     if stage == 3:
-        optimizer = config.optimizer.model_copy(update={"kind": "adamw"})
-        train = config.train.model_copy(update={"fp8": False})
-        config = config.model_copy(update={"optimizer": optimizer, "train": train})
-    train = config.train
+        train, optimizer = train.model_copy(update={"fp8": False}), optimizer.model_copy(update={"kind": "adamw"})
+    config = config.model_copy(update={"optimizer": optimizer, "train": train})
     if train.micro_batch == "auto":
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]
     else:
