@@ -28,7 +28,10 @@ def unite_config(*, stage: int, kind: str, stop_gradient: bool, precision: str =
 
 def unite_engine(config: Config, world: World) -> Engine:
     torch.manual_seed(4)
-    return Engine(Unite(config.model), config, world, steps_per_epoch=10)
+    model = Unite(config.model)
+    for linear in (*model.encoder.modulation, model.encoder.final_modulation, model.encoder.final):
+        torch.nn.init.normal_(linear.weight, std=0.02)  # behind zeros nothing has a gradient in the first step
+    return Engine(model, config, world, steps_per_epoch=10)
 
 
 def unite_step(engine: Engine, step: int) -> Tensor:

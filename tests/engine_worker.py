@@ -32,6 +32,7 @@ UNITE = {
     "zero3": dict(stage=3, kind="adamw", stop_gradient=False),
     "zero0.bf16": dict(stage=0, kind="muon", stop_gradient=True, precision="bf16"),
     "zero2.bf16": dict(stage=2, kind="muon", stop_gradient=False, precision="bf16"),
+    "zero3.bf16": dict(stage=3, kind="adamw", stop_gradient=True, precision="bf16"),
 }
 
 

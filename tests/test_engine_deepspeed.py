@@ -191,12 +191,19 @@ def test_one_rank_evaluates_the_ema_while_the_other_waits(folder, name):
 
 
 @pytest.mark.parametrize("name", UNITE)
-def test_unite_itself_trains_alike_on_two_ranks(folder, name):
+def test_unite_itself_trains_alike_on_two_ranks(folder, monkeypatch, name):
+    if name == "zero3.bf16":  # its Linears are DeepSpeed's own, and round otherwise than ours
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+        monkeypatch.setattr("unite_fast.model.linear.open_casts", lambda x: None)
     engine = unite_engine(unite_config(**UNITE[name] | {"stage": 0}), ALONE)
+    before = dict(engine.model_state())
     norms = [unite_step(engine, step).item() for step in unite_steps(UNITE[name])]
     found = load_file(folder / f"unite.{name}.weights.safetensors")
     for key, weight in engine.model_state():
-        assert torch.dist(found[key], weight) <= 1e-3 * weight.norm() + 1e-6, key
+        assert torch.dist(found[key], weight) <= 2e-3 * torch.dist(before[key], weight) + 1e-6, key
     for rank in ranks(folder, f"unite.{name}"):
         assert rank == pytest.approx(norms, rel=1e-3)
 
