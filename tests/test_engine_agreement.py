@@ -1,7 +1,9 @@
 """Ranks that find different checkpoints or data are told so, and those of a network folder that lags are waited for."""
 
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -10,7 +12,13 @@ from engine_toy import toy_config, toy_model, toy_step
 from runs import config, image_tree
 
 from unite_fast.engine import agreement, checkpoint, loop
-from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
+from unite_fast.engine.agreement import (
+    check_same_rounding,
+    newest_checkpoint,
+    require_same_config,
+    require_same_data,
+    rounds_as,
+)
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.report import Report
@@ -54,7 +62,9 @@ def test_other_ranks_write_and_delete_no_checkpoint(tmp_path):
     assert len(list(kept.parent.iterdir())) == 2, "which of them go is the main rank's to say"
 
 
-@pytest.mark.parametrize("asked", ["require_same_config", "newest_checkpoint", "require_same_data"])
+@pytest.mark.parametrize(
+    "asked", ["require_same_config", "check_same_rounding", "newest_checkpoint", "require_same_data"]
+)
 def test_a_run_asks_before_it_trains(tmp_path, monkeypatch, asked):
     image_tree(tmp_path / "train")
     monkeypatch.setattr(loop, asked, MagicMock(side_effect=UserError(f"{asked} was asked")))
@@ -87,3 +97,43 @@ def test_a_node_with_a_configuration_of_its_own_is_said():
     optimizer = settings.optimizer.model_dump() | {"lr": 0.5}
     with pytest.raises(UserError, match="optimizer.lr is 0.02 for rank 0, 0.5 for rank 1[.]"):
         require_same_config(settings, others(optimizer=optimizer))
+
+
+def with_another(mine: str) -> list[str]:
+    return [mine, mine, "a GPU of another kind"]
+
+
+@pytest.mark.parametrize("stage, kind", [(0, "muon"), (0, "adamw"), (1, "muon"), (2, "muon"), (3, "adamw")])
+def test_ranks_that_round_otherwise_are_said_where_their_weights_part(stage, kind):
+    world = MagicMock(device=torch.device("cpu"), collect=with_another)
+    words = f"rank 0 is {re.escape(rounds_as(world.device))}, rank 2 a GPU of another kind. Set train.zero_stage to 1"
+    settings = toy_config(stage=stage, kind=kind)
+    if (stage, kind) == (0, "muon"):
+        with pytest.raises(UserError, match=words):
+            check_same_rounding(settings, world)
+    elif stage == 0:
+        assert re.search(words, check_same_rounding(settings, world))
+    else:
+        assert check_same_rounding(settings, world) is None
+    assert check_same_rounding(settings, MagicMock(device=world.device, collect=lambda mine: [mine, mine])) is None
+
+
+def test_what_a_rank_rounds_as(monkeypatch):
+    assert torch.__version__ in rounds_as(torch.device("cpu"))
+    before = rounds_as(torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other vectors")
+    assert rounds_as(torch.device("cpu")) != before
+    gpu = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    expected = f"NVIDIA H100 of compute capability 9.0, torch {torch.__version__}"
+    assert rounds_as(torch.device("cuda", 0)) == expected
+
+
+def test_a_run_with_adamw_says_it_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    image_tree(tmp_path / "train")
+    monkeypatch.setattr(agreement, "_first_other", lambda found: (1, "a GPU of another kind"))
+    monkeypatch.setattr(loop, "require_same_config", lambda *_: None)
+    monkeypatch.setattr(loop, "newest_checkpoint", lambda *_: None)
+    monkeypatch.setattr(loop, "require_same_data", lambda *_: None)
+    loop.train(config(tmp_path, optimizer={"kind": "adamw"}, train={"steps": 1}))
+    assert "".join(capsys.readouterr()).count("rank 1 a GPU of another kind") == 1

@@ -1,13 +1,16 @@
-"""What all ranks must find alike before they train together: configuration, checkpoint to go on from or weights to begin
-with, and data."""
+"""What all ranks must find alike before they train together: configuration, how they round, checkpoint to go on from or
+weights to begin with, and data."""
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
@@ -15,6 +18,8 @@ from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.protocol import weights_hash
 from unite_fast.importing import Trained
+from unite_fast.versions import versions
+from unite_kernels.cpu import cpuinfo
 
 # Where things lie, which may be elsewhere on another node; `require_same_data` looks at what lies there.
 PLACES = {
@@ -39,6 +44,41 @@ def require_same_config(config: Config, world: World) -> None:
                     f"the configuration is not the same for all ranks: {key} is {first!r} for rank 0, {there!r} for "
                     f"rank {rank}. Give every node the same file"
                 )
+
+
+def check_same_rounding(config: Config, world: World) -> str | None:
+    """A warning where ranks may round otherwise than others and that lets their weights part; None elsewhere. Collective.
+
+    Under ZeRO 0 every rank updates all weights by itself, and nothing brings them together again. AdamW's float32 steps
+    differ in their last bits; Newton–Schulz, in bfloat16 on a GPU, hands on what its products round otherwise, so Muon
+    is refused. Under ZeRO 1 to 3 each weight is updated on one rank and sent to all: those may be of any kind.
+
+    Raises:
+        UserError: the first rank that is of another kind, under ZeRO 0 with Muon.
+    """
+    if config.train.zero_stage:
+        return None
+    found = world.collect(rounds_as(world.device))
+    if (odd := _first_other(found)) is None:
+        return None
+    rank, other = odd
+    what = (
+        "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round otherwise drift apart: "
+        f"rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on the same"
+    )
+    if config.optimizer.kind == "muon":
+        raise UserError(what)
+    return what
+
+
+def rounds_as(device: torch.device) -> str:
+    """What the same operations round by: a GPU's model, a CPU's maker and vectors, and PyTorch's version."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        kind = f"{properties.name} of compute capability {properties.major}.{properties.minor}"
+    else:
+        kind = f"{cpuinfo('vendor_id') or platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, torch {versions('torch')['torch']}"
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:

@@ -13,7 +13,12 @@ import unite_kernels as uk
 from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
-from unite_fast.engine.agreement import newest_checkpoint, require_same_config, require_same_data
+from unite_fast.engine.agreement import (
+    check_same_rounding,
+    newest_checkpoint,
+    require_same_config,
+    require_same_data,
+)
 from unite_fast.engine.batch import is_out_of_memory
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
@@ -71,6 +76,8 @@ class Run:
     def __init__(self, config: Config, world: World, *, resume: bool):
         self.config, self.world = config, world
         require_same_config(config, world)
+        rounding = check_same_rounding(config, world)
+        self._notices = [f"warning: {rounding}"] if rounding else []
         self.folder = Path(config.runs) / config.name
         latest = newest_checkpoint(self.folder, world)
         if latest is not None and not resume:
@@ -107,7 +114,6 @@ class Run:
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
         model.tokenize_t_max = config.objective.tokenize_t_max
-        self._notices: list[str] = []
         if start is not None:
             self._notices.append(begin_from(start, model, self.stream.classes))
         steps_per_epoch = self.stream.steps_per_epoch
