@@ -41,7 +41,7 @@ FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
 # weights' copies.
 EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS, EIGHT_FILLED_CASTS = 38, 39, 15, 11, 4
 # Under ZeRO 3, whose Linears are DeepSpeed's own: they cast a weight in every forward and in every backward, and its
-# gradient, and add the bias by itself. Kernels more, after the casts that serve elsewhere, of an encoder's and a
+# gradient, and add the bias by itself. Kernels more, net of the casts that serve elsewhere, of an encoder's and a
 # decoder's block, of a recomputed forward, and of pass one and a chunk outside their blocks. Rows are not filled up.
 GATHERED, GATHERED_DECODER, GATHERED_RECOMPUTED = 20, 15, 8
 GATHERED_RECONSTRUCT, GATHERED_FLOW = 17, 12

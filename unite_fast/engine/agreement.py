@@ -47,7 +47,7 @@ def require_same_config(config: Config, world: World) -> None:
 
 
 def check_same_rounding(config: Config, world: World) -> str | None:
-    """A warning where ranks may round otherwise than others and that lets their weights part; None elsewhere. Collective.
+    """A warning where ranks may round otherwise and their weights part by it; None elsewhere. Collective.
 
     Under ZeRO 0 every rank updates all weights by itself, and nothing brings them together again. AdamW's float32 steps
     differ in their last bits; Newton–Schulz, in bfloat16 on a GPU, hands on what its products round otherwise, so Muon
@@ -63,8 +63,8 @@ def check_same_rounding(config: Config, world: World) -> str | None:
         return None
     rank, other = odd
     what = (
-        "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round otherwise drift apart: "
-        f"rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on the same"
+        "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round otherwise drift "
+        f"apart: rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on the same"
     )
     if config.optimizer.kind == "muon":
         raise UserError(what)
