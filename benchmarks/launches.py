@@ -46,6 +46,7 @@ KINDS = {
     "products, attention, convolutions": (
         "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward",
         "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_backward",
+        "aten::_flash_attention_forward", "aten::_flash_attention_backward",
     ),
     "sums of gradients": ("aten::add_.Tensor", "aten::sum.dim_IntList", "aten::add.Tensor"),
     "ours": ("unite_kernels::",),

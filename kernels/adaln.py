@@ -125,20 +125,22 @@ def _backward_operator(
     eps: float,
     layer: bool,
 ) -> list[Tensor]:
-    """Gradients of x to scale; empty for those that are None, and for a branch without a gate: its gradient is x's."""
+    """What `adaln_kernels.backward` returns, without what is None."""
     grads = adaln_kernels.backward(
         None if grad_residual is None else grad_residual.contiguous(), grad_normed.contiguous(),
         x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer,
     )  # fmt: skip
-    return [_present(grad, x) for grad in grads]
+    return [grad for grad in grads if grad is not None]
 
 
 @_backward_operator.register_fake
 def _(
     grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
 ):
-    inputs = (x, branch, gate, closing_weight, weight, bias, shift, scale)
-    return [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+    inputs = (x, None if gate is None else branch, gate, shift, scale)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+    vectors = adaln_kernels.vector_count(weight, closing_weight, bias)
+    return grads + ([x.new_empty(vectors, x.shape[2], dtype=torch.float32)] if vectors else [])
 
 
 def _present(tensor: Tensor | None, x: Tensor) -> Tensor:
@@ -164,11 +166,17 @@ def _backward(ctx, grad_residual, grad_normed):
         grad_normed = torch.zeros_like(tensors[0])
     if not ctx.has_branch:
         grad_residual = None
-    grads = _backward_operator(grad_residual, grad_normed, *tensors, ctx.longest, ctx.eps, ctx.layer)
-    found = [None if tensor is None else grad for tensor, grad in zip(tensors[:-1], grads, strict=True)]
-    if ctx.has_branch and not ctx.gated:
-        found[1] = found[0]
-    return *found, None, None, None, None
+    _, _, gate, closing_weight, weight, bias, shift, scale, _ = tensors
+    found = iter(_backward_operator(grad_residual, grad_normed, *tensors, ctx.longest, ctx.eps, ctx.layer))
+    grad_x = next(found)
+    grad_branch = next(found) if ctx.gated else grad_x if ctx.has_branch else None
+    terms = [None if term is None else next(found) for term in (gate, shift, scale)]
+    sums = next(found, None)
+    vectors = [
+        None if vector is None else sums[row].to(vector.dtype)
+        for vector, row in ((closing_weight, 1), (weight, 0), (bias, 1))
+    ]
+    return grad_x, grad_branch, terms[0], *vectors, *terms[1:], None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

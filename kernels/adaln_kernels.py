@@ -242,7 +242,8 @@ def _sum_kernel(
     CLOSING: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Per-sample gradients of the modulation, and each sample's share [B, 3, C] of weight, closing weight and bias."""
+    """Per-sample gradients of the modulation, and each sample's share [B, 2, C] of weight, and of closing weight or bias,
+    of which a form has one at most."""
     blocks = tl.cdiv(width, COLUMNS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -255,7 +256,7 @@ def _sum_kernel(
         slope *= _vector(weight, column, width)
     if per_sample is not None:
         modulation = 1.0 + _vector(scale + sample * scale_stride, column, width)
-        per_sample += sample * (3 * width) + column
+        per_sample += sample * (2 * width) + column
         tl.store(per_sample, unit_sum * modulation, mask=inside)
     if OFFSET:
         grad_sum = _chunk_sum(partials + (PARTS - 1) * width, chunks, column, width, PARTS, CHUNKS)
@@ -263,7 +264,7 @@ def _sum_kernel(
             tl.store(grad_shift + place, grad_sum, mask=inside)
         if bias is not None:
             slope += grad_sum * _vector(bias, column, width)
-            tl.store(per_sample + 2 * width, grad_sum * modulation, mask=inside)
+            tl.store(per_sample + width, grad_sum * modulation, mask=inside)
     tl.store(grad_scale + place, slope, mask=inside)
     if grad_gate is not None:
         tl.store(grad_gate + place, _chunk_sum(partials + width, chunks, column, width, PARTS, CHUNKS), mask=inside)
@@ -306,7 +307,7 @@ def forward(
 def backward(
     grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
 ):
-    """Gradients of (x, branch, gate, closing_weight, weight, bias, shift, scale), None for those that are None.
+    """Gradients of (x, branch, gate, shift, scale), and of the vectors, float32 [`vector_count`, C]; None for what is None.
 
     x is the normed stream, or the stream before the gate where there is a closing norm. The gradient of a branch
     without a gate is None, too: it is that of x.
@@ -322,10 +323,10 @@ def backward(
     terms = [None if term is None else torch.empty_like(term, memory_format=torch.contiguous_format)
              for term in (gate, shift, scale)]  # fmt: skip
     partials = x.new_empty(batch, chunks, parts, width, dtype=torch.float32)
-    vectors = (weight, closing_weight, bias)
-    per_sample = None
-    if scale is not None and any(vector is not None for vector in vectors):
-        per_sample = x.new_empty(batch, 3, width, dtype=torch.float32)
+    vectors = vector_count(weight, closing_weight, bias)
+    per_sample = sums = None
+    if scale is not None and vectors:
+        per_sample = x.new_empty(batch, 2, width, dtype=torch.float32)
     with device_of(x):
         if batch * chunks:  # also without tokens: what is summed below is written here
             _backward_kernel[(batch * chunks,)](
@@ -340,15 +341,16 @@ def backward(
                 CLOSING=closing_weight is not None, OFFSET=offset, PARTS=parts,
                 COLUMNS=SUM_COLUMNS, CHUNKS=SUM_CHUNKS, num_warps=4,
             )  # fmt: skip
-    # The sum over samples is PyTorch's, which is deterministic too; one each, as results must not share memory. Without
-    # modulation, where there is no closing norm either, nothing is summed by sample.
-    shares, places = (partials.flatten(0, 1), (0, None, 1)) if scale is None else (per_sample, (0, 1, 2))
-    grad_weight, grad_closing, grad_bias = (
-        None if vector is None else shares[:, place].sum(0).to(vector.dtype)
-        for vector, place in zip(vectors, places, strict=True)
-    )
-    grad_gate, grad_shift, grad_scale = terms
-    return grad_x, grad_branch, grad_gate, grad_closing, grad_weight, grad_bias, grad_shift, grad_scale
+    if vectors:
+        # The sum over samples is PyTorch's, which is deterministic too, and one launch for both vectors. Without
+        # modulation nothing is summed by sample.
+        sums = (partials.flatten(0, 1) if scale is None else per_sample)[:, :vectors].sum(0)
+    return grad_x, grad_branch, *terms, sums
+
+
+def vector_count(weight: Tensor | None, closing_weight: Tensor | None, bias: Tensor | None) -> int:
+    """Rows of the vectors' gradients: the first is the weight's, the second the closing weight's or the bias's."""
+    return 2 if closing_weight is not None or bias is not None else int(weight is not None)
 
 
 def aot_specialisations() -> list[Specialisation]:

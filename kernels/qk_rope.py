@@ -220,8 +220,9 @@ def _qk_norm_rope_backward(
     sin: Tensor,
     unrotated: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv and the weights from that of the packed result, or those of the three apart."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv, and of both weights as float32 [2, d], from that of the packed result, or those of the three
+    apart."""
     batch, tokens, _, heads, width = qkv.shape
     blocks = _blocks(heads, width, BACKWARD_TILE)
     rows = batch * tokens * heads
@@ -235,15 +236,12 @@ def _qk_norm_rope_backward(
                 grad.contiguous(), grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, grad_qkv, partials,
                 rows, tokens, unrotated, eps, **blocks, STEPS=STEPS, num_warps=WARPS,
             )  # fmt: skip
-    grad_q_weight, grad_k_weight = (
-        partials[:, index].sum(0).to(weight.dtype) for index, weight in enumerate((q_weight, k_weight))
-    )
-    return grad_qkv, grad_q_weight, grad_k_weight
+    return grad_qkv, partials.sum(0)
 
 
 @_qk_norm_rope_backward.register_fake
 def _(grads, qkv, q_weight, k_weight, cos, sin, unrotated, eps):
-    return torch.empty_like(qkv), torch.empty_like(q_weight), torch.empty_like(k_weight)
+    return torch.empty_like(qkv), qkv.new_empty(2, qkv.shape[4], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -252,8 +250,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, *grads):
-    found = _qk_norm_rope_backward(list(grads), *ctx.saved_tensors, ctx.unrotated, ctx.eps)
-    return *found, None, None, None, None
+    tensors = ctx.saved_tensors
+    grad_qkv, sums = _qk_norm_rope_backward(list(grads), *tensors, ctx.unrotated, ctx.eps)
+    grad_q_weight, grad_k_weight = (row.to(weight.dtype) for row, weight in zip(sums.unbind(), tensors[1:3]))
+    return grad_qkv, grad_q_weight, grad_k_weight, None, None, None, None
 
 
 _qk_norm_rope.register_autograd(_backward, setup_context=_save)

@@ -99,7 +99,7 @@ def test_a_step_on_molecules_makes_it_wait_for_the_batch_alone(file):
     # Counts, elements, positions and labels: the stream pins them where there is CUDA, and they go without waiting.
     tables = TABLES if config.optimizer.kind == "muon" else []
     assert places(watch) == ["packing.py"] + 3 * ["modality.py"] + tables
-    assert watch.launches["torch_attn::_varlen_attn"] > 0
+    assert watch.launches["aten::_flash_attention_forward"] > 0
 
 
 def test_the_update_moves_what_is_counted():

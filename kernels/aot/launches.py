@@ -57,7 +57,7 @@ RULES = {
         sizes=("batch", "tokens"),
         derived={"chunks": "cdiv(tokens, AHEAD_CHUNK)"},
         about="Second half of the backward pass, also of the form's packed one, with the same tokens, from the "
-        "partials of the first: gradients of gate, shift and scale [batch, width], and per_sample [batch, 3, width] "
+        "partials of the first: gradients of gate, shift and scale [batch, width], and per_sample [batch, 2, width] "
         "float32, whose sums over the batch are the gradients of weight and (in the second row, written where the form "
         "has one) of closing_weight.",
     ),

@@ -107,7 +107,7 @@ def image_launches(config: Config) -> PassLaunches:
     """Kernels of a micro-batch of images."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config, block=42, decoder_block=30, reconstruct=165 + perceptual, flow=105)
+    return pass_launches(config, block=40, decoder_block=28, reconstruct=164 + perceptual, flow=105)
 
 
 def step_launches(config: Config, accumulation: int) -> int:

@@ -117,7 +117,7 @@ class Molecular:
     def launches(self, config: MoleculeConfig) -> PassLaunches:
         from unite_fast.analysis.launches import pass_launches
 
-        return pass_launches(config, block=44, decoder_block=32, reconstruct=237, flow=102)
+        return pass_launches(config, block=40, decoder_block=28, reconstruct=236, flow=102)
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream, files: None
