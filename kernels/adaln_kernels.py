@@ -242,8 +242,8 @@ def _sum_kernel(
     CLOSING: tl.constexpr, OFFSET: tl.constexpr, PARTS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Per-sample gradients of the modulation, and each sample's share [B, 2, C] of weight, and of closing weight or bias,
-    of which a form has one at most."""
+    """Per-sample gradients of the modulation, and each sample's share [B, 2, C] of the weight and of the closing
+    weight or the bias, of which a form has one at most."""
     blocks = tl.cdiv(width, COLUMNS)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -307,7 +307,8 @@ def forward(
 def backward(
     grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
 ):
-    """Gradients of (x, branch, gate, shift, scale), and of the vectors, float32 [`vector_count`, C]; None for what is None.
+    """Gradients of (x, branch, gate, shift, scale) and, float32 [`vector_count`, C], of the vectors; None for what is
+    None.
 
     x is the normed stream, or the stream before the gate where there is a closing norm. The gradient of a branch
     without a gate is None, too: it is that of x.

@@ -220,7 +220,7 @@ def first_derivatives(
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes x's device current for a launch: Triton launches on the current device, whatever its pointers say."""
-    # By its number, which costs the host 2 µs less than the device itself.
+    # By its number, which costs the host 1.3 µs; by the device itself it is 2.5.
     return torch.cuda.device(x.get_device()) if x.is_cuda else contextlib.nullcontext()
 
 
