@@ -2,13 +2,11 @@
 
 Every rank has a clock. Computing moves it; a ring moves the clocks of sender and receiver hop by hop, over NVLink
 inside a node and the network between nodes; pieces of matrices for Muon are single messages that queue at the sender's
-and the receiver's adapter. So late ranks, slow links and busy owners cost what they would cost. A step is over when the
-slowest host has launched it as well.
+and the receiver's adapter. So slow links and busy owners cost what they would cost. All ranks compute at one speed. A
+step is over when its host has launched it as well.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
@@ -28,49 +26,30 @@ from unite_fast.analysis.update import (
 from unite_fast.config import Config
 
 
-def simulate(
-    config: Config,
-    planned: Plan,
-    rates: Rates,
-    network: Network,
-    *,
-    efficiency: float,
-    jitter: float = 0.0,
-    seed: int = 0,
-) -> float:
-    """Seconds of one optimizer step as planned, under ZeRO 0, 1 or 2.
-
-    Args:
-        jitter: standard deviation of a rank's compute, as a share of it, and of its host's time; all ranks wait for
-            the slowest.
-    """
-    generator = np.random.default_rng(seed)
+def simulate(config: Config, planned: Plan, rates: Rates, network: Network, *, efficiency: float) -> float:
+    """Seconds of one optimizer step as planned, under ZeRO 0, 1 or 2."""
     ranks, stage = planned.ranks, planned.stage
-    slower = 1 + jitter * generator.standard_normal(ranks)
     config = with_chunk(config, planned.draws_per_chunk)
     waited = np.zeros(ranks)
     if ranks > 1 and stage in (1, 2):
-        waited = _waited(config, planned, rates, slower, network, efficiency)
-    clock = waited + planned.accumulation * compute_time(config, rates, planned.extent) / efficiency * slower
-    launched = float((planned.seconds.host * slower).max())
+        waited = _waited(config, planned, rates, network, efficiency)
+    clock = waited + planned.accumulation * compute_time(config, rates, planned.extent) / efficiency
     weights = trained_weights(config.model, config.optimizer.kind)
     if ranks > 1:
-        backward = last_backward(config, rates, planned.extent) / efficiency * slower
+        backward = last_backward(config, rates, planned.extent) / efficiency
         clock = _reduced(config, planned, clock, backward, network)
     update = update_part(config.model, config.optimizer, stage=stage, ranks=ranks)
     orthogonal = sum(_seconds(op, rates) for op in update.ops if op.name == "Newton-Schulz")
     rest = update.floor(1, rates)[0] - orthogonal
     if stage == 0:
-        return max(launched, float(clock.max()) + (rest + orthogonal) / efficiency)
+        return max(planned.seconds.host, float(clock.max()) + (rest + orthogonal) / efficiency)
     clock = _all_reduce(clock, FP32, network)
     if weights.matrices:
         clock = _muon(clock, weights.matrices, config.optimizer.newton_schulz_steps, rates, network, efficiency)
-    return max(launched, float(clock.max()) + rest / efficiency)
+    return max(planned.seconds.host, float(clock.max()) + rest / efficiency)
 
 
-def _reduced(
-    config: Config, planned: Plan, clock: np.ndarray, backward: np.ndarray, network: Network
-) -> np.ndarray:
+def _reduced(config: Config, planned: Plan, clock: np.ndarray, backward: float, network: Network) -> np.ndarray:
     """When each rank has its gradients: `clock` is the end of its last backward, which takes it `backward` seconds."""
     ranks = len(clock)
     sent = np.zeros(ranks)
@@ -84,11 +63,9 @@ def _reduced(
     return np.maximum(clock, sent)
 
 
-def _waited(
-    config: Config, planned: Plan, rates: Rates, slower: np.ndarray, network: Network, efficiency: float
-) -> np.ndarray:
+def _waited(config: Config, planned: Plan, rates: Rates, network: Network, efficiency: float) -> np.ndarray:
     """Seconds for which each rank's first forward waits for the weights that the step before has updated."""
-    ranks = len(slower)
+    ranks = planned.ranks
     come, waited = np.zeros(ranks), np.zeros(ranks)
     for needed, collective in needed_weights(config, rates, planned.extent, ranks, efficiency):
         size = collective.width * collective.elements
@@ -96,7 +73,7 @@ def _waited(
             come = _all_reduce(come, size, network)
         else:
             come = _ring(come, size / ranks, ranks - 1, network)
-        waited = np.maximum(waited, come - needed * slower)
+        waited = np.maximum(waited, come - needed)
     return waited
 
 
@@ -160,10 +137,3 @@ def _deliver(clock: np.ndarray, messages: list[tuple[int, int, int]], network: N
         gone = max(leaving[source], coming[target]) + size / (link * network.share)
         leaving[source], coming[target] = gone, gone + hop
     return np.maximum(leaving, coming)
-
-
-def jitter_of(spread: float) -> float:
-    """Standard deviation, as a share of the median, of normal times whose 95th percentile is spread · median."""
-    if not math.isfinite(spread) or spread < 1:
-        raise ValueError(f"a spread is a 95th percentile over a median and at least 1, got {spread}")
-    return (spread - 1) / 1.645
