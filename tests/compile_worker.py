@@ -27,7 +27,7 @@ def main(folder: Path, option: str, stages: list[int]) -> None:
         counters.clear()
         engine = unite_engine(compile_config(stage=stage, draws=1, **{"compile": False, option: True}), world)
         norms = [unite_step(engine, step).item() for step in range(2)]
-        with engine.weights(ema=True) as model:
+        with engine.ema_weights() as model:
             evaluated = model.tokenize(torch.zeros(1, 3, 8, 8), noise=torch.ones(1, 4, 6), t=torch.zeros(1))
         norms.append(unite_step(engine, 2).item())
         state = dict(engine.model_state())

@@ -81,7 +81,7 @@ def keep(engine: Engine, folder: Path, name: str) -> None:
 
 def evaluate_alone(engine: Engine) -> float:
     """An EMA evaluation that rank 0 runs by itself, calling what bypasses the module's forward."""
-    with engine.weights(ema=True) as model:
+    with engine.ema_weights() as model:
         value = 0.0
         if engine.world.is_main:
             for _ in range(2):

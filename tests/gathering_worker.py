@@ -111,7 +111,7 @@ def steps(config: Config, world: World, sent: list[int]) -> tuple[dict, dict[str
     """What four steps show, and the weights behind them.
 
     Gradient norms; the bytes that bring one update together; how many groups are on their way behind each block of the
-    next forward; how far the model's parameters are from the float32 weights where somebody looks at them.
+    next forward; how far the model's parameters are from the float32 averages where somebody looks at them.
     """
     engine, flying = unite_engine(config, world), []
     norms = [unite_step(engine, 0).item()]
@@ -120,9 +120,9 @@ def steps(config: Config, world: World, sent: list[int]) -> tuple[dict, dict[str
     for block in blocks:
         block.register_forward_hook(lambda *_: flying.append(len(engine.backend._gather._flying)))
     norms += [unite_step(engine, step).item() for step in (1, 2)]
-    with engine.weights(ema=False) as model:
-        weights = dict(engine.model_state())
-        off = max((parameter - weights[name]).abs().max().item() for name, parameter in model.named_parameters())
+    averages = dict(engine.ema_state())
+    with engine.ema_weights() as model:
+        off = max((parameter - averages[name]).abs().max().item() for name, parameter in model.named_parameters())
     norms.append(unite_step(engine, 3).item())
     seen = {"norms": norms, "sent": update, "flying": flying[: len(blocks)], "off": off}
     return seen, dict(engine.model_state())

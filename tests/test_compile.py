@@ -49,7 +49,7 @@ def steps(engine, count: int) -> list[float]:
     for step in range(count):
         norms.append(unite_step(engine, step).item())
         if step == 0:
-            with engine.weights(ema=True) as model:
+            with engine.ema_weights() as model:
                 model.tokenize(torch.zeros(1, 3, 8, 8))
     return norms
 
@@ -122,7 +122,7 @@ def test_two_ranks_under_zero_take_the_eager_steps(tmp_path):
     reports = run_ranks(tmp_path, "compile", ranks=2, stages=["0", "1", "2"])
     eager = unite_engine(compile_config(draws=1, compile=False), ALONE)
     norms = [unite_step(eager, step).item() for step in range(2)]
-    with eager.weights(ema=True) as model:
+    with eager.ema_weights() as model:
         expected = model.tokenize(torch.zeros(1, 3, 8, 8), noise=torch.ones(1, 4, 6), t=torch.zeros(1))
     norms.append(unite_step(eager, 2).item())
     for stage in ("0", "1", "2"):

@@ -350,14 +350,12 @@ def test_evaluation_sees_the_ema_and_training_goes_on(tmp_path):
     engine, undisturbed = engine_at(3), engine_at(3)
     averages = dict(engine.ema_state())
     addresses = [parameter.data_ptr() for parameter in engine.parameters.values()]
-    with engine.weights(ema=True) as model:
+    with engine.ema_weights() as model:
         assert not model.training and not torch.is_grad_enabled()
         assert all(torch.equal(tensor, averages[name]) for name, tensor in model.state_dict().items())
         exported = dict(engine.model_state())
         assert not torch.equal(exported["second.weight"], dict(undisturbed.model_state())["second.weight"])
-    with engine.weights(ema=False) as model:
-        assert torch.equal(model.second.weight, undisturbed.model.second.weight)
-    assert engine.model.training
+    assert torch.equal(engine.model.second.weight, undisturbed.model.second.weight) and engine.model.training
     assert addresses == [parameter.data_ptr() for parameter in engine.parameters.values()]
     assert_identical(engine, undisturbed)
 
@@ -367,7 +365,7 @@ def test_states_are_copies(tmp_path):
     engine = engine_at(2)
     averages = dict(engine.ema_state())
     kept = {name: tensor.clone() for name, tensor in averages.items()}
-    with engine.weights(ema=True):
+    with engine.ema_weights():
         pass
     advance(engine, 1)
     assert all(torch.equal(averages[name], kept[name]) for name in kept)

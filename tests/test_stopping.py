@@ -120,11 +120,11 @@ def test_an_error_within_an_evaluation_is_followed_by_nothing_collective(monkeyp
     toy_step(engine, 0)
     weights, published = dict(engine.model_state()), []
     monkeypatch.setattr(engine.backend, "publish", lambda: published.append(engine.model.training))
-    with pytest.raises(Interrupted), engine.weights(ema=True):
+    with pytest.raises(Interrupted), engine.ema_weights():
         raise Interrupted
     assert published == [True] and engine.model.training
     assert all(torch.equal(tensor, weights[name]) for name, tensor in engine.model_state())
-    with engine.weights(ema=True):
+    with engine.ema_weights():
         pass
     assert len(published) == 3
 

@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Make the model compute with the masters' present values."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Whole parameters on every rank inside the context, for calls that bypass `forward`."""
+        """Whole parameters on every rank inside the context, as published, for calls that bypass `forward`."""
 
 
 class AutocastForward(nn.Module):

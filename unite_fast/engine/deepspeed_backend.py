@@ -218,10 +218,6 @@ class DeepSpeedBackend:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         if self._stage < 3:
-            if self._gather is not None:
-                self._gather.finish()
-                if self._gather.holds_rounded:
-                    self.publish()
             yield
             return
         # ZeRO 3's module hooks release a layer after its forward and fetch it with a collective before the next,

@@ -117,29 +117,26 @@ class Engine:
         return self.samples_seen / self.global_batch
 
     @contextmanager
-    def weights(self, *, ema: bool) -> Iterator[nn.Module]:
-        """The model with its EMA weights (or the trained ones), whole on every rank, in evaluation mode, no gradients.
+    def ema_weights(self) -> Iterator[nn.Module]:
+        """The model with its EMA weights, whole on every rank, in evaluation mode, no gradients.
 
         FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards, but not behind an
         exception: other ranks may be elsewhere, so nothing collective follows it, and the model keeps what it has.
         """
         training = self.model.training
-        if ema:
-            self.ema.swap()
-            self.backend.publish()
+        self.ema.swap()
+        self.backend.publish()
         self.model.eval()
         try:
             with self.backend.gathered(), without_fp8(self.model), torch.no_grad():
                 yield self.model
         except BaseException:
-            if ema:
-                self.ema.swap()
+            self.ema.swap()
             raise
         finally:
             self.model.train(training)
-        if ema:
-            self.ema.swap()
-            self.backend.publish()
+        self.ema.swap()
+        self.backend.publish()
 
     def model_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name, new whole tensor) of the float32 weights and the persistent buffers. Collective under ZeRO 1 to 3."""

@@ -48,9 +48,6 @@ class WeightGather:
             are sent in float32 besides.
         lazily: False where hooks would be in the way, as in a compiled forward, which then waits for everything.
         rank, ranks: of this process.
-
-    Attributes:
-        holds_rounded: whether the parameters hold rounded values, or will.
     """
 
     def __init__(
@@ -83,7 +80,6 @@ class WeightGather:
         self._exact_values: dict[str, Tensor] = {}
         self._flying: dict[int, tuple[dist.Work, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.holds_rounded = False
 
     def begin(self) -> None:
         """Send this rank's slices and ask for the others', for the next forward. Collective."""
@@ -121,12 +117,11 @@ class WeightGather:
     @torch.no_grad()
     def _send(self, narrow: Sequence[bool]) -> None:
         self.finish()
-        self.holds_rounded = any(narrow)
         if self._ranks == 1:
             for whole, own, _ in self._groups:
                 whole.copy_(own)
             return
-        if self.holds_rounded:
+        if any(narrow):
             self._send_exact()
         for index in self._order:
             whole, own, _ = self._groups[index]

@@ -115,14 +115,14 @@ class Report:
 
     def pictures(self, step: int) -> None:
         """Sheets of the EMA weights as they are now, named by the step."""
-        with self.engine.weights(ema=True) as model:
+        with self.engine.ema_weights() as model:
             if self.world.is_main:
                 self._sheets(model, f"_{step:08d}")
         self.world.barrier()
 
     def measure(self, step: int) -> dict[str, float | int]:
         """Metrics of the EMA weights as they are now, on record as `unite-fast evaluate` leaves them."""
-        with self.engine.weights(ema=True) as model:
+        with self.engine.ema_weights() as model:
             return self._measure(model, step)
 
     def due(self, step: int, steps_per_epoch: float) -> bool:
@@ -136,7 +136,7 @@ class Report:
     def finish(self, steps: int, seconds: float) -> None:
         """Export the EMA weights, draw sheets and curves, measure, write summary.json, say where things are."""
         state = {name: tensor.cpu() for name, tensor in self.engine.ema_state() if self.world.is_main}
-        with self.engine.weights(ema=True) as model:
+        with self.engine.ema_weights() as model:
             if self.world.is_main:
                 made_by = self._made_by(steps)
                 save_model(state, self.config.model, self.folder / "export", made_by=made_by)
