@@ -1,4 +1,4 @@
-"""Memory where the passes are the peak: what is predicted against what traced steps hold."""
+"""Memory of a step: where the passes are the peak, against what traced steps hold; what else counts, by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from test_chunks import small
 from test_counts import CPU, SMALL
 from traced_step import traced_peak
 
+from unite_fast.analysis import memory as memory_module
 from unite_fast.analysis.allocation import peak_allocated
 from unite_fast.analysis.counts import step_parts
-from unite_fast.analysis.memory import perceptual_working, predict
+from unite_fast.analysis.extent import Extent
+from unite_fast.analysis.memory import WORKING_SHARE, Memory, pass_activations, perceptual_working, predict
+from unite_fast.analysis.parts import Op, Part
 from unite_fast.analysis.update import network_of
 from unite_fast.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from unite_fast.engine.fp8 import eligible
@@ -22,6 +25,9 @@ from unite_kernels import fp8
 SINGLE = {"flow_draws": 1, "draws_per_chunk": 1}
 FOUR_TOGETHER = {"flow_draws": 4, "draws_per_chunk": 4}
 RECOMPUTED = {"checkpoint_activations": True}
+MUON, ADAMW = 215_318_016, 2_325_600  # elements of B
+ALIKE = 42_467_328  # those of its most matrices of one shape: 12 of 4608 × 768
+BUCKET = 25_000_000  # elements through which gradients are reduced, two at a time under ZeRO 0 to 2
 
 
 def with_fp8(config: Config, on: bool) -> Config:
@@ -108,3 +114,77 @@ def test_gradients_that_come_later_are_never_more_than_there_are():
             assert several.later == 0 <= single.later <= single.gradients
             assert single.state + single.last <= single.peak <= several.peak
             assert predict(config, extent=extent, stage=3, single=True).later == 0
+
+
+def of_b(stage: int, ranks: int, *, kind: str = "muon", precision: str = "bf16") -> Memory:
+    values = {
+        "model": {"preset": "B"}, "objective": {"flow_draws": 1, "draws_per_chunk": 1}, "optimizer": {"kind": kind},
+        "train": {"steps": 1, "global_batch": 64, "micro_batch": 4, "precision": precision},
+        "data": {"path": "unused"},
+    }  # fmt: skip
+    return predict(Config.parse(values), extent=Extent(4), ranks=ranks, stage=stage)
+
+
+def test_gradients_are_reduced_through_buckets_into_a_rank_s_slice():
+    total = MUON + ADAMW
+    assert of_b(0, 1).buffers == 0
+    assert of_b(0, 4).buffers == 4 * 2 * BUCKET
+    for stage in (1, 2):
+        assert of_b(stage, 1).buffers == 4 * (2 * BUCKET + total)
+        assert of_b(stage, 4).buffers == 4 * (2 * BUCKET + total / 4)
+    assert of_b(3, 4, kind="adamw").buffers == 4 * (BUCKET + total / 4)
+    tiny = small("images", **SINGLE)
+    tiny = tiny.model_copy(update={"optimizer": OptimizerConfig(kind="adamw")})  # whose gradients are one window
+    extent = modality_of(tiny).largest(tiny, 1)
+    found = [predict(tiny, extent=extent, ranks=2, stage=stage) for stage in (0, 3)]
+    assert found[0].buffers == found[0].gradients
+    assert found[1].buffers == pytest.approx(1.5 * found[1].gradients, rel=1e-3)
+
+
+def test_zero_3_keeps_so_many_gathered_elements_at_most(monkeypatch):
+    total = MUON + ADAMW
+    assert of_b(3, 4, kind="adamw").weights == 4 * (total + 2 * total / 4)
+    monkeypatch.setattr(memory_module, "LIVE_ELEMENTS", 1000)
+    assert of_b(3, 4, kind="adamw").weights == 4 * (1000 + 2 * total / 4)
+    assert of_b(2, 4).weights == 4 * (total + total / 4)
+
+
+def test_an_update_holds_matrices_of_a_batch_besides(monkeypatch):
+    """In bfloat16, three times inside Newton-Schulz; of a slice those before and after besides."""
+    assert of_b(0, 4, kind="adamw").update == 0
+    assert of_b(0, 4).update == 2 * (MUON + 3 * ALIKE)
+    assert of_b(1, 1).update == of_b(2, 1).update == 2 * (3 * MUON + 3 * ALIKE)
+    assert of_b(1, 4).update == 2 * (3 * MUON / 4 + 3 * ALIKE)
+    assert of_b(1, 32, precision="fp32").update == 2 * (3 * MUON / 32 + 3 * MUON / 32)  # less than a batch
+    for most, together in ((20_000_000, 20_000_000), (1000, 4608 * 768)):
+        monkeypatch.setattr(memory_module, "BATCH_ELEMENTS", most)
+        assert of_b(0, 4).update == 2 * (MUON + 3 * together)
+
+
+def test_updated_weights_that_are_not_received_in_place_arrive_in_buffers():
+    """Muon's in bfloat16, and what else of their groups is read in float32; nothing in float32, nor under ZeRO 0."""
+    rounded = of_b(1, 32).update
+    assert rounded == of_b(2, 32).update and 2 * MUON < rounded < 1.02 * 2 * MUON
+    assert of_b(1, 32, precision="fp32").update < 0.2 * rounded
+    assert of_b(1, 32, kind="adamw").update == of_b(3, 32, kind="adamw").update == 0
+
+
+def test_a_recomputed_pass_keeps_two_inputs_a_block_and_one_block():
+    ops = (
+        Op("patches", saved=100), Op("qkv", saved=10, block=0), Op("mlp in", saved=50, block=0),
+        Op("qkv", saved=10, block=1), Op("mlp in", saved=80, block=1), Op("qkv", saved=1000),
+    )  # fmt: skip
+    assert pass_activations(Part("tokenize", ops, True, 2)) == 1100 + 2 * (10 + 10) + 90
+    assert pass_activations(Part("tokenize", ops, False, 2)) == 1250
+
+
+def test_lpips_counts_where_it_uses_more_than_operators_do(monkeypatch):
+    config = small("images", lpips={"weight": 1.0, "vgg": "-", "linear": "-"}, **SINGLE)
+
+    def activations(used: float) -> int:
+        monkeypatch.setattr(memory_module, "perceptual_working", lambda part, images: used)
+        return predict(config, extent=modality_of(config).largest(config, 8)).activations
+
+    kept = activations(0) / (1 + WORKING_SHARE)
+    assert activations(WORKING_SHARE * kept) == pytest.approx(activations(0), abs=2)
+    assert activations(0.5 * kept) == pytest.approx((1.5 - WORKING_SHARE) * activations(0), rel=1e-6)

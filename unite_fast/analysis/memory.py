@@ -115,7 +115,7 @@ def predict(
     held = total
     if sharded:
         held = sum(flat_slices(weights, ranks))
-        muon = held - (slice_elements(weights.adamw, ranks) if weights.adamw else 0)
+        muon = held - slice_elements(weights.adamw, ranks)
     moments = muon + 2 * (held - muon)
     # Under ZeRO 3 DeepSpeed keeps a buffer of gradients from step to step.
     backward, last = _backward(config, counted, weights, fresh=single and stage < 3)
