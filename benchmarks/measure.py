@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from gate import RECORDS
 
-from unite_fast.model.linear import product
+from unite_fast.model.linear import linear_product
 from unite_kernels.cpu import cpuinfo
 from unite_kernels.toolchain import AVAILABLE, triton
 
@@ -87,8 +87,8 @@ def matmul_rate() -> float:
     side, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
     for _ in range(3):
-        product(a, b)
-    times = [own_seconds(lambda: product(a, b)) for _ in range(ROUNDS[DEVICE])]
+        linear_product(a, b)
+    times = [own_seconds(lambda: linear_product(a, b)) for _ in range(ROUNDS[DEVICE])]
     return 2 * side**3 / spread(times)["median"]
 
 

@@ -38,8 +38,8 @@ def test_every_missing_part_has_a_cost_and_a_remedy(capsys, monkeypatch):
 def test_the_rate_of_products_is_that_of_the_models_library(monkeypatch):
     from unite_fast.model import linear
 
-    calls, product = [], linear.product
-    monkeypatch.setattr(linear, "product", lambda a, b: (calls.append(a.dtype), product(a, b))[1])
+    calls, product = [], linear.linear_product
+    monkeypatch.setattr(linear, "linear_product", lambda a, b: (calls.append(a.dtype), product(a, b))[1])
     doctor._examine(next(part for part in doctor.PARTS if part.name == "bfloat16"))
     assert {str(dtype) for dtype in calls} == {"torch.float32", "torch.bfloat16"}
 

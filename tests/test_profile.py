@@ -93,7 +93,7 @@ def test_profile_without_data_says_what_is_not_measured(tmp_path, capsys, monkey
     assert all(words in printed for words in says) and "launch takes" not in printed
     (step,) = seen
     before, weights = step.engine.step_count, [weight.clone() for _, weight in step.engine.model_state()]
-    monkeypatch.setattr(profiling, "times", lambda call, device, repeats: [call() or 3e-3, call() or 2e-3, 9e-3])
+    monkeypatch.setattr(profiling, "times", lambda call, device: [call() or 3e-3, call() or 2e-3, 9e-3])
     monkeypatch.setattr(profiling, "step_launches", lambda config, accumulation: 100 * accumulation)
     launch = profiling.launch_seconds(step, modality_of(step.config))
     assert launch == 3e-5 and step.engine.step_count == before + 2
@@ -146,7 +146,7 @@ def test_rates_are_of_random_numbers(monkeypatch):
 
 def test_rates_count_what_was_done(monkeypatch):
     """A multiply-add is two operations, and a copy reads its bytes and writes them."""
-    monkeypatch.setattr(profiling, "times", lambda run, device, repeats: [4.0, 2.0, 3.0])
+    monkeypatch.setattr(profiling, "times", lambda run, device: [4.0, 2.0, 3.0])
     rates = measure_rates(CPU, torch.float32)
     assert rates.matmul == 2 * profiling.MATMUL_SIDE["cpu"] ** 3 / 2
     assert rates.copy == 2 * profiling.COPY_BYTES["cpu"] / 2 and rates.fp8 is None
@@ -164,7 +164,7 @@ def test_memory_that_the_rates_were_measured_with_is_room_for_the_batch(tmp_path
 def test_what_is_measured():
     rates = measure_rates(CPU, torch.float32)
     assert rates.matmul > 1e8 and rates.copy > 1e7
-    assert min(times(lambda: time.sleep(0.01), CPU, 3)) >= 0.01
+    assert min(times(lambda: time.sleep(0.01), CPU)) >= 0.01
     held = []
 
     def run_twice() -> None:

@@ -116,7 +116,7 @@ def _bf16() -> str:
 
 def _matmul_rate(dtype: object, cuda: bool) -> float:
     """Operations a second of a square matrix product by the library that the model's take, best of a few."""
-    torch, product = _import("torch"), _import("unite_fast.model.linear").product
+    torch, product = _import("torch"), _import("unite_fast.model.linear").linear_product
     side = MATMUL_CUDA if cuda else MATMUL_CPU
     a = torch.randn(side, side, device="cuda" if cuda else "cpu").to(dtype)  # equal numbers would flatter a GPU
     best = float("inf")

@@ -26,7 +26,6 @@ def step_parts(
     dtype: Dtype = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
     fp8: bool = False,
-    whole_last_block: bool = False,
 ) -> dict[str, Part]:
     """The parts of a training step by name: tokenize, decode, lpips (where it has a weight), denoise.
 
@@ -36,11 +35,9 @@ def step_parts(
         device: on CUDA unite_kernels computes the decoder's LayerNorms, with the sum before them, and LPIPS's bias, ReLU
             and pool, which keep no positions of the maxima.
         fp8: `train.fp8`.
-        whole_last_block: the encoder's last block carries all its tokens to the end, as the published code does and as
-            the project's floors are counted, in place of the registers that are read.
     """
     width = DTYPE_BYTES[dtype]
-    sizes = _Sizes(model, width, device == "cuda", whole_last_block)
+    sizes = _Sizes(model, width, device == "cuda")
     parts = {
         "tokenize": [*_encoder(sizes, objective, tokenize=True), *_latent(sizes)],
         "decode": _decoder(sizes),
@@ -57,23 +54,13 @@ def step_parts(
     }  # fmt: skip
 
 
-def image_operations(
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    *,
-    whole_last_block: bool = False,
-    recomputed: bool = False,
-) -> int:
+def image_operations(model: ModelConfig, objective: ObjectiveConfig) -> int:
     """Operations of one image in one training step: tokenize, decode, LPIPS and S draws, forward and backward.
 
-    The optimizer is not in it: its cost does not grow with the batch. `recomputed` adds what activation checkpointing
-    repeats; model FLOP/s utilisation (MFU) is defined without it.
+    The optimizer is not in it: its cost does not grow with the batch. Nor is what activation checkpointing repeats, as
+    model FLOP/s utilisation (MFU) is defined.
     """
-    parts = step_parts(model, objective, whole_last_block=whole_last_block)
-    return sum(
-        (part.operations + (part.recomputed if recomputed else 0)) * repeats(name, objective)
-        for name, part in parts.items()
-    )
+    return sum(part.operations * repeats(name, objective) for name, part in step_parts(model, objective).items())
 
 
 def repeats(part: str, objective: ObjectiveConfig) -> int:
@@ -85,7 +72,6 @@ class _Sizes(NamedTuple):
     model: ModelConfig
     width: int  # bytes of a number in the compute dtype
     fused: bool  # unite_kernels computes the decoder's LayerNorms and what stands between LPIPS's convolutions
-    whole_last_block: bool
 
 
 def _encoder(sizes: _Sizes, objective: ObjectiveConfig, *, tokenize: bool) -> list[Op]:
@@ -119,8 +105,7 @@ def _encoder(sizes: _Sizes, objective: ObjectiveConfig, *, tokenize: bool) -> li
         ops.append(moves_op("join context", tokens * channels, width, forward=2, backward=2))
     ops.append(moves_op("opening norm", tokens * channels, width, forward=2, backward=3, saved=1))
     for index in range(depth):
-        last = index + 1 == depth
-        kept = model.registers if last and not sizes.whole_last_block else tokens
+        kept = model.registers if index + 1 == depth else tokens
         ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width)
         if index + 1 == with_context:
             joined, context = (tokens + model.context_len) * channels, model.context_len * channels

@@ -34,7 +34,7 @@ from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import Inputs, Modality, counted_operations, modality_of
 from unite_fast.model.casts import one_micro_batch
-from unite_fast.model.linear import product
+from unite_fast.model.linear import linear_product
 from unite_fast.objective.two_pass import TwoPassObjective
 from unite_fast.writable import require_writable
 
@@ -122,8 +122,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, *, fp8: bool = False
     a = torch.randn(side, side, device=device).to(dtype)
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    matmul = min(times(lambda: product(a, a), device, REPEATS))
-    copy = min(times(lambda: target.copy_(source), device, REPEATS))
+    matmul = min(times(lambda: linear_product(a, a), device))
+    copy = min(times(lambda: target.copy_(source), device))
     in_fp8 = fp8_rate(device) if fp8 and device.type == "cuda" else None
     return Rates(2 * side**3 / matmul, 2 * COPY_BYTES[device.type] / copy, in_fp8)
 
@@ -137,13 +137,13 @@ def fp8_rate(device: torch.device) -> float:
     def in_fp8() -> torch.Tensor:
         return torch._scaled_mm(a, a.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2 * side**3 / min(times(in_fp8, device, REPEATS))
+    return 2 * side**3 / min(times(in_fp8, device))
 
 
-def times(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` runs, after two that do not count."""
+def times(run: Callable[[], Any], device: torch.device) -> list[float]:
+    """Seconds of each of ten runs, after two that do not count."""
     found = []
-    for index in range(WARM_UP + repeats):
+    for index in range(WARM_UP + REPEATS):
         began = now(device)
         run()
         found.append(now(device) - began)
@@ -229,7 +229,7 @@ def measure(
 
 def launch_seconds(step: ProfiledStep, modality: Modality) -> float:
     """What a kernel's launch takes the host, at most: a step on one sample leaves the device little to do."""
-    taken = times(lambda: step.of_one_sample(modality), step.world.device, REPEATS)
+    taken = times(lambda: step.of_one_sample(modality), step.world.device)
     return statistics.median(taken) / step_launches(step.config, 1)
 
 

@@ -40,9 +40,9 @@ class TimeEmbedding(nn.Module):
             return self.project(F.silu(self.lift(features)))
 
 
-def rotary_tables(positions: int, head_width: int, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · θ^(−2i/d), each [positions, d/2] float32."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+def rotary_tables(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · 10000^(−2i/d), each [positions, d/2] float32."""
+    frequency = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency[None]
     return angle.cos().float(), angle.sin().float()
 

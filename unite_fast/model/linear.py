@@ -48,7 +48,7 @@ def prefers_onednn() -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def linear_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ by the library that a Linear takes, without gradients: what rates are measured with."""
     onednn = x.is_cpu and x.dtype == torch.float32 and prefers_onednn()
     return _product(x, weight) if onednn else F.linear(x, weight)
