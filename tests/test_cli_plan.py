@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from cli_toy import run
 
+from unite_fast.analysis import plan_picture
 from unite_fast.analysis.counts import image_operations
 from unite_fast.analysis.devices import Network, find_gpu
 from unite_fast.analysis.planning import breaking_point, plan, scaling
@@ -134,6 +135,50 @@ def test_what_does_not_fit_is_no_measure_of_scaling(capsys):
 
 def test_a_picture_may_be_called_png_in_capitals(tmp_path, capsys):
     assert f"picture in {tmp_path / 'plan.PNG'}" in printed(capsys, "--preset", "B", "--out", tmp_path / "plan.PNG")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 32])
+def test_a_picture_shows_the_numbers(micro_batch, monkeypatch, capsys):
+    """Bars of memory end at the peak, which is an update's where one sample is a micro-batch; times fill a step."""
+    figures = []
+    monkeypatch.setattr(plan_picture, "save_figure", lambda figure, path: figures.append((figure, path)))
+    changed = ["--set", "objective.flow_draws=3", f"train.micro_batch={micro_batch}"]
+    options = ["--preset", "B", "--gpu", "a100-40", *changed]
+    printed(capsys, *options, "--out", "plan.png")
+    found = numbers(capsys, *options)
+    ((figure, path),) = figures
+    assert figure.get_suptitle() == "B, S = 3, a100-40" and str(path) == "plan.png"
+    memory, time, throughput = figure.axes
+    bars = {bar.get_label(): [patch.get_height() for patch in bar] for bar in memory.containers}
+    stored = [row["memory_bytes"] for row in found["plans"]]
+    assert [sum(heights) * 2**30 for heights in zip(*bars.values(), strict=True)] == pytest.approx(
+        [row["peak"] for row in stored], rel=0.005
+    )
+    assert ("behind the passes" in bars) is (micro_batch == 1)
+    for name, key in (("weights", "weights"), ("EMA", "ema"), ("activations", "activations")):
+        assert [height * 2**30 for height in bars[name]] == pytest.approx([row[key] for row in stored])
+    assert [label.get_text() for label in memory.get_xticklabels()] == [
+        f"ZeRO {stage}\n{micro_batch} images" for stage in range(4)
+    ]
+
+    shares = {bar.get_label(): [patch.get_height() for patch in bar] for bar in time.containers}
+    assert [sum(step) for step in zip(*shares.values(), strict=True)] == pytest.approx([100] * len(found["scaling"]))
+    keys = {"wait for the host": "launching", "reduce gradients": "gradients", "exchange for Muon": "exchange",
+            "gather weights": "weights", "compute": "compute", "update": "update"}  # fmt: skip
+    for label, key in keys.items():
+        assert shares[label] == pytest.approx([
+            100 * row["step_seconds"][key] / row["step_seconds"]["total"] for row in found["scaling"]
+        ])  # fmt: skip
+
+    lines = {line.get_label(): line.get_xydata().tolist() for line in throughput.lines}
+    gpus, speeds = ([row[key] for row in found["scaling"]] for key in ("gpus", "images_per_second"))
+    assert lines["predicted"] == [list(pair) for pair in zip(gpus, speeds, strict=True)]
+    played = [row["global_batch"] / row["simulated_step_seconds"] for row in found["scaling"]]
+    assert [y for _, y in lines["simulated"]] == pytest.approx(played)
+    assert [y for _, y in lines["linear"]] == pytest.approx([speeds[0] * n / gpus[0] for n in gpus])
+    broken = [x for line in throughput.lines if line.get_linestyle() == "--" for x in line.get_xdata()]
+    assert set(broken) == ({found["breaks"]["gpus"]} if found["breaks"] else set())
+    assert throughput.get_title(loc="left") == "Images a second"
 
 
 def test_zero_3_scales_as_zero_2(capsys):

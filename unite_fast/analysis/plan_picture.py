@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MEMORY = ("weights", "gradients", "optimizer", "ema", "frozen", "casts", "activations")
 PALETTE = ("#1f2937", "#2563eb", "#7c3aed", "#db2777", "#9ca3af", "#84cc16", "#bfdbfe")
+REST = "#f59e0b"
 # Of a step, from the axis up: what of its seconds, its label, its colour.
 TIMES = (("compute", "compute", "#bfdbfe"), ("launching", "wait for the host", "#9ca3af"),
          ("gradients", "reduce gradients", "#2563eb"), ("exchange", "exchange for Muon", "#db2777"),
@@ -67,6 +68,11 @@ def _memory(axes: Any, plans: list[Plan], capacity: int, unit: str) -> None:
         if max(heights) > 0:
             axes.bar(names, heights, bottom=bottom, color=colour, label=key if key != "ema" else "EMA", width=0.6)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    # Where not a pass but the reduction of gradients or the update needs the most.
+    rest = [max(0.0, p.memory.peak / 2**30 - low) for p, low in zip(plans, bottom, strict=True)]
+    if max(rest) > 0.005 * max(bottom):  # else no line is thick enough
+        axes.bar(names, rest, bottom=bottom, color=REST, label="behind the passes", width=0.6)
+    bottom = [low + height for low, height in zip(bottom, rest, strict=True)]
     title, room = "Memory of a GPU, GiB, and its micro-batch", capacity / 2**30
     if max(bottom) < room / 4:  # beside the whole GPU nothing of the bars could be seen
         title, room = f"Memory of a GPU, GiB of its {room:.0f}", 0.0
