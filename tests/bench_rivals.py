@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.nn as nn
+from one_graph import RecordedDraws
 from torch import Tensor
 
 from unite_fast.engine.engine import Engine
-from unite_fast.objective.draws import RecordedDraws, TokenizeDraws
+from unite_fast.objective.draws import TokenizeDraws
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from plain_training import PlainTrainer, plain_name

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_graph import RecordedDraws
 from safetensors.torch import load_file
 
 from unite_fast.model.published import from_published, published_names
 from unite_fast.model.unite import Unite
-from unite_fast.objective.draws import RecordedDraws, TokenizeDraws
+from unite_fast.objective.draws import TokenizeDraws
 
 FILE = Path(__file__).resolve().parents[2] / "shared" / "golden" / "unite_golden.safetensors"
 FLOW_DRAWS = 3

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_rivals import CLOSE, PlainDraws, PlainTrainer, assert_same_gradients, assert_same_update, error, recorded
+from one_graph import one_graph_loss
 from plain_unite import PlainLpips  # found by bench_rivals, as are subjects and test_step
 from runs import config
 from subjects import Subject, Trainers, load
@@ -20,7 +21,7 @@ from unite_fast.config import ObjectiveConfig
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.objective.perceptual import Lpips
-from unite_fast.objective.two_pass import Objective, one_graph_loss, two_pass_step
+from unite_fast.objective.two_pass import Objective, two_pass_step
 
 from unite_kernels.optim import _newton_schulz
 

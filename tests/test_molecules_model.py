@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from one_graph import one_graph_loss
 from test_model import SAMPLING, euler
 
 import unite_fast
@@ -15,7 +16,7 @@ from unite_fast.molecules.model import MoleculeUnite
 from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate, turned
 from unite_fast.molecules.sampling import ENCODE_STREAM, NOISE_STREAM, draw_counts, encode, generate, noise, reconstruct
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import one_graph_loss, two_pass_step
+from unite_fast.objective.two_pass import two_pass_step
 
 COUNTS = torch.tensor([5, 2, 9, 1])
 SIZES = dict(depth=3, width=16, heads=2, latent_dim=4, decoder=dict(depth=2, width=12, heads=2))

@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
+from one_graph import one_graph_loss
 from test_model import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unite_fast.config import LpipsConfig, ObjectiveConfig
 from unite_fast.engine.backend import AutocastForward
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import Objective, StepLosses, one_graph_loss, two_pass_step
+from unite_fast.objective.two_pass import Objective, StepLosses, two_pass_step
 
 BATCH = 3
 

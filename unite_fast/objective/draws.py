@@ -1,4 +1,4 @@
-"""The random draws of a training step: from (seed, step, rank) on the device, or recorded.
+"""The random draws of a training step: from (seed, step, rank), on the device.
 
 Every draw has an address (seed, optimizer step, stream, flow draw, element), so resuming reproduces it, splitting S
 draws into chunks changes nothing, and no generator state needs saving.
@@ -45,30 +45,6 @@ class Draws(Protocol):
 
     def seed_generators(self) -> None:
         """Begin PyTorch's own generators anew, for dropout, which takes its numbers from nowhere else."""
-
-
-class RecordedDraws:
-    """Draws given as tensors, for parity checks and debugging.
-
-    Args:
-        tokenize: the tokenization pass's draws.
-        noise, t, drop: [S, B, K, D], [S, B] and [S, B] of the denoising pass.
-    """
-
-    def __init__(self, tokenize: TokenizeDraws, noise: Tensor, t: Tensor, drop: Tensor):
-        self._tokenize, self._noise, self._t, self._drop = tokenize, noise, t, drop
-
-    def tokenize(self, shape: torch.Size) -> TokenizeDraws:
-        return self._tokenize
-
-    def flow(self, z1: Tensor, first: int, count: int) -> FlowDraws:
-        chosen = slice(first, first + count)
-        t = self._t[chosen]
-        weight = t[:, :, None, None]
-        return FlowDraws(weight * z1 + (1 - weight) * self._noise[chosen], t, self._drop[chosen])
-
-    def seed_generators(self) -> None:
-        """Nothing: dropout is not recorded."""
 
 
 # Streams of one (rank, micro-batch); each law draws from its own.

@@ -191,13 +191,3 @@ def two_pass_step(
         loss = loss.detach()
         terms = {name: term.detach() for name, term in terms.items()}
         return StepLosses(loss + flow, terms, flow, z0.detach(), objective.mask(data))
-
-
-def one_graph_loss(
-    run: Callable[..., Any], objective: TwoPassObjective, data: Any, labels: Tensor, draws: Draws, *, shape: torch.Size
-) -> Tensor:
-    """The same total loss as one graph, every draw alive at once: what the two-pass step must agree with."""
-    loss, _, z0 = objective.reconstruction(run, data, draws, shape)
-    z1 = z0.detach() if objective.config.stop_gradient else z0
-    config = objective.config
-    return loss + config.flow_weight * objective.flow(run, z1, labels, draws, 0, config.flow_draws, data)
