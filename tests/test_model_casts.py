@@ -142,18 +142,24 @@ def test_a_weight_that_changes_between_micro_batches_is_cast_again():
 
 
 def test_copies_go_with_the_micro_batch_and_its_graph():
-    made, x = layer(), torch.randn(7, 12)
-    with one_micro_batch("cpu"):
-        with autocast():
-            found = made(x)
-        copies = [weakref.ref(copied) for copied in open_made()]
-        assert len(copies) == 2
-        found.sum().backward()
-        assert all(copied() is not None for copied in copies)  # for the passes to come
-    assert all(copied() is not None for copied in copies)  # `found` holds its graph
-    del found
+    """At once, with nothing left for the garbage collector; a graph that stays holds its own alone."""
+    made, other, x = layer(), layer(), torch.randn(7, 12)
     gc.collect()
-    assert all(copied() is None for copied in copies)
+    gc.disable()
+    try:
+        with one_micro_batch("cpu"):
+            with autocast():
+                found, last = made(x), other(x)
+            copies = [weakref.ref(copied) for copied in open_made()]
+            assert len(copies) == 4
+            (found.sum() + last.sum()).backward()
+            assert all(copied() is not None for copied in copies)  # for the passes to come
+            del last
+        assert [copied() is not None for copied in copies] == [True, True, False, False]  # `found` holds its graph
+        del found
+        assert all(copied() is None for copied in copies)
+    finally:
+        gc.enable()
 
 
 def test_linears_are_cast_together_in_one_launch():
