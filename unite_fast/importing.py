@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from unite_fast.errors import UserError
 from unite_fast.model.io import build_model, check_state, read_model, save_model
 from unite_fast.model.published import check_positions, from_published, to_published
 from unite_fast.model.two_pass import TwoPassModel
+from unite_fast.replacing import replacing_file
 from unite_fast.versions import versions
 from unite_fast.weights import read_file, read_tensors, write_tensors
 
@@ -258,21 +258,13 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: full disk or unwritable folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+    with replacing_file(path) as temporary, open(temporary, "wb") as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    except RuntimeError as error:  # torch's zip writer turns a failed write into one
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-    finally:
-        with contextlib.suppress(OSError):  # renamed away, or its folder could not be made
-            temporary.unlink()
+        except RuntimeError as error:  # torch's zip writer turns a failed write into one
+            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +16,7 @@ from torch import Tensor
 from unite_fast.errors import UserError
 from unite_fast.evaluation.reconstruction import unit_images
 from unite_fast.records import losses, read_metrics
+from unite_fast.replacing import replacing_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,7 +195,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         UserError: a path that cannot be written.
     """
-    _write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    with replacing_file(Path(path), "picture") as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _draw(axes: Any, title: str, scale: str, curves: list[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
@@ -305,21 +305,5 @@ def _same_shape(originals: Tensor, reconstructions: Tensor) -> None:
 
 
 def _save(image: Image.Image, path: str | Path) -> None:
-    _write_atomically(path, lambda file: image.save(file, format="PNG"))
-
-
-def _write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Make the file whole or not at all: a viewer never reads half a picture, a full disk leaves the old one."""
-    path = Path(path)
-    # The process id keeps two writers of one picture from sharing a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write picture {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # renamed away, or its folder could not be made
-            temporary.unlink()
+    with replacing_file(Path(path), "picture") as temporary:
+        image.save(temporary, format="PNG")

@@ -1,8 +1,7 @@
-"""Files of one call that replace those of a former one, all at once."""
+"""Files that replace former ones, all of a file or all of a call's files at once."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,6 +12,31 @@ from pathlib import Path
 from unite_fast.errors import UserError
 
 _ASIDE = re.compile(r"\.\d+\.tmp")
+
+
+@contextmanager
+def replacing_file(path: Path, what: str = "") -> Iterator[Path]:
+    """A file to write beside `path`, which then takes its place: whole or not at all.
+
+    Where writing fails or is interrupted, what was there stays as it was. Two processes do not share the file.
+
+    Args:
+        path: its folder is made if missing.
+        what: is written, for the error; nothing for what goes without saying.
+
+    Raises:
+        UserError: full disk or unwritable folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {what}{' ' * bool(what)}{path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):  # renamed away, or its folder could not be made
+            temporary.unlink()
 
 
 @contextmanager
@@ -67,6 +91,8 @@ def _occupied(folder: Path) -> Iterator[None]:
 
     The kernel frees it when the process ends, however that happens. Where there are no locks, all is left.
     """
+    import fcntl  # Windows, where models can be loaded and saved, has none
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

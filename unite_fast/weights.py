@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unite_fast.errors import UserError
-
+from unite_fast.replacing import replacing_file
 
 # How PyTorch's hubs name what they publish: the name ends in the first hexadecimal digits of the file's SHA-256.
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.[a-z]+$")
-
 
 # NumPy's numbers, which a training loop easily leaves in a checkpoint. Their pickles name what makes them, in NumPy 1
 # under another name; none of it runs code.
@@ -142,14 +140,11 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[s
         UserError: full disk or unwritable folder; an existing file stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        _discard(temporary)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    with replacing_file(path) as temporary:
+        try:
+            save_tensors({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from None
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -160,15 +155,8 @@ def write_text(text: str, path: str | Path) -> None:
     Raises:
         UserError: full disk or unwritable folder.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        _discard(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_arrays(arrays: dict[str, np.ndarray], path: str | Path) -> None:
@@ -177,23 +165,10 @@ def write_arrays(arrays: dict[str, np.ndarray], path: str | Path) -> None:
     Raises:
         UserError: full disk or unwritable folder.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        _discard(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _discard(temporary: Path) -> None:
-    with contextlib.suppress(OSError):  # a parent that is a file, a folder that turned read-only
-        temporary.unlink()
+    with replacing_file(Path(path)) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(value: Any, path: str | Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unite_fast.cli.console import (
-    BatchOption, Device, DeviceOption, SeedOption, Which, explain_memory, out, pick_device, plain, progress, warn,
+    BatchOption, Device, DeviceOption, SeedOption, Which, bar, explain_memory, out, pick_device, plain, warn,
 )  # fmt: skip
 from unite_fast.cli.evaluate import run_config
 from unite_fast.cli.sample import run_folder
@@ -93,7 +91,7 @@ def analyze(
     options = Options(chosen, seed, batch)
     with replacing(folder, former=lambda: (folder / name for name in PICTURES), last=RECORD) as aside:
         with explain_memory(batch):
-            result = study(trained, model, images, fitted, options, _bar)
+            result = study(trained, model, images, fitted, options, bar)
         draw_all(result, aside)
         made = {
             "model": about_model(trained.state, trained.origin, trained.made_by),
@@ -171,9 +169,3 @@ def _show(result: Study, trained: Trained, folder: Path) -> None:
             markup=False,
         )
     out().print(f"numbers and their protocol in {folder / RECORD}, pictures beside it", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    with progress(what, total) as bar:
-        yield lambda done: bar.advance(bar.task_ids[0], done)

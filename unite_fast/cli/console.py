@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -78,6 +78,13 @@ def progress(what: str, total: int) -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(what, total=total)
         yield bar
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """What moves the bar of `progress` on by so many."""
+    with progress(what, total) as shown:
+        yield lambda done: shown.advance(shown.task_ids[0], done)
 
 
 def pick_device(wanted: Device) -> torch.device:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from unite_fast.cli.console import Device, DeviceOption, SeedOption, explain_memory, out, pick_device, progress
+from unite_fast.cli.console import Device, DeviceOption, SeedOption, bar, explain_memory, out, pick_device
 
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder, finished or in training.", metavar="RUN")]
 
@@ -47,12 +45,6 @@ def report(
     with explain_memory(batch or found.config.get("evaluation", {}).get("batch", 64)):
         path = write_report(
             run, out=out_file, device=str(pick_device(device)), quick=quick, held_out=held_out, seed=seed, batch=batch,
-            progress=_bar,
+            progress=bar,
         )  # fmt: skip
     out().print(f"report of {run} in {path} ({path.stat().st_size / 1e6:.1f} MB)", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    with progress(what, total) as bar:
-        yield lambda done: bar.advance(bar.task_ids[0], done)
