@@ -8,6 +8,7 @@ from one_graph import one_graph_loss
 from test_model import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import unite_kernels as uk
 from unite_fast.config import LpipsConfig, ObjectiveConfig
 from unite_fast.engine.backend import AutocastForward
 from unite_fast.objective.draws import SeededDraws
@@ -232,6 +233,40 @@ def test_laws_of_the_draws():
     assert abs(float(flow.t.median()) - 1 / 3) < 0.02
     uniform = draws(ObjectiveConfig(time_law="uniform")).flow(torch.zeros(shape), 0, 1).t
     assert abs(float(uniform.median()) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize(("law", "shift"), [("logit_normal", 0.3), ("uniform", 1.0)])
+def test_draws_are_the_operators_numbers_by_law_and_address(law, shift):
+    """Each law has a stream of its own, of seven for every micro-batch; the uniform law has no shift."""
+    config = ObjectiveConfig(
+        time_law=law, time_shift=0.3, label_drop=0.3, tokenize_t_max=0.2, mix_probability=0.4, mix_t_min=0.7
+    )
+    shape, made = torch.Size((40, 4, 3)), draws(config, step=2, stream=3, seed=5)
+    streams = ("noise", "t", "mask", "mix t", "mix", "flow", "drop")
+    places = {name: (5, 2, 3 * 7 + place) for place, name in enumerate(streams)}
+    uniform = {name: uk.philox_uniform(shape[:1], *at) for name, at in places.items()}
+    noise, t, (mask, mix_t, mix), _ = made.tokenize(shape)
+    assert torch.equal(noise, uk.philox_normal(shape, *places["noise"]))
+    assert torch.equal(mix, uk.philox_normal(shape, *places["mix"]))
+    assert torch.equal(mask, uniform["mask"] < 0.4)
+    torch.testing.assert_close(t, 0.2 * uniform["t"])
+    torch.testing.assert_close(mix_t, 0.7 + 0.3 * uniform["mix t"])
+    z1, (seed, step, stream) = torch.randn(shape), places["flow"]
+    z_t, t, drop = made.flow(z1, 1, 2)
+    expected = uk.flow_noise(z1, 2, seed, step, stream=stream, law=law, shift=shift, first_draw=1)
+    assert all(map(torch.equal, (z_t, t), expected))
+    assert torch.equal(drop, uk.philox_uniform(shape[:1], *places["drop"], draws=2, first_draw=1) < 0.3)
+
+
+def test_dropout_begins_anew_at_its_address():
+    def numbers(**address):
+        draws(ObjectiveConfig(), **address).seed_generators()
+        return torch.rand(4).tolist()
+
+    first = numbers()
+    torch.rand(3)
+    assert numbers() == first
+    assert all(numbers(**{name: 7}) != first for name in ("step", "stream", "seed"))
 
 
 def test_the_papers_forms():
