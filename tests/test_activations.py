@@ -70,9 +70,9 @@ def test_folders_of_other_classes_have_no_labels(tree):
     assert _open(tree[0], classes=None).labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_each_latent_is_denoised_under_its_own_label_by_the_second_pass(shared):
-    model = toy_model(CONFIG.model_copy(update={"shared": shared}))
+@pytest.mark.parametrize(("shared", "context"), [(True, CONFIG.context_len), (False, CONFIG.context_len), (True, 0)])
+def test_each_latent_is_denoised_under_its_own_label_by_the_second_pass(shared, context):
+    model = toy_model(CONFIG.model_copy(update={"shared": shared, "context_len": context}))
     z0, labels = torch.randn(5, 16, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 1, 1, 3])
     found = denoise(model, z0, 0.4, labels, seed=3, batch=2, advance=lambda done: None)
     raw = []
