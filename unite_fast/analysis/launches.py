@@ -25,8 +25,8 @@ from unite_fast.model.casts import CastLinear
 from unite_kernels.dispatch import aligned
 
 # Assumed: what a launch costs the host in eager PyTorch, with all that leads to it, from fast cores to slow ones. Steps
-# of B, mol_tiny and qm9_s took a core of a shared Xeon 18 to 35 µs a launch with a driver that launches nothing; a real
-# one takes 2 to 3 µs besides.
+# of B, mol_tiny and qm9_s took a core of a shared Xeon 18 to 35 µs a launch with a driver that launches nothing, and
+# since then one of a shared EPYC 9005 20 (B) and 21 (qm9_s); a real one takes 2 to 3 µs besides.
 HOST_SECONDS = (10e-6, 30e-6)
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2  # where one number is needed
 RECOMPUTED = 9  # by the forward that activation checkpointing repeats of a block
