@@ -85,6 +85,16 @@ def test_packing_is_undone_by_padding():
     assert torch.equal(packed.repeat(2).pack(torch.cat([padded, 2 * padded])), torch.cat([flat, 2 * flat]))
 
 
+def test_packing_asks_the_device_nothing_and_is_computed_once():
+    """Tensors without numbers cannot be asked; what is made beside them would stand on the host."""
+    packed = Packed(COUNTS.to("meta"), total=17, longest=9, length=12)
+    pairs = packed.pairs
+    made = (packed.sequence, packed.position, packed.mask, packed.spans.offsets, pairs.order, pairs.first)
+    assert {tensor.device.type for tensor in (*made, pairs.spans.offsets)} == {"meta"}
+    assert packed.pad(packed.pack(torch.empty(4, 12, 3, device="meta"))).shape == (4, 12, 3)
+    assert packed.position is made[1] and packed.pairs is pairs
+
+
 def test_padding_changes_no_bit():
     network = model()
     z = torch.randn(4, 9, 4)
