@@ -140,7 +140,7 @@ def test_three_ranks_read_what_their_slices_make_together(monkeypatch):
             for name, shape in sizes.items():
                 parameters[name].data = whole[at : at + shape.numel()].view(shape)
                 at += shape.numel()
-            flat.append(FlatGroup(whole, torch.empty(partition), flat_fragments(sizes, index, partition, rank)))
+            flat.append(FlatGroup(whole, torch.zeros(partition), flat_fragments(sizes, index, partition, rank)))
         gather = WeightGather(model, flat, rounded=rounded, lazily=True, rank=rank, ranks=3)
 
         def update() -> dict[str, torch.Tensor]:

@@ -34,13 +34,23 @@ def spread(length: int, count: int) -> list[int]:
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write a picture as PNG.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
+    with replacing_file(Path(path), "picture") as temporary:
+        image.save(temporary, format="PNG")
+
+
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image [3, H, W], uint8 or floating point in [0, 1], pixel for pixel.
 
     Raises:
         UserError: wrong shape, NaN values, or a path that cannot be written.
     """
-    _save(Image.fromarray(_pixels(image[None], "image")[0]), path)
+    save_image(Image.fromarray(_pixels(image[None], "image")[0]), path)
 
 
 def comparison(original: Tensor, reconstruction: Tensor, path: str | Path) -> None:
@@ -67,7 +77,7 @@ def comparison(original: Tensor, reconstruction: Tensor, path: str | Path) -> No
         centre = MARGIN + index * (column + gap) + column / 2
         draw.text((centre, MARGIN + FONT_SIZE / 2), caption, INK, font, anchor="mm")
         sheet.paste(Image.fromarray(tile), (round(centre - width / 2), top))
-    _save(sheet, path)
+    save_image(sheet, path)
 
 
 def reconstruction_sheet(
@@ -85,7 +95,7 @@ def reconstruction_sheet(
         last_row = first + columns >= len(above)
         rows.append((label, list(above[first : first + columns]), GAP))
         rows.append(("reconstruction", list(below[first : first + columns]), 0 if last_row else 6 * GAP))
-    _save(_sheet(rows), path)
+    save_image(_sheet(rows), path)
 
 
 def sample_sheet(
@@ -117,7 +127,7 @@ def sample_sheet(
     for row, c in enumerate(classes):
         name = str(c) if class_names is None else str(class_names[c])
         rows.append((name, list(pixels[row * columns : (row + 1) * columns]), GAP))
-    _save(_sheet(rows), path)
+    save_image(_sheet(rows), path)
 
 
 def trajectory_sheet(images: Tensor, names: Sequence[str], times: Sequence[float], path: str | Path) -> None:
@@ -131,7 +141,7 @@ def trajectory_sheet(images: Tensor, names: Sequence[str], times: Sequence[float
         UserError: NaN images, or a path that cannot be written.
     """
     rows = [(name, list(_pixels(row, "trajectories")), GAP) for name, row in zip(names, images.unbind(1), strict=True)]
-    _save(_sheet(rows, [f"t = {t:.2f}" for t in times]), path)
+    save_image(_sheet(rows, [f"t = {t:.2f}" for t in times]), path)
 
 
 # Panel title, axis scale and key of what is drawn beside the losses.
@@ -302,8 +312,3 @@ def _same_shape(originals: Tensor, reconstructions: Tensor) -> None:
         raise UserError(
             f"originals {list(originals.shape)} and reconstructions {list(reconstructions.shape)} must have one shape"
         )
-
-
-def _save(image: Image.Image, path: str | Path) -> None:
-    with replacing_file(Path(path), "picture") as temporary:
-        image.save(temporary, format="PNG")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from unite_fast.data.molecules.molecule_set import SYMBOLS, MoleculeSet
 from unite_fast.evaluation.molecules import atom_histogram, bond_lengths, element_histogram
-from unite_fast.pictures import _write_atomically
+from unite_fast.pictures import save_figure
 
 DATA, MADE = "#9ca3af", "#2563eb"
 PAIRS = 6  # panels of bond lengths, the data's most frequent pairs
@@ -46,7 +46,7 @@ def histograms(generated: MoleculeSet, data: MoleculeSet, path: str | Path) -> N
     for place, pair in enumerate(pairs):
         axes = figure.add_subplot(grid[1 + place // 3, place % 3])
         _lengths(axes, pair, made.get(pair, np.empty(0)), real[pair])
-    _write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_figure(figure, path)
 
 
 def _bars(

@@ -19,7 +19,7 @@ from unite_fast.data.molecules.perception import Perceived
 from unite_fast.errors import UserError
 from unite_fast.evaluation.edm import bond_orders
 from unite_fast.evaluation.molecules import Reconstruction, align
-from unite_fast.pictures import _write_atomically, label_font
+from unite_fast.pictures import label_font, save_image
 
 WIDTH, HEIGHT = 220, 160  # of a drawing, pixels
 CAPTION = 40  # two lines of text below it
@@ -57,7 +57,7 @@ def molecule_sheet(
             tiles.append(_tile(_drawing(found), found.smiles, f"{found.fragments} fragments", ODD))
         else:
             tiles.append(_tile(_drawing(found), found.smiles, "", GOOD))
-    _save(_grid(tiles, columns, title), path)
+    save_image(_grid(tiles, columns, title), path)
 
 
 def reconstruction_sheet(
@@ -100,7 +100,7 @@ def reconstruction_sheet(
             ),
             _tile(_overlay(both), f"RMSD {verdict.rmsd[index]:.3f} Å", "original in grey", FAINT),
         ]  # fmt: skip
-    _save(_grid(tiles, 3 if count <= 4 else 6, title), path)
+    save_image(_grid(tiles, 3 if count <= 4 else 6, title), path)
 
 
 def _drawing(perceived: Perceived) -> Image.Image:
@@ -174,7 +174,3 @@ def _grid(tiles: Sequence[Image.Image], columns: int, title: str) -> Image.Image
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (MARGIN + index % columns * across, top + index // columns * down))
     return sheet
-
-
-def _save(image: Image.Image, path: str | Path) -> None:
-    _write_atomically(path, lambda file: image.save(file, format="PNG"))
