@@ -38,8 +38,10 @@ MIN_CAPABILITY = (8, 9)  # Ada; H100 and H200 have 9.0
 # access in a 2-byte dtype; 6528 programs for 64 images of 544 tokens at C = 3072, each with one atomic at the end.
 TILE, STEPS, WARPS = 1024, 16, 4
 # Rows and columns of a tile that is written both ways: 32 numbers a thread at 8 warps, whole 64-byte lines of either.
-# Sums over its rows, written and read once more, are 1 % of the bytes that a gradient in bfloat16 moves.
 ROWS, COLUMNS, CAST_WARPS = 128, 64, 8
+# Rows of a tile that is summed as well: 16 numbers a thread take 64 registers on sm_90 by Triton 3.6 and 40 by 3.9, 32
+# take 116 and 64. Sums of so many rows, written and read once more, are 2 % of the bytes that a bfloat16 gradient moves.
+SUM_ROWS = 64
 
 
 class Quantized(NamedTuple):
@@ -87,7 +89,7 @@ def _quantize_kernel(
 ):  # fmt: skip
     """`rows` [R, C] and `columns` [C, stride], with zeros from R on, of x times one factor; `scale` is its inverse.
 
-    `partials` [⌈R / ROWS⌉, C], where they are wanted: sums of x over the rows of a tile.
+    `partials` [⌈stride / ROWS⌉, C], where they are wanted: sums of x over the rows of a tile.
     """
     top = tl.load(largest).to(tl.float32, bitcast=True)
     # NaN is not below, and so stays.
@@ -97,14 +99,13 @@ def _quantize_kernel(
     place = row[:, None] * C + column[None, :]
     inside = (first + row[:, None] < R) & (column[None, :] < C)
     value = tl.load(x + first * C + place, mask=inside, other=0.0).to(tl.float32)
-    # Before the casts: behind them it takes 80 registers in place of 64 (sm_90), and so a program less at a time.
-    if partials is not None:
-        tl.store(partials + tl.program_id(0).to(tl.int64) * C + column, tl.sum(value, axis=0), mask=column < C)
     found = (value * tl.div_rn(LARGEST, top)).to(rows.dtype.element_ty)
     tl.store(rows + first * C + place, found, mask=inside)
     turned = column[:, None].to(tl.int64) * stride + row[None, :]
     filled = (first + row[None, :] < stride) & (column[:, None] < C)
     tl.store(columns + first + turned, tl.trans(found), mask=filled)
+    if partials is not None:
+        tl.store(partials + tl.program_id(0).to(tl.int64) * C + column, tl.sum(value, axis=0), mask=column < C)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale, tl.div_rn(top, LARGEST))
 
@@ -119,14 +120,14 @@ def _fp8_quantize(x: Tensor, wide: bool, summed: bool) -> tuple[Tensor, Tensor, 
     R, C = x.shape
     largest = torch.zeros((), dtype=torch.int32, device=x.device)
     check_programs("fp8_quantize", "the number of columns over 64", cdiv(C, COLUMNS))
-    grid = cdiv(columns.shape[1], ROWS), cdiv(C, COLUMNS)
+    blocks = _blocks(C, rows.dtype, summed)
+    grid = cdiv(columns.shape[1], blocks["ROWS"]), cdiv(C, COLUMNS)
     partials = x.new_empty(grid[0], C, dtype=torch.float32) if summed else None
     with device_of(x):
         _largest_kernel[(cdiv(R * C, TILE * STEPS),)](x, largest, R * C, TILE=TILE, STEPS=STEPS, num_warps=WARPS)
         _quantize_kernel[grid](
-            x, largest, rows, columns, scale, partials, R, columns.shape[1],
-            **_blocks(C, rows.dtype), num_warps=CAST_WARPS,
-        )  # fmt: skip
+            x, largest, rows, columns, scale, partials, R, columns.shape[1], **blocks, num_warps=CAST_WARPS
+        )
     return rows, columns, scale, sums if partials is None else partials.sum(0)
 
 
@@ -143,8 +144,9 @@ def _empty(x: Tensor, wide: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor,
     return x.new_empty(R, C, dtype=dtype), x.new_empty(C, aligned(R), dtype=dtype), scale, sums
 
 
-def _blocks(columns: int, dtype: torch.dtype) -> dict[str, object]:
-    return {"C": columns, "ROWS": ROWS, "COLUMNS": COLUMNS, "LARGEST": LARGEST[dtype], "LEAST": LEAST}
+def _blocks(columns: int, dtype: torch.dtype, summed: bool) -> dict[str, object]:
+    rows = SUM_ROWS if summed else ROWS
+    return {"C": columns, "ROWS": rows, "COLUMNS": COLUMNS, "LARGEST": LARGEST[dtype], "LEAST": LEAST}
 
 
 def aot_specialisations() -> list[Specialisation]:
@@ -169,7 +171,7 @@ def aot_specialisations() -> list[Specialisation]:
             found.append(
                 Specialisation(
                     f"fp8_quantize_{name}_{columns}", _quantize_kernel, pointers | {"R": "i32", "stride": "i32"},
-                    ({} if partials else {"partials": None}) | _blocks(columns, dtype), CAST_WARPS,
+                    ({} if partials else {"partials": None}) | _blocks(columns, dtype, partials), CAST_WARPS,
                     aligned=("x", "rows", "columns", "partials", "stride"),
                     max_registers=80, store_bytes=8, capabilities=(90, 100),
                 )

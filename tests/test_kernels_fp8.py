@@ -72,7 +72,7 @@ def test_a_gradient_is_read_twice_for_all_that_it_gives(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sum", lambda x, *given, **how: summed.append(x.shape) or right(x, *given, **how))
     with on_backend("triton"):
         outputs_and_gradients(uk.fp8_linear, [normal(300, 32), normal(48, 32, seed=1), normal(48, seed=2)])
-    assert (3, 48) in summed and (300, 48) not in summed
+    assert (5, 48) in summed and (300, 48) not in summed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
