@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_folder_that_is_deleted_while_it_is_awaited_is_made_again(tmp_path, mo
     work = Work(tmp_path, ALONE)
     gather(work, {})
     assert deleted and (folder / LOCK).exists()
+
+
+def test_an_evaluation_that_begins_while_pieces_are_deleted_makes_its_own(tmp_path, monkeypatch):
+    """Whichever file goes first."""
+    first, later, rmtree = Work(tmp_path, ALONE), Work(tmp_path, ALONE), shutil.rmtree
+
+    def slowly(folder, **options):
+        (folder / LOCK).unlink()
+        gather(later, {})
+        rmtree(folder, **options)
+
+    gather(first, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("unite_fast.evaluation.work.shutil.rmtree", slowly)
+        first.discard()
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == 2 and (folder / LOCK).exists()
+    later.discard()
+    assert not tmp_path.exists()
 
 
 def test_where_there_are_no_locks_pieces_are_kept_and_deleted_as_with_them(tmp_path, monkeypatch):

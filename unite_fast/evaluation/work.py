@@ -286,9 +286,13 @@ def _is_shared(file: int) -> bool:
 def _delete(folder: Path, file: int) -> None:
     """Delete a folder of pieces unless another process has its lock, and close the lock file."""
     alone = not _is_shared(file)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     if alone:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be moved cannot be deleted either
+            # All at once: behind a new lock file another process would count on pieces that are about to go.
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     os.close(file)
     if alone:
         with contextlib.suppress(OSError):  # network folders keep a file's name while it is open
-            folder.rmdir()
+            aside.rmdir()
