@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from rdkit import Chem
 
 from unite_fast.errors import UserError
+from unite_fast.replacing import replacing_file
 
 SYMBOLS = ("H", "C", "N", "O", "F")  # element codes 1 … 5; 0 is padding
 ATOMIC_NUMBERS = np.array([0, 1, 6, 7, 8, 9], np.uint8)  # by element code
@@ -284,7 +284,6 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
     Raises:
         UserError: a path that cannot be written.
     """
-    path = Path(path)
     arrays: dict[str, NDArray] = {
         "atomic_numbers": ATOMIC_NUMBERS[molecules.elements],
         "positions": molecules.positions,
@@ -295,18 +294,10 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
         arrays["smiles"] = np.array(molecules.smiles)
     if molecules.gap is not None:
         arrays["gap"] = molecules.gap
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # renamed away, or its folder could not be made
-            temporary.unlink()
+    with replacing_file(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
