@@ -107,6 +107,7 @@ def with_another(mine: str) -> list[str]:
 def test_ranks_that_round_otherwise_are_said_where_their_weights_part(stage, kind):
     world = MagicMock(device=torch.device("cpu"), collect=with_another)
     words = f"rank 0 is {re.escape(rounds_as(world.device))}, rank 2 a GPU of another kind. Set train.zero_stage to 1"
+    words += ", or start all ranks on devices of one kind with one version of torch$"
     settings = toy_config(stage=stage, kind=kind)
     if (stage, kind) == (0, "muon"):
         with pytest.raises(UserError, match=words):

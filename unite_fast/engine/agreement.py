@@ -64,7 +64,8 @@ def check_same_rounding(config: Config, world: World) -> str | None:
     rank, other = odd
     what = (
         "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round otherwise drift "
-        f"apart: rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on the same"
+        f"apart: rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on devices "
+        f"of one kind with one version of torch"
     )
     if config.optimizer.kind == "muon":
         raise UserError(what)
