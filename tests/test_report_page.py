@@ -299,6 +299,16 @@ def test_curves_are_noisy_logarithmic_and_marked_as_their_panel_says(tmp_path):
     assert place == pytest.approx(start + (100 - low) / (high - low) * (end - start), abs=0.1)
 
 
+def test_every_curve_has_a_colour_of_the_page_and_its_legend_the_same(tmp_path):
+    """However many losses there are: without one a line cannot be seen."""
+    record = {"loss": 2.0} | {f"loss_{number}": 1.0 + number for number in range(7)}
+    page = _page(tmp_path, RunFolder(tmp_path, {}, [{"step": step} | record for step in range(1, 401)]))
+    ((_, drawn),) = _charts(page)
+    lines = re.findall(r'class="line (c\d+)"', drawn)
+    assert len(lines) == 8 and lines == re.findall(r'class="key (c\d+)"', page.source)
+    assert all(re.findall(rf"[.]{part}[.]{colour} ", page.source) for colour in lines for part in ("line", "dot", "key"))
+
+
 def test_keys_that_differ_from_their_default_are_marked(tmp_path):
     config = {
         "name": "other", "train": {"seed": 0}, "data": {"prefetch": 4, "workers": 3},

@@ -19,6 +19,7 @@ from unite_fast.pictures import MOSTLY
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 26
 MOST_POINTS = 360  # about one a pixel of the plot; more would only make the page heavy
+COLOURS = 6  # c0 to c5 of page.css; more curves begin anew
 SMOOTHING = 40  # a noisy curve's running mean spans a fortieth of it
 
 
@@ -110,18 +111,19 @@ def line_chart(curves: Sequence[Curve], *, log: bool, x_name: str, marks: Sequen
         drawn.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     data = []
     for index, curve in enumerate(curves):
+        colour = f"c{index % COLOURS}"
         window = len(curve.y) // SMOOTHING if curve.noisy else 1
         shown_x, shown_y = curve.x, curve.y
         if window > 1:
-            drawn.append(_path(x, y, *_envelope(curve.x, curve.y), f"line c{index} faint"))
+            drawn.append(_path(x, y, *_envelope(curve.x, curve.y), f"line {colour} faint"))
             kernel = np.full(window, 1 / window)
             shown_x, shown_y = (np.convolve(values, kernel, mode="valid") for values in (curve.x, curve.y))
         keep = np.unique(np.linspace(0, len(shown_x) - 1, min(len(shown_x), MOST_POINTS)).round().astype(int))
         shown_x, shown_y = shown_x[keep], shown_y[keep]
         if len(shown_x) == 1:  # a line through one point is invisible
-            drawn.append(f'<circle class="dot c{index}" cx="{x(shown_x[0]):.1f}" cy="{y(shown_y[0]):.1f}" r="3"/>')
+            drawn.append(f'<circle class="dot {colour}" cx="{x(shown_x[0]):.1f}" cy="{y(shown_y[0]):.1f}" r="3"/>')
         else:
-            drawn.append(_path(x, y, shown_x, shown_y, f"line c{index}"))
+            drawn.append(_path(x, y, shown_x, shown_y, f"line {colour}"))
         data.append({"label": curve.label, "x": _rounded(shown_x), "y": _rounded(shown_y)})
     legend = ", ".join(curve.label for curve in curves if curve.label)
     return _svg(drawn, legend or x_name, {"name": x_name, "xAxis": x.as_json(), "yAxis": y.as_json(), "curves": data})

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from unite_fast.config import Config
 from unite_fast.pictures import SMOOTH, curve_panels, spread
 from unite_fast.records import RunFolder, duration, number
-from unite_fast.report.charts import Curve, bar_chart, line_chart
+from unite_fast.report.charts import COLOURS, Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of, trends
 from unite_fast.report.probe import Probe
 from unite_fast.report.tiles import Tiles, sheet
@@ -43,7 +43,7 @@ def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["code"] = _code
-    environment.globals |= {"tile": tiles, "grouped": lambda value: f"{value:,}"}
+    environment.globals |= {"tile": tiles, "grouped": lambda value: f"{value:,}", "colours": COLOURS}
     return environment.get_template("page.html.j2").render(
         run=run,
         state=STATES[run.state(now)],
