@@ -59,7 +59,7 @@ def test_a_folder_that_is_deleted_while_it_is_awaited_is_made_again(tmp_path, mo
             folder.rmdir()
         lockf(file, operation)
 
-    monkeypatch.setattr("unite_fast.evaluation.work.fcntl.lockf", late)
+    monkeypatch.setattr("fcntl.lockf", late)
     work = Work(tmp_path, ALONE)
     gather(work, {})
     assert deleted and (folder / LOCK).exists()
@@ -88,7 +88,7 @@ def test_where_there_are_no_locks_pieces_are_kept_and_deleted_as_with_them(tmp_p
     def none(file, operation):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("unite_fast.evaluation.work.fcntl.lockf", none)
+    monkeypatch.setattr("fcntl.lockf", none)
     work = Work(tmp_path / "work", ALONE, sole=True)
     gather(work, {})
     work.discard()

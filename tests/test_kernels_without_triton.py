@@ -1,7 +1,9 @@
-"""unite_kernels and the model on a machine without Triton: macOS, Windows, Linux on Arm."""
+"""unite_kernels and the model on a machine without Triton: macOS, Windows, Linux on Arm; without file locks, too."""
 
 import subprocess
 import sys
+
+from cli_toy import save_toy
 
 SCRIPT = """
 import sys
@@ -24,3 +26,22 @@ def test_the_package_imports_and_computes():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["refused", "refused"]
+
+
+WITHOUT_LOCKS = """
+import sys
+sys.modules["triton"] = sys.modules["fcntl"] = None
+from unite_fast import load
+from unite_fast.importing import open_trained
+import unite_fast.molecules.modality
+open_trained(sys.argv[1]).save(sys.argv[2])
+load(sys.argv[2])
+"""
+
+
+def test_models_are_loaded_and_saved_where_there_are_no_file_locks(tmp_path):
+    """As on Windows."""
+    save_toy(tmp_path / "model")
+    command = [sys.executable, "-c", WITHOUT_LOCKS, tmp_path / "model", tmp_path / "copy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

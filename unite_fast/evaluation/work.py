@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -256,6 +255,8 @@ def _share(folder: Path, *, alone: bool) -> int | None:
     Args:
         alone: give None where another process has the lock at this moment.
     """
+    import fcntl  # Windows, where models can be loaded and saved, has none
+
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +277,8 @@ def _share(folder: Path, *, alone: bool) -> int | None:
 
 def _is_shared(file: int) -> bool:
     """Whether another process has the lock; if none has, it is this one's alone."""
+    import fcntl
+
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
