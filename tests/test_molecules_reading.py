@@ -152,6 +152,13 @@ def test_compressed_files_of_a_folder(tmp_path):
         load_molecules(tmp_path / "d.csv.gz")
 
 
+def test_a_compressed_file_of_a_folder_that_cannot_be_read_is_named(tmp_path):
+    write_xyz(_small(WATER), tmp_path / "a.xyz")
+    (tmp_path / "b.xyz.gz").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"^cannot read .*/b.xyz.gz: No such file or directory; check its permissions$"):
+        load_molecules(tmp_path)
+
+
 def test_a_compressed_archive_without_tar_in_its_name(tmp_path, molecules):
     members = [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(3)]
     _tar(tmp_path / "dsgdb9nsd.xyz.bz2", members, "w:bz2")

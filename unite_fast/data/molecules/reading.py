@@ -98,7 +98,8 @@ def _one_file(path: Path) -> Path:
         if known and known == _named(path, SDF_NAMES):
             return path if len(known) > 1 else known[0]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
+        where = error.filename or path  # of a folder's files maybe one, which is opened to see what it is
+        raise UserError(f"cannot read {where}: {error.strerror or error}; check its permissions") from None
     if not known:
         raise UserError(f"{path} holds no XYZ, SDF, MOL, tar, NPZ or Parquet file: give a folder or file of molecules")
     if len(known) != 1:
