@@ -83,7 +83,7 @@ def rounds_as(device: torch.device) -> str:
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:
-    """The newest checkpoint of a run, or None, once all ranks find it. Collective: from others their weights would part.
+    """The newest checkpoint of a run, or None, once all ranks find it, as from others weights would part. Collective.
 
     Raises:
         UserError: ranks that still find different ones after SETTLED looks.
