@@ -80,3 +80,8 @@ def small_disk(limit):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def same_weights(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    return set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in expected)

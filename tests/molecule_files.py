@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 
-from unite_fast.data.molecules.molecule_set import SYMBOLS, MoleculeSet
+from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, SYMBOLS, Molecule, MoleculeSet, assemble
 
 # Water, methane, ammonia and others small enough to be read in a test's failure; positions in Å.
 WATER = ("OHH", [[0.0, 0.0, 0.1173], [0.0, 0.7572, -0.4692], [0.0, -0.7572, -0.4692]])
@@ -75,3 +77,18 @@ def coordinates_close(found: MoleculeSet, expected: MoleculeSet, tolerance: floa
     """Same elements and, within `tolerance` Å, the same positions."""
     np.testing.assert_array_equal(found.elements, expected.elements)
     np.testing.assert_allclose(found.positions, expected.positions, atol=tolerance)
+
+
+def small(*molecules):
+    return assemble(
+        [Molecule(str(i), [CODE_OF_SYMBOL[s] for s in symbols], xyz) for i, (symbols, xyz) in enumerate(molecules)], "t"
+    )
+
+
+def tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, text in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path

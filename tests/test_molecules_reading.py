@@ -1,11 +1,6 @@
 """Readers on files written here in QM9's formats: whole ones, damaged ones, and everything in between."""
 
-import bz2
-import gzip
-import io
-import lzma
 import os
-import tarfile
 
 import numpy as np
 import pytest
@@ -20,11 +15,13 @@ from molecule_files import (
     qm9_folder,
     qm9_text,
     sdf_text,
+    small,
+    tar,
     uncharacterized_text,
 )
 from rdkit import Chem
 
-from unite_fast.data.molecules.molecule_set import CODE_OF_SYMBOL, Molecule, assemble, write_npz
+from unite_fast.data.molecules.molecule_set import Molecule, assemble, write_npz
 from unite_fast.data.molecules.perception import failed
 from unite_fast.data.molecules.reading import load_molecules
 from unite_fast.data.molecules.sample import sample_set
@@ -37,21 +34,6 @@ HARTREE = 27.211386245988
 @pytest.fixture(scope="module")
 def molecules():
     return sample_set(12, 5, processes=1)
-
-
-def _small(*molecules):
-    return assemble(
-        [Molecule(str(i), [CODE_OF_SYMBOL[s] for s in symbols], xyz) for i, (symbols, xyz) in enumerate(molecules)], "t"
-    )
-
-
-def _tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for name, text in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return path
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -75,7 +57,7 @@ def test_a_gap_that_is_missing_leaves_the_others(tmp_path):
     assert_array_equal(load_molecules(tmp_path / "b.xyz").gap, found.gap)
     path.write_text("1\n\nH 0 0 0\n1\ngap=nan\nC 0 0 0\n")
     assert load_molecules(path).gap is None
-    (tmp_path / "c.sdf").write_text("".join(sdf_text(_small(WATER), 0, name) for name in "ab"))
+    (tmp_path / "c.sdf").write_text("".join(sdf_text(small(WATER), 0, name) for name in "ab"))
     (tmp_path / "c.sdf.csv").write_text("mol_id,gap\na,\nb,0.5\n")
     assert_allclose(load_molecules(tmp_path / "c.sdf").gap, [np.nan, 13.6057], rtol=1e-5)
 
@@ -86,103 +68,15 @@ def test_mathematica_exponents(tmp_path):
     assert_allclose(positions[0] - positions[1], [2.65e-5, 0, 1.75], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("a.tar", "w"), ("a.tar.bz2", "w:bz2"), ("3195389", "w:gz"), ("a.tar.xz", "w:xz")]
-)
-def test_archives_in_any_order_give_the_folders_set(tmp_path, molecules, name, mode):
-    folder = qm9_folder(tmp_path, molecules)
-    members = [(f"./{path.name}", path.read_text()) for path in folder.iterdir()]
-    members += [("readme.txt", "not a molecule"), ("._dsgdb9nsd_000001.xyz", "a resource fork")]
-    archive = _tar(tmp_path / name, sorted(members, reverse=True), mode)
-    found, expected = load_molecules(archive), load_molecules(folder)
-    assert (found.names, found.smiles) == (expected.names, expected.smiles)
-    assert_array_equal(found.positions, expected.positions)
-    assert_array_equal(found.gap, expected.gap)
-
-
-@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:gz", "w:xz"])
-def test_half_downloaded_archive_names_the_last_whole_member(tmp_path, molecules, mode):
-    # Incompressible neighbours, so that half of the compressed bytes hold some members and not others.
-    noise = np.random.default_rng(0).integers(33, 126, 20_000, dtype=np.uint8).tobytes().decode()
-    members = [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(12)]
-    archive = _tar(tmp_path / "a", [part for member in members for part in (member, ("noise", noise))], mode)
-    whole = archive.read_bytes()
-    assert len(load_molecules(archive)) == 12
-    for size in (len(whole) // 2, len(whole) - 700 if mode != "w" else len(whole) // 2 + 512):
-        archive.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"a is cut off or damaged after .*, member \d+: download it again"):
-            load_molecules(archive)
-
-
-@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
-@pytest.mark.parametrize("kind", ["sdf", "xyz"])
-def test_one_compressed_file(tmp_path, opener, kind):
-    two = _small(WATER, METHANE)
-    plain = tmp_path / f"a.{kind}"
-    (write_sdf if kind == "sdf" else write_xyz)(two, plain)
-    path = tmp_path / "packed" / f"a.{kind}.gz"
-    path.parent.mkdir()
-    with opener(path, "wb") as file:
-        file.write(plain.read_bytes())
-    found = [load_molecules(place) for place in (plain, path, path.parent)]
-    found.append(load_molecules(path.rename(path.with_name("a"))))
-    for other in found[1:]:
-        assert other.names == found[0].names == two.names
-        assert_array_equal(other.positions, found[0].positions)
-    whole = path.with_name("a").read_bytes()
-    for content in (whole[: len(whole) - 20], whole[:12], whole[:20] + b"?" * 40 + whole[60:]):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"a.{kind}.gz is cut off or damaged where it is compressed: download"):
-            load_molecules(path)
-
-
-def test_compressed_files_of_a_folder(tmp_path):
-    """As PubChem packs them: nameless molecules are named as by the plain file, and the table of gaps is the same."""
-    texts = {"a.sdf.gz": sdf_text(_small(WATER), 0, ""), "b.SDF.GZ": sdf_text(_small(METHANE), 0, "b")}
-    for name, text in texts.items():
-        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "b.SDF.csv").write_text("mol_id,gap\nb,0.5\n")
-    found = load_molecules(tmp_path)
-    assert found.names == ("a_1", "b") and np.isnan(found.gap[0])
-    assert_allclose(found.gap[1], 0.5 * HARTREE, rtol=1e-6)
-    (tmp_path / "c.xyz.xz").write_bytes(lzma.compress("\ufeff1\n\nH 0 0 0\n".encode("utf-16-le")))
-    assert load_molecules(tmp_path).names == ("c",), "XYZ files alone, as of plain ones"
-    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(b"smiles,gap\nC,1\n"))
-    with pytest.raises(UserError, match="d.csv.gz is no molecule file: its first lines are neither XYZ"):
-        load_molecules(tmp_path / "d.csv.gz")
-
-
-def test_a_compressed_file_of_a_folder_that_cannot_be_read_is_named(tmp_path):
-    write_xyz(_small(WATER), tmp_path / "a.xyz")
-    (tmp_path / "b.xyz.gz").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"^cannot read .*/b.xyz.gz: No such file or directory; check its permissions$"):
-        load_molecules(tmp_path)
-
-
-def test_a_compressed_archive_without_tar_in_its_name(tmp_path, molecules):
-    members = [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(3)]
-    _tar(tmp_path / "dsgdb9nsd.xyz.bz2", members, "w:bz2")
-    assert len(load_molecules(tmp_path)) == len(load_molecules(tmp_path / "dsgdb9nsd.xyz.bz2")) == 3
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_an_archive_without_xyz_files_says_so(tmp_path, mode):
-    """As QM9 is also handed round: gdb9.sdf and its table in an archive."""
-    water = _small(WATER)
-    archive = _tar(tmp_path / "gdb9.tar", [("gdb9.sdf", sdf_text(water, 0, "gdb_1")), ("gdb9.sdf.csv", "mol_id")], mode)
-    with pytest.raises(UserError, match="gdb9.tar holds no .xyz file, and nothing else is read from an archive"):
-        load_molecules(archive)
-
-
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     """Windows' editors begin UTF-8 with one, and so does Excel a table."""
-    water = _small(WATER)
+    water = small(WATER)
     texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(water, 0, ""), "c": "1\nname=c\nH 0 0 0\n"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
     found = [load_molecules(tmp_path / name).names for name in texts]
     assert found == [("a",), ("b_1",), ("c",)]
-    archive = _tar(tmp_path / "d.tar", [("a.xyz", "\ufeff" + texts["a.xyz"])])
+    archive = tar(tmp_path / "d.tar", [("a.xyz", "\ufeff" + texts["a.xyz"])])
     assert load_molecules(archive).names == ("a",)
     (tmp_path / "gdb9.sdf").write_text(sdf_text(water, 0, "gdb_1"))
     (tmp_path / "gdb9.sdf.csv").write_text("mol_id,gap\ngdb_1,0.5\n", encoding="utf-8-sig")
@@ -191,7 +85,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_as_powershell_writes_it(tmp_path, encoding):
-    texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(_small(WATER), 0, "b"), "c": "1\nname=c\nH 0 0 0\n"}
+    texts = {"a.xyz": "1\nname=a\nH 0 0 0\n", "b.sdf": sdf_text(small(WATER), 0, "b"), "c": "1\nname=c\nH 0 0 0\n"}
     contents = {name: f"\ufeff{text}".encode(encoding) for name, text in texts.items()}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -215,17 +109,8 @@ def test_elements_in_small_letters_and_as_atomic_numbers(tmp_path):
 
 
 def test_blanks_behind_the_end_of_an_sdf_record(tmp_path):
-    (tmp_path / "a.sdf").write_text(sdf_text(_small(WATER), 0, "a").replace("M  END", "M  END  "))
+    (tmp_path / "a.sdf").write_text(sdf_text(small(WATER), 0, "a").replace("M  END", "M  END  "))
     assert load_molecules(tmp_path / "a.sdf").names == ("a",)
-
-
-def test_archive_cut_exactly_between_members(tmp_path, molecules):
-    archive = _tar(tmp_path / "a.tar", [(f"{row}.xyz", qm9_text(molecules, row, row + 1)) for row in range(5)])
-    with tarfile.open(archive) as opened:
-        boundary = opened.getmembers()[3].offset
-    archive.write_bytes(archive.read_bytes()[:boundary])
-    with pytest.raises(UserError, match="after 2.xyz, member 3"):
-        load_molecules(archive)
 
 
 def test_sdf_takes_elements_and_coordinates_only(tmp_path, molecules):
@@ -281,7 +166,7 @@ CUTS = {
 
 @pytest.mark.parametrize("case", CUTS)
 def test_broken_xyz_names_file_and_line(tmp_path, case):
-    water = _small(WATER)
+    water = small(WATER)
     object.__setattr__(water, "smiles", ("O",))
     change, message = CUTS[case]
     lines = change(qm9_text(water, 0, 7).splitlines())
@@ -310,7 +195,7 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
     ],
 )
 def test_broken_sdf_names_file_and_line(tmp_path, cut, message):
-    water = _small(WATER)
+    water = small(WATER)
     lines = cut((sdf_text(water, 0, "a") + sdf_text(water, 0, "b")).splitlines())
     path = tmp_path / "a.sdf"
     path.write_text("\n".join(lines) + "\n")
@@ -320,7 +205,7 @@ def test_broken_sdf_names_file_and_line(tmp_path, cut, message):
 
 def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
     formaldehyde = ("OCHH", [[0, 1.2, 0], [0, 0, 0], [0.94, -0.54, 0], [-0.94, -0.54, 0]])
-    text = sdf_text(_small(formaldehyde), 0, "flat")
+    text = sdf_text(small(formaldehyde), 0, "flat")
     (tmp_path / "a.sdf").write_text(text)
     assert len(load_molecules(tmp_path / "a.sdf")) == 1
     (tmp_path / "a.sdf").write_text(text + text.replace("3D", "2D"))
@@ -334,7 +219,7 @@ def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
 
 
 def test_unknown_elements_large_molecules_and_repetitions(tmp_path):
-    water = _small(WATER)
+    water = small(WATER)
     object.__setattr__(water, "smiles", ("O",))
     text = qm9_text(water, 0, 7)
     (tmp_path / "a.xyz").write_text(text)
@@ -435,7 +320,7 @@ def test_what_we_write_we_read(tmp_path, molecules):
     found = load_molecules(tmp_path / "a.xyz")
     coordinates_close(found, molecules, 2e-6)
     assert (found.names, found.smiles) == (molecules.names, molecules.smiles)
-    broken = _small(METHANE, ("CCC", [[0, 0, 0], [0.3, 0, 0], [0, 0.3, 0]]))
+    broken = small(METHANE, ("CCC", [[0, 0, 0], [0.3, 0, 0], [0, 0.3, 0]]))
     write_sdf(broken, tmp_path / "b.sdf")
     coordinates_close(load_molecules(tmp_path / "b.sdf"), broken, 1e-4)
     whole, damaged = Chem.SDMolSupplier(str(tmp_path / "b.sdf"), sanitize=False)
@@ -458,9 +343,3 @@ def test_canonical_order_does_not_depend_on_the_files(tmp_path, molecules):
     # Symmetric atoms may have changed places: their sorted distances to the centre have not.
     radii = [np.sort(np.linalg.norm(part.positions, axis=-1)) for part in (found, molecules)]
     assert_allclose(radii[0], radii[1], atol=1e-5)
-
-
-def test_a_truncated_bzip2_file_is_not_taken_for_text(tmp_path):
-    (tmp_path / "a.tar.bz2").write_bytes(bz2.compress(b"x" * 100)[:-9])
-    with pytest.raises(UserError, match="cut off or damaged after its beginning, member 0"):
-        load_molecules(tmp_path / "a.tar.bz2")
