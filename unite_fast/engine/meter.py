@@ -32,10 +32,13 @@ def latent_statistics(z0: Tensor, mask: Tensor | None = None) -> Tensor:
         centred = (z0.float() - (z0.float() * real).sum(dim=0) / share) * real
         spread = (centred.square().sum(dim=0) / share).sqrt()
         deviation = (spread * share).sum() / (share.sum() * z0.shape[-1])
-    flat = centred.nan_to_num().flatten(0, 1)  # eigvalsh raises on NaN, and the losses are what should report it
-    share = torch.linalg.eigvalsh(flat.T @ flat).clamp_min(0)
+    flat = centred.flatten(0, 1)
+    # D × D numbers: on the host, so that no GPU loads cuSOLVER for them once its memory is planned. eigvalsh raises on
+    # what is not finite, and the losses are what should report that.
+    covariance = (flat.T @ flat).cpu().nan_to_num(nan=0, posinf=0, neginf=0)
+    share = torch.linalg.eigvalsh(covariance).clamp_min(0)
     share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    return torch.stack([deviation, torch.exp(torch.special.entr(share).sum())])
+    return torch.stack([deviation, torch.exp(torch.special.entr(share).sum()).to(deviation.device)])
 
 
 class Meter:
