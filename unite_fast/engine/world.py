@@ -141,13 +141,15 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
     local_rank = int(launched.get("LOCAL_RANK", 0))
     device = _device(wanted, local_rank)
     if (size > 1 or always_group) and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        on_gpu, lone = device.type == "cuda", {}
         if size > 1:
             os.environ.update(launched)  # DeepSpeed reads LOCAL_RANK from here, also when srun set it
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+            lone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None, **lone
+        )
     world = World(rank, size, local_rank, device)
     return replace(world, local_size=world.collect(node := platform.node()).count(node))
 
