@@ -210,7 +210,11 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
         ("b_h100", {"preset": None, "decoder": {}}, ["preset=L", "decoder.preset=L"], (24, 1024, 16), (24, 1024, 16)),
         ("l_h100", {}, ["preset=null"], (24, 1024, 16), (12, 768, 12)),
         ("qm9_s", {}, ["preset=mol_tiny"], (6, 192, 3), (4, 192, 3)),
-        ("qm9_s", {"decoder": {"depth": 2}}, ["preset=mol_debug"], (2, 64, 2), (2, 192, 3)),
+        ("qm9_s", {"decoder": {"depth": 2}}, ["preset=mol_debug"], (2, 64, 2), (2, 64, 2)),
+        ("qm9_s", {"decoder": {"depth": 2}}, [], (12, 384, 6), (2, 384, 6)),
+        ("qm9_s", {"decoder": {"depth": 2}}, ["preset=mol_tiny"], (6, 192, 3), (2, 192, 3)),
+        ("qm9_s", {"decoder": {"preset": "mol_tiny", "heads": 6}}, ["preset=mol_debug"], (2, 64, 2), (4, 192, 6)),
+        ("b_h100", {"decoder": {"preset": "S", "width": 768}}, ["preset=L"], (24, 1024, 16), (12, 768, 6)),
     ],
 )
 def test_another_preset_takes_the_sizes_of_the_former_one_along(tmp_path, file, changes, overrides, encoder, decoder):

@@ -77,8 +77,17 @@ def _drop_preset(node: Any, path: list[str], section: type[Section] | None) -> N
         stood_for = section.model_validate({"preset": node.get("preset")}).model_dump(mode="json")
     except ValidationError:
         return
-    for key in [key for key, value in node.items() if key in stood_for and value == stood_for[key]]:
-        del node[key]
+    _drop(node, stood_for)
+
+
+def _drop(node: dict[str, Any], stood_for: dict[str, Any]) -> None:
+    for key in stood_for.keys() & node.keys():
+        mine, value = node[key], stood_for[key]
+        if mine == value:
+            del node[key]
+        # A decoder of the same preset, of which some sizes were chosen by hand.
+        elif isinstance(mine, dict) and isinstance(value, dict) and mine.get("preset") == value.get("preset"):
+            _drop(mine, value)
 
 
 def _apply(data: dict[str, Any], override: str, keys: list[str], value: Any) -> None:

@@ -83,8 +83,8 @@ class MoleculeModelConfig(Sizes):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         filled = fill_preset(values, ENCODER_PRESETS)
-        if filled is not values:
-            filled.setdefault("decoder", {"preset": values["preset"]})
+        if filled is not values and isinstance(decoder := filled.get("decoder", {}), dict):
+            filled["decoder"] = {"preset": values["preset"]} | decoder
         return filled
 
     @model_validator(mode="after")
