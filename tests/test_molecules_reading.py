@@ -248,6 +248,8 @@ def test_extended_xyz_columns(tmp_path):
     found = load_molecules(tmp_path / "a.extxyz")
     assert (found.names, found.smiles, found.gap.tolist()) == (("my water",), ("O",), [8.5])
     assert_array_equal(found.atoms(0)[0], [4, 1, 1])
+    (tmp_path / "a.extxyz").write_text("2\nProperties=pos:R:3:numbers:I:1\n0 0 0 1\n0 0 0.92 9\n")  # of ASE, if asked for
+    assert load_molecules(tmp_path / "a.extxyz").atoms(0)[0].tolist() == [1, 5]
     (tmp_path / "a.extxyz").write_text("1\nhomo-lumo-gap=0.3 info='gap=2' note=\"a gap=3 b\"\nH 0 0 0\n")
     assert load_molecules(tmp_path / "a.extxyz").gap is None
     (tmp_path / "a.extxyz").write_text("1\nProperties=species:S:1:momentum:R:3\nH 0 0 0\n")

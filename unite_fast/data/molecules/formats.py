@@ -104,9 +104,12 @@ def _columns(properties: str, file: str, number: int) -> tuple[int, int]:
             break
         found[f"{name}:{kind}:{width}"] = column
         column += int(width)
-    if "species:S:1" not in found or "pos:R:3" not in found:
-        raise UserError(f"{file}, line {number}: Properties={properties} has no species:S:1 or no pos:R:3")
-    return found["species:S:1"], found["pos:R:3"]
+    species = found.get("species:S:1", found.get("numbers:I:1"))
+    if species is None or "pos:R:3" not in found:
+        raise UserError(
+            f"{file}, line {number}: Properties={properties} has neither species:S:1 nor numbers:I:1, or no pos:R:3"
+        )
+    return species, found["pos:R:3"]
 
 
 def _atoms(
