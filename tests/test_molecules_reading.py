@@ -188,8 +188,9 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
         (lambda lines: [*lines[:4], "    0.0000   broken", *lines[5:]], "line 5: three coordinates and an element"),
         (
             lambda lines: [*lines[:4], lines[4].replace("0.3910", "0.39x0"), *lines[5:]],
-            "line 5: '0.39x0' is not a number",
+            r"line 5: '0.39x0' is not a number \(record 1, titled 'a', lines 1 to 11\)",
         ),
+        (lambda lines: [*lines[:14], "", *lines[15:]], r"line 15: .* found nothing \(record 2, titled 'b', lines 12 to 22\)"),
         (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: here the number of atoms should stand"),
         (lambda lines: [*lines[:3], lines[3].replace("V2000", "V3000"), *lines[4:]], "line 4: a V3000 record"),
     ],

@@ -154,7 +154,7 @@ def read_sdf(lines: Iterable[str], file: str) -> Iterator[Molecule]:
         file: its name, for messages and for the names of nameless molecules.
 
     Raises:
-        UserError: cut off, broken or a V3000 record, with the line.
+        UserError: cut off, broken or a V3000 record, with the line and the record.
     """
     record: list[str] = []
     before = count = 0
@@ -162,7 +162,12 @@ def read_sdf(lines: Iterable[str], file: str) -> Iterator[Molecule]:
         record.append(line.rstrip("\r\n"))
         if line.startswith("$$$$"):
             count += 1
-            yield _record(record, before, count, file)
+            try:
+                found = _record(record, before, count, file)
+            except UserError as error:
+                place = f"lines {before + 1} to {before + len(record)}"
+                raise UserError(f"{error} (record {count}, titled {_shown(record[0])}, {place})") from None
+            yield found
             before += len(record)
             record = []
     if any(line.strip() for line in record):
