@@ -103,3 +103,17 @@ def test_twenty_files_are_named_and_the_others_counted(tmp_path, capsys):
     printed = _printed(capsys, "check", root, code=1)
     assert sum(line.startswith("c0/") and ": not an image" in line for line in printed) == 20
     assert "… and 3 more" in printed and "unusable:" in printed
+
+
+def test_molecules_are_read_as_a_run_reads_them(tmp_path, capsys):
+    """A file, a folder of files, and what no run can read."""
+    pytest.importorskip("rdkit")
+    (tmp_path / "a.xyz").write_text("2\ngap=5\nH 0 0 0\nF 0 0 0.92\n2\n\nH 0 0 0\nCl 0 0 1.27\n1\ngap=8\nH 0 0 0\n")
+    for path in (tmp_path, tmp_path / "a.xyz"):
+        assert run("data", "check", path) == 0
+        printed, warned = capsys.readouterr()
+        assert printed == f"2 molecules of {path} can be used: 1 to 2 atoms, 1.5 in the mean; gap of 2: 5 to 8 eV\n"
+        assert "left out: 1 × an element other than H C N O F" in warned
+        assert "need no preparation" in mistake(capsys, "data", "prepare", path, tmp_path / "out")
+    (tmp_path / "a.xyz").write_text("2\n\nH 0 0 0\n")
+    assert "a.xyz, line 3: cut off" in mistake(capsys, "data", "check", tmp_path / "a.xyz")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unite_fast.data.source import ImageSource
 
 NAMED = 20  # files that a command names itself; a check's record holds all
+MOLECULES = re.compile(r".*\.(xyz|extxyz|sdf|mol|npz|parquet)(\.tar)?(\.(gz|bz2|xz))?", re.IGNORECASE)
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and check data sets.", rich_markup_mode="markdown")
 
@@ -59,6 +60,8 @@ def prepare(
     from unite_fast.data.prepare import SHARD_IMAGES
     from unite_fast.data.prepare import prepare as pack
 
+    if _of_molecules(source):
+        raise UserError(f"{source} holds molecules, which need no preparation: set data.path to it as it is")
     images = _open(source, devkit)
     with progress("packing", len(images)) as bar:
         done = pack(
@@ -82,7 +85,7 @@ def prepare(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Class folders or prepared shards.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Class folders, prepared shards, or molecules.")],
     size: Annotated[int, typer.Option(help="Image size of the runs to come.", min=1)] = 256,
     jobs: JobsOption = None,
 ) -> None:
@@ -92,8 +95,13 @@ def check(
     unusable images out from the start. Images that are converted (CMYK, 16-bit, …) or whose extension or class is in
     doubt are reported and kept. For shards all checksums are verified. The exit code is 1 if something is unusable.
 
+    Of molecules, a file or a folder of them, nothing is written: a run leaves out by itself what is counted here.
+
     Example: `unite-fast data check data/imagenet/train`
     """
+    if _of_molecules(path):
+        _check_molecules(path)
+        return
     from unite_fast.data.check import check as examine
     from unite_fast.data.check import require_place
     from unite_fast.data.source import open_source
@@ -117,6 +125,33 @@ def check(
     )  # fmt: skip
     if not report.whole:
         raise typer.Exit(1)
+
+
+def _of_molecules(path: Path) -> bool:
+    """Whether a file, or a folder without sub-folders, is named as molecules are."""
+    if not path.is_dir():
+        return MOLECULES.fullmatch(path.name) is not None
+    try:
+        entries = list(path.iterdir())
+    except OSError:  # what opens it says why
+        return False
+    return not any(entry.is_dir() for entry in entries) and any(MOLECULES.fullmatch(entry.name) for entry in entries)
+
+
+def _check_molecules(path: Path) -> None:
+    """Say how many molecules a run would use; reading them warns of the others and of what looks like a mistake."""
+    import numpy as np
+
+    from unite_fast.molecules.commands import read
+
+    molecules = read([path])
+    counts, gaps = molecules.counts, np.array([]) if molecules.gap is None else molecules.gap[~np.isnan(molecules.gap)]
+    gap = f"; gap of {len(gaps)}: {gaps.min():.4g} to {gaps.max():.4g} eV" if len(gaps) else ""
+    out().print(
+        f"{len(molecules)} molecules of {path} can be used: {counts.min()} to {counts.max()} atoms, {counts.mean():.1f} in "
+        f"the mean{gap}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _open(path: Path, devkit: Path | None) -> ImageSource:
