@@ -1,6 +1,7 @@
 """Molecule metrics on hand-made molecules: valid, broken, disconnected, charged and absurd ones."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from scipy.spatial.transform import Rotation
 
 from unite_fast.data.molecules import perception
 from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, CODE_OF_SYMBOL, from_arrays
-from unite_fast.data.molecules.perception import canonical_order, perceive, perceive_all, with_bonds
+from unite_fast.data.molecules.perception import (
+    canonical_order,
+    perceive,
+    perceive_all,
+    perceived_smiles,
+    with_bonds,
+)
 from unite_fast.data.molecules.sample import sample_set
 from unite_fast.errors import UserError
 from unite_fast.evaluation import edm
@@ -165,7 +172,7 @@ def test_held_out_molecules_as_generated_ones_reach_their_own_ceiling(judge):
     assert figures["rdkit/valid"] > 0.9 and figures["edm/atom_stable"] > 0.9 and figures["rdkit/novel"] == 1
     assert figures["distance/atoms"] == figures["distance/elements"] == figures["distance/bond_lengths"] == 0
     assert figures["distance/atoms_real"] > 0 and 0 < figures["distance/bond_lengths_real"] < 0.05
-    # The floor is that of as many training molecules as there are held-out ones.
+    # The floor is that of as many training molecules as generated ones.
     some = judge.train.select(np.random.RandomState(0).permutation(40)[:20])
     floor = judge.generation(some).metrics
     for name in ("distance/atoms", "distance/elements", "distance/bond_lengths"):
@@ -244,10 +251,35 @@ def test_noise_breaks_edm_long_before_perception(judge):
     assert figures["distance/bond_lengths"] > 0.01
 
 
-def test_training_smiles_are_perceived_where_no_source_states_them(judge):
-    bare = from_arrays(judge.train.elements, judge.train.positions, source="bare")
-    other = MoleculeJudge(bare.select(range(8)), judge.held_out.select(range(2)), processes=1)
-    assert len(other.train_smiles & judge.train_smiles) >= 7
+def test_training_molecules_are_the_same_by_what_is_perceived_of_them(tmp_path, monkeypatch):
+    """A source that states other SMILES, as of another tautomer, makes no molecule new; perceived once and kept."""
+    train = replace(_set(WATER, METHANE, CRUSHED), smiles=("[H]O[H]", "C=O", "CC"))
+    for _ in range(2):
+        judge = MoleculeJudge(train, _set(ETHENE), cache=tmp_path, processes=1)
+        assert judge.generation(_set(WATER, METHANE)).metrics["rdkit/novel"] == 0
+        monkeypatch.setattr(perception, "perceive_all", None)
+    (file,) = tmp_path.iterdir()
+    monkeypatch.undo()
+    file.write_text('["O", "C')  # cut off
+    (tmp_path / "a file").touch()
+    for cache in (tmp_path, tmp_path / "a file"):
+        assert perceived_smiles(train, cache=cache, processes=1) == ["O", "C", ""]
+    assert file.read_text() == '["O", "C", ""]'
+
+
+def test_shares_of_distinct_molecules_stand_beside_those_of_as_many_real_ones():
+    """Three conformers of each of two held-out molecules: the more molecules, the fewer of them are distinct."""
+    turned = [(symbols, np.array(points) * scale) for scale in (1.0, 1.01, 1.02) for symbols, points in (WATER, METHANE)]
+    judge = MoleculeJudge(_set(METHANE, ETHENE, ETHYNE), _set(*turned), processes=1)
+    for count, share in ((1, 1.0), (2, 1.0), (4, 1 / 2), (6, 1 / 3), (8, 1 / 3)):
+        figures = judge.generation(_set(*[ETHENE] * count)).metrics
+        for name in ("unique", "valid_unique", "valid_connected_unique"):
+            assert figures[f"rdkit/{name}_real"] == pytest.approx(share)
+        assert figures["rdkit/valid_real"] == 1
+    few, many = (judge.generation(_set(*[ETHENE] * count)).metrics for count in (1, 3))
+    first = judge.train.select(np.random.RandomState(0).permutation(3)[:1])
+    assert few["distance/atoms_real"] == judge._distances(first)["distance/atoms"]
+    assert many["distance/atoms_real"] == judge._distances(judge.train)["distance/atoms"] != few["distance/atoms_real"]
 
 
 def test_perfect_reconstruction_matches_and_rotation_does_not_matter(judge):

@@ -3,17 +3,19 @@
 A key says its procedure: `edm/…` bonds by EDM's distance table (edm.py), `rdkit/…` bonds by RDKit's Hückel perception
 (data/molecules/perception.py), `distance/…` distributions. The same key with `_real` is the ceiling, or for distances
 the floor: held-out molecules in place of generated ones, and for distances training molecules against held-out ones.
+Molecules are the same if bond perception gives them the same SMILES, training molecules too, whatever their source says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unite_fast.data.molecules.molecule_set import MAX_ATOMS, SYMBOLS, MoleculeSet
-from unite_fast.data.molecules.perception import SECONDS, Perceived, perceive_all
+from unite_fast.data.molecules.perception import SECONDS, Perceived, perceive_all, perceived_smiles
 from unite_fast.errors import UserError
 from unite_fast.evaluation import edm
 from unite_fast.workers import Lost
@@ -47,7 +49,7 @@ class MoleculeJudge:
         train: training molecules.
         held_out: held-out molecules, m of them.
         held_out_perceived: their bonds.
-        train_smiles: distinct SMILES of the training molecules, as their source states them or else perceived.
+        train_smiles: distinct SMILES perceived of the training molecules.
     """
 
     def __init__(
@@ -55,14 +57,16 @@ class MoleculeJudge:
         train: MoleculeSet,
         held_out: MoleculeSet,
         *,
+        cache: str | Path | None = None,
         seconds: float = SECONDS,
         processes: int | None = None,
     ):
-        """Perceive the held-out molecules, and those training molecules whose source states no SMILES.
+        """Perceive the held-out and the training molecules.
 
         Args:
             train: what the model saw.
             held_out: what it did not.
+            cache: folder that keeps what is perceived of the training molecules.
             seconds: limit for perceiving one molecule.
             processes: workers, by default one a core.
 
@@ -76,10 +80,8 @@ class MoleculeJudge:
         self.train, self.held_out = train, held_out
         self._limits = {"seconds": seconds, "processes": processes}
         self.held_out_perceived = perceive_all(held_out, what="perceiving held-out molecules", **self._limits)
-        stated = train.smiles or ("",) * len(train)
-        unknown = np.flatnonzero([not smiles for smiles in stated])
-        perceived = perceive_all(train.select(unknown), what="perceiving training molecules", **self._limits)
-        self.train_smiles = {*stated, *(found.smiles for found in perceived)} - {""}
+        smiles = perceived_smiles(train, cache=cache, what="perceiving training molecules", **self._limits)
+        self.train_smiles = set(smiles) - {""}
         self._real: dict[str, float] | None = None
 
     def generation(self, generated: MoleculeSet) -> Generation:
@@ -102,8 +104,8 @@ class MoleculeJudge:
         """
         perceived = perceive_all(generated, what="perceiving generated molecules", **self._limits)
         figures: dict[str, float | int] = {}
-        real = self._of_real()
-        judged = self._shares(generated, perceived) | self._distances(generated)
+        real = self._of_real(len(generated))
+        judged = self._shares(generated, perceived) | self._distinct(perceived) | self._distances(generated)
         for name, value in judged.items():
             figures[name] = value
             figures[f"{name}_real"] = real[name]
@@ -154,27 +156,37 @@ class MoleculeJudge:
         }
         return Reconstruction(figures, errors, match, perceived)
 
-    def _of_real(self) -> dict[str, float]:
+    def _of_real(self, count: int) -> dict[str, float]:
+        """Every figure of real molecules, beside those of `count` generated ones.
+
+        Figures that fall with the number of molecules, shares of distinct ones and distances, are of the same number:
+        of fewer where there are not so many held-out or training molecules.
+        """
         if self._real is None:
-            # As many training molecules as held-out ones: distances fall with the number of molecules.
-            some = np.random.RandomState(0).permutation(len(self.train))[: len(self.held_out)]
-            shares = self._shares(self.held_out, self.held_out_perceived)
-            self._real = shares | self._distances(self.train.select(some))
-        return self._real
+            self._real = self._shares(self.held_out, self.held_out_perceived)
+        some = np.random.RandomState(0).permutation(len(self.train))[:count]
+        return (
+            self._real | self._distinct(self.held_out_perceived[:count]) | self._distances(self.train.select(some))
+        )
 
     def _shares(self, molecules: MoleculeSet, perceived: list[Perceived]) -> dict[str, float]:
         count = len(molecules)
         stable = edm.stable_atoms(molecules)
-        valid = [found.smiles for found in perceived if found.valid]
-        connected = {found.smiles for found in perceived if found.connected}
-        distinct = set(valid)
         return {
             "edm/atom_stable": float(stable[molecules.mask].mean()),
             "edm/molecule_stable": float((stable.sum(1) == molecules.counts).mean()),
             "edm/valid": float(edm.valid(molecules, **self._limits).mean()),
-            "rdkit/valid": len(valid) / count,
+            "rdkit/valid": sum(found.valid for found in perceived) / count,
             "rdkit/connected": sum(found.connected for found in perceived) / count,
             "rdkit/charged": sum(any(found.charges) for found in perceived) / count,
+        }
+
+    def _distinct(self, perceived: list[Perceived]) -> dict[str, float]:
+        count = len(perceived)
+        valid = [found.smiles for found in perceived if found.valid]
+        connected = {found.smiles for found in perceived if found.connected}
+        distinct = set(valid)
+        return {
             "rdkit/unique": len(distinct) / max(1, len(valid)),
             "rdkit/novel": len(distinct - self.train_smiles) / max(1, len(distinct)),
             "rdkit/valid_unique": len(distinct) / count,

@@ -109,7 +109,7 @@ class MoleculeDataConfig(Section):
     """Molecules with coordinates: a data set on disk, or the built-in sample set."""
 
     path: LocalPath | None = Field(None, description="QM9's files or any set of molecules that docs/molecules.md names; null: the built-in sample set, which is not QM9")
-    cache: LocalPath = Field("data/molecules", description="folder for sets in binary form")
+    cache: LocalPath = Field("data/molecules", description="folder for sets in binary form, and for SMILES perceived of training molecules")
     sample_count: PositiveInt = Field(10000, description="molecules of the built-in sample set")
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")
     order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under it")

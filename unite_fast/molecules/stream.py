@@ -38,12 +38,13 @@ class MoleculeBatch(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A data set divided, and how its molecules are arranged."""
+    """A data set divided, how its molecules are arranged, and the folder that keeps what is made of them."""
 
     train: MoleculeSet
     held_out: MoleculeSet
     order: Order = "file"
     orientation: Orientation = "random"
+    cache: str | None = None
 
 
 def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
@@ -76,7 +77,8 @@ def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
     parts = split(len(molecules), config.split_seed)
     if not len(parts.train) or not len(parts.validation):
         raise UserError(f"{molecules.source} holds {len(molecules)} molecules: too few to hold some out; give at least 5")
-    return Parts(molecules.select(parts.train), molecules.select(parts.validation), order, config.orientation)
+    train, held_out = molecules.select(parts.train), molecules.select(parts.validation)
+    return Parts(train, held_out, order, config.orientation, config.cache)
 
 
 def load_for_all(config: MoleculeDataConfig, world: World) -> Parts:

@@ -114,6 +114,14 @@ class MoleculeSet:
         return self.elements[index, :count], self.positions[index, :count]
 
 
+def content_hash(molecules: MoleculeSet) -> str:
+    """SHA-256 of a set's elements and positions."""
+    found = hashlib.sha256()
+    for array in (molecules.elements, molecules.positions):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
 def from_arrays(
     elements: ArrayLike, positions: ArrayLike, *, source: str, names: Sequence[str] | None = None
 ) -> MoleculeSet:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
-from typing import NamedTuple
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, RDLogger
 from rdkit.Chem import rdDetermineBonds
 
-from unite_fast.data.molecules.molecule_set import ATOMIC_NUMBERS, MoleculeSet
+from unite_fast.data.molecules.molecule_set import ATOMIC_NUMBERS, MoleculeSet, content_hash
+from unite_fast.errors import UserError
 from unite_fast.progress import track
+from unite_fast.replacing import replacing_file
 from unite_fast.workers import Lost, bounded_map
 
 log = logging.getLogger("unite_fast.molecules")
@@ -95,6 +102,33 @@ def perceive_all(
     lost = sum(result.reason in set(Lost) for result in found)
     if lost:
         log.warning("%d of %d molecules hung or crashed bond perception and count as invalid", lost, len(found))
+    return found
+
+
+def perceived_smiles(
+    molecules: MoleculeSet, *, cache: str | Path | None = None, seconds: float = SECONDS, **options: Any
+) -> list[str]:
+    """SMILES that `perceive_all` gives for every molecule of a set, empty where it fails.
+
+    Args:
+        molecules: n of them.
+        cache: folder that keeps them for the next time; without it, or where it cannot be written, they are not kept.
+        seconds, options: as `perceive_all`.
+    """
+    by = f"{metadata.version('rdkit')} {seconds:g} {content_hash(molecules)}"
+    file = None if cache is None else Path(cache) / f"smiles_{hashlib.sha256(by.encode()).hexdigest()[:16]}.json"
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or cut off by a crash
+            return json.loads(file.read_text())
+    perceived = perceive_all(molecules, seconds=seconds, **options)
+    found = [one.smiles for one in perceived]
+    # What a busy machine was too slow for is asked again.
+    if file is not None and all(one.reason not in set(Lost) for one in perceived):
+        try:
+            with replacing_file(file) as temporary:
+                temporary.write_text(json.dumps(found))
+        except UserError as error:
+            log.warning("%s; the next evaluation perceives these molecules again", error)
     return found
 
 
