@@ -68,6 +68,9 @@ def test_molecules_depend_on_their_numbers_and_not_on_the_pieces():
     expected = generate(model(num_classes=3), counts, torch.arange(7) % 3, seed=4, **DRAWING.sampling)
     length = int(counts.max())
     torch.testing.assert_close(whole.made[1]["positions"][:, :length], expected.positions, rtol=1e-3, atol=1e-4)
+    # A class with a histogram of its own has its atom counts.
+    made = pieces(batch=4, drawing=replace(DRAWING, histogram=[[0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 5]])).made[1]
+    assert (made["elements"] > 0).sum(1).tolist() == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_pieces_are_found_again_by_all_that_made_them():

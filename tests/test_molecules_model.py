@@ -387,6 +387,7 @@ def test_atom_counts_follow_the_histogram():
     counts = draw_counts(histogram, 4000, seed=3)
     assert set(counts.tolist()) == {2, 4} and abs((counts == 4).mean() - 0.75) < 0.03
     assert (draw_counts(histogram, 10, seed=3, first=7) == counts[7:17]).all()
+    assert draw_counts([[0, 1, 0], [0, 0, 2]], 2, seed=3).tolist() == [1, 2]  # for each its own
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisation is a matter of CUDA")

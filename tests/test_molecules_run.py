@@ -175,6 +175,10 @@ def test_a_property_labels_molecules_by_bins_of_equal_share(tmp_path):
     again = PropertyBins.from_names(bins.names)
     assert np.allclose(again.edges, bins.edges, atol=1e-4) and made.classes == bins.names
     assert sorted(next(made).labels.tolist()) == sorted(bins.labels(gaps).tolist())
+    counts, whole = made.parts.train.counts, stream(tmp_path, batch=Batch(26, 1, 26)).mode["atom_histogram"]
+    by_bin = made.mode["atom_histogram"]
+    assert by_bin == [np.bincount(counts[bins.labels(gaps) == row], minlength=30).tolist() for row in range(3)]
+    assert whole == np.sum(by_bin, 0).tolist() == np.bincount(counts, minlength=30).tolist()
     negative = PropertyBins("gap", np.array([-2.5, -1.0, 0.5]))
     assert np.allclose(PropertyBins.from_names(negative.names).edges, negative.edges)
     without = replace(small_set(), gap=None)
@@ -278,6 +282,19 @@ def test_sample_writes_what_was_asked_for(finished, tmp_path, capsys):
     assert run("sample", "--run", step, "--count", 2, "--steps", 3, "--property", 0.2, "--out", out) == 0
     said = capsys.readouterr()
     assert "in one piece" in said.out and "--property 0.2 lies outside the 4" in said.err
+
+
+def test_a_molecule_under_a_property_has_as_many_atoms_as_others_with_about_that_property(finished, tmp_path):
+    """Recorded sizes of its bin; of an older record, or without a property, those of all training molecules."""
+    trained = open_trained(finished)
+    rows = [[0] * 30 for _ in range(3)]
+    rows[0][2], rows[1][3], rows[2][4] = 5, 5, 5
+    whole, asked = np.sum(rows, 0).tolist(), ("--property", 7.5)
+    for histogram, asked, expected in ((rows, asked, {3}), (rows, (), {2, 3, 4}), (whole, asked, {2, 3, 4})):
+        trained.made_by["data"]["atom_histogram"] = histogram
+        trained.save(tmp_path / "model")
+        assert run("sample", "--run", tmp_path / "model", "--count", 20, "--steps", 2, *asked, "--out", tmp_path) == 0
+        assert set(load_molecules(tmp_path / "samples.xyz").counts.tolist()) == expected
 
 
 def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):

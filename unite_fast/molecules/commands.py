@@ -69,12 +69,13 @@ def sample(
     """Generate molecules: samples.sdf and samples.xyz, a sheet, a page of 3-D views, and samples.json.
 
     Args:
-        atoms: atom count, or a range LOW-HIGH drawn from as in training; None takes the training histogram.
+        atoms: atom count, or a range LOW-HIGH drawn from as in training; None takes the training histogram. Under a
+            property that is the histogram of its bin.
         value: of the property that the model was trained under; None asks for none.
     """
     settings = _settings(trained, guidance=guidance, interval=interval, solver=solver, steps=steps)
-    histogram = _histogram(trained, atoms)
     label, asked = _label(trained, value)
+    histogram = _histogram(trained, atoms, label)
     require_writable(folder, "molecules", ANOTHER)
     model = trained.build(pick_device(device))
     pieces = []
@@ -334,9 +335,12 @@ def _settings(trained: Trained, **given: Any) -> dict[str, Any]:
     return found | {"time_shift": trained.time_shift}
 
 
-def _histogram(trained: Trained, atoms: str | None) -> list[int]:
-    """Weights of atom counts 0 … 29: the training histogram, or what of it --atoms leaves."""
+def _histogram(trained: Trained, atoms: str | None, label: int | None) -> list[int]:
+    """Weights of atom counts 0 … 29: training molecules, of a bin if one is asked for, or what of them --atoms leaves."""
     known = _recorded_histogram(trained)
+    if known is not None:
+        rows = np.atleast_2d(known)
+        known = (rows.sum(0) if label is None or len(rows) == 1 else rows[label]).tolist()
     if atoms is None:
         if known is None:
             raise UserError(f"{trained.origin} does not record the atom counts it was trained on: give --atoms")
@@ -350,13 +354,15 @@ def _histogram(trained: Trained, atoms: str | None) -> list[int]:
     return inside if any(inside) else [int(low <= n <= high) for n in range(MAX_ATOMS + 1)]
 
 
-def _recorded_histogram(trained: Trained) -> list[int] | None:
-    """[30]: training molecules of 0 … 29 atoms; None where the weights' record has none that can be used."""
-    data = trained.made_by.get("data")
-    known = data.get("atom_histogram") if isinstance(data, dict) else None
-    if not isinstance(known, list) or len(known) != MAX_ATOMS + 1 or not all(isinstance(n, int) and n >= 0 for n in known):
+def _recorded_histogram(trained: Trained) -> list | None:
+    """[30], or [bins, 30]: training molecules of 0 … 29 atoms; None where the weights' record has none that can be used."""
+    try:
+        known = trained.made_by["data"]["atom_histogram"]
+        rows = np.atleast_2d(np.array(known))
+    except (KeyError, TypeError, ValueError):  # nothing on record, or rows of several lengths
         return None
-    return known if any(known) else None
+    shapes = [(bins, MAX_ATOMS + 1) for bins in (1, len(trained.class_names or ()))]
+    return known if rows.dtype.kind == "i" and rows.shape in shapes and rows.min() >= 0 and rows.any(1).all() else None
 
 
 def _label(trained: Trained, value: float | None) -> tuple[int | None, str | None]:

@@ -87,12 +87,13 @@ class Drawing:
 
     Attributes:
         sampling: guidance, interval, solver, steps and time_shift of `generate`.
-        histogram: [30] training molecules of 0 … 29 atoms, from which atom counts are drawn.
+        histogram: [30], or [bins, 30] for each bin its own: training molecules of 0 … 29 atoms, from which atom counts
+            are drawn.
         classes: names of the property's bins, which are asked for in turn; none without a property.
     """
 
     sampling: dict[str, Any]
-    histogram: Sequence[int]
+    histogram: Sequence[int] | Sequence[Sequence[int]]
     classes: Sequence[str] = ()
 
 
@@ -212,10 +213,13 @@ class MoleculeEvaluator:
         return joined([self._piece(model, drawing, *span) for span in spans], "generated on the way")
 
     def _piece(self, model: MoleculeUnite, drawing: Drawing, first: int, stop: int) -> Drawn:
-        """Molecules number first … stop − 1; atom counts from the training histogram, bins in turn."""
+        """Molecules number first … stop − 1; bins in turn, atom counts from their training histograms."""
         seed, classes = self.plan.seed + 1, len(drawing.classes)
-        counts = torch.from_numpy(draw_counts(drawing.histogram, stop - first, seed=seed, first=first))
-        labels = torch.arange(first, stop) % classes if classes else None
+        numbers = torch.arange(first, stop)
+        rows = np.atleast_2d(drawing.histogram)
+        rows = rows[numbers.numpy() % len(rows)]
+        counts = torch.from_numpy(draw_counts(rows, stop - first, seed=seed, first=first))
+        labels = numbers % classes if classes else None
         return generate(model, counts, labels, seed=seed, first=first, **drawing.sampling)
 
     def _sections(self, drawing: Drawing) -> dict[str, Any]:
@@ -225,7 +229,7 @@ class MoleculeEvaluator:
         return {
             "generation": {
                 "count": plan.samples, **network, **_json(drawing)["sampling"], "classes": len(drawing.classes),
-                "atoms": f"training histogram {digest(list(drawing.histogram))}",
+                "atoms": f"training histogram {digest(drawing.histogram)}",
             },
             "reconstruction": network,
             "held_out": {
@@ -241,7 +245,7 @@ class MoleculeEvaluator:
 
     def _warnings(self, drawing: Drawing) -> list[str]:
         mine = np.bincount(self.parts.train.counts, minlength=MAX_ATOMS + 1)
-        if np.array_equal(mine, drawing.histogram):
+        if np.array_equal(mine, np.atleast_2d(drawing.histogram).sum(0)):
             return []
         return [
             f"the training part of {self.parts.train.source} is not what the model was trained on: rdkit/novel and "
@@ -286,4 +290,4 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _json(drawing: Drawing) -> dict[str, Any]:
     """The drawing as JSON."""
     sampling = drawing.sampling | {"interval": list(drawing.sampling["interval"])}
-    return {"sampling": sampling, "histogram": list(drawing.histogram), "classes": list(drawing.classes)}
+    return {"sampling": sampling, "histogram": drawing.histogram, "classes": list(drawing.classes)}

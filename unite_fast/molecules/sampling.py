@@ -48,11 +48,11 @@ def draw_counts(histogram: ArrayLike, count: int, *, seed: int, first: int = 0) 
     """Atom counts of molecules number `first` … of a seed: [count].
 
     Args:
-        histogram: [M] training molecules with 0, 1, … M−1 atoms.
+        histogram: [M] training molecules with 0, 1, … M−1 atoms, or [count, M] for each its own.
     """
-    cumulative = np.cumsum(np.asarray(histogram, np.float64))
+    cumulative = np.cumsum(np.asarray(histogram, np.float64), axis=-1)
     uniform = counter_hash(_COUNTS, seed, np.arange(first, first + count)) / 2.0**64
-    return np.searchsorted(cumulative, uniform * cumulative[-1], side="right").astype(np.int64)
+    return (cumulative <= uniform[:, None] * cumulative[..., -1:]).sum(-1)
 
 
 def noise(model: MoleculeUnite, packed: Packed, *, seed: int, first: int, stream: int) -> Tensor:

@@ -220,14 +220,21 @@ class MoleculeStream:
 
     @property
     def mode(self) -> dict[str, Any]:
-        """Where the molecules come from, how they are arranged, and the training histogram of atom counts 0 … 29."""
-        parts = self.parts
-        histogram = np.bincount(parts.train.counts, minlength=MAX_ATOMS + 1).tolist()
+        """Where the molecules come from, how they are arranged, and `atom_histogram`.
+
+        That is [30], training molecules of 0 … 29 atoms, or under a property [bins, 30], those of each bin.
+        """
+        parts, lengths = self.parts, MAX_ATOMS + 1
+        histogram = np.bincount(parts.train.counts, minlength=lengths)
+        if self.classes:
+            bins = len(self.classes)
+            histogram = np.bincount(self._labels * lengths + parts.train.counts, minlength=bins * lengths)
+            histogram = histogram.reshape(bins, lengths)
         return {
             "source": parts.train.source,
             "order": parts.order,
             "orientation": parts.orientation,
-            "atom_histogram": histogram,
+            "atom_histogram": histogram.tolist(),
         }
 
     def close(self) -> None:
