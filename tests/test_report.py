@@ -21,6 +21,7 @@ from unite_fast.engine import checkpoint
 from unite_fast.evaluation.generation import SAMPLE_STREAM, TOKENIZE_STREAM, register_noise
 from unite_fast.flow.sampling import generate
 from unite_fast.importing import open_trained
+from unite_fast.molecules.config import MoleculeConfig
 from unite_fast.records import RunFolder, duration, open_run
 from unite_fast.report import write_report
 from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
@@ -200,9 +201,22 @@ def test_a_run_on_something_else_than_images(folder):
     assert "7 molecules seen" in page.says("top") and "Losses" in page.says("training")
     assert "gFID" in page.says("results")
     results = page.says("results")
-    assert "metric value real molecules rdkit/valid 0.25 0.97 molecules 31 molecules train 613 Protocol" in results
-    assert "This is a run on molecules" in page.says("trajectory")
+    meaning = "molecules whose bonds RDKit perceives and accepts, maybe in pieces"
+    assert f"metric value real molecules rdkit/valid ↑ 0.25 0.97 {meaning} molecules 31 molecules train 613" in results
     assert {section for section, _ in page.pictures} == {"samples", "reconstructions"}
+    # What only a model of images is asked for has no place, and keys are marked by the defaults of such runs.
+    parts = ["samples", "results", "reconstructions", "training", "configuration", "environment"]
+    assert re.findall(r'<a href="#(\w+)"', page.source) == re.findall(r'<section id="(\w+)"', page.source) == parts
+    assert "none yet" not in page.source and "molecules.html" not in page.source
+    (folder / "samples.png").unlink()
+    assert "The run has drawn none yet." in Page(write_report(folder)).says("samples")
+    (folder / "molecules.html").touch()
+    length = {"steps": 9, "micro_batch": 1, "global_batch": 2}
+    (folder / "config.json").write_text(MoleculeConfig(name="m", train=length).to_json())
+    page = Page(write_report(folder))
+    assert "molecules.html in the run's folder shows them in 3-D" in page.says("samples")
+    changed = re.findall(r'<div class="changed"><dt>([^<]*)</dt>', page.source)
+    assert changed == ["name", "steps", "global_batch", "micro_batch"]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "evaluations/broken.json", "evaluations/list.json"])

@@ -32,8 +32,9 @@ def report(
 ) -> None:
     """Write one HTML page about a run: samples, reconstructions, curves, results with their protocol.
 
-    Also a denoising trajectory, the nearest training images of samples, latent statistics, the configuration and the
-    environment. The page is one file that fetches nothing. What the run does not hold yet is named in its place.
+    Also the configuration and the environment; of images a denoising trajectory, the nearest training images of samples
+    and latent statistics. The page is one file that fetches nothing. What the run does not hold yet is named in its
+    place.
 
     Example: `unite-fast report runs/quickstart`
     """

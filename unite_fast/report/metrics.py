@@ -36,7 +36,33 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "nearest_train_ratio": ("distance to training images", "", "", "over that of held-out images; near 0 memorised"),
     "near_copies": ("near copies", "", "lower", "share closer to a training image than 99 % of held-out ones"),
 }
-HEADLINE = ("gfid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr", "coverage", "ssim", "lpips")
+# Those of molecules go by their keys: name -> (unit, which way is better, what it says).
+MOLECULES: dict[str, tuple[str, str, str]] = {
+    "reconstruction/element_accuracy": ("", "higher", "atoms of held-out molecules whose element comes back"),
+    "reconstruction/elements_exact": ("", "higher", "held-out molecules with every element right"),
+    "reconstruction/rmsd": ("Å", "lower", "of held-out molecules after the best rotation, in the mean"),
+    "reconstruction/rmsd_median": ("Å", "lower", ""),
+    "reconstruction/match": ("", "higher", "held-out molecules that come back as the same molecule"),
+    "edm/atom_stable": ("", "higher", "atoms whose bonds, by a table of lengths, add up to their valence"),
+    "edm/molecule_stable": ("", "higher", "molecules of such atoms only"),
+    "edm/valid": ("", "higher", "molecules whose bonds by that table RDKit accepts"),
+    "rdkit/valid": ("", "higher", "molecules whose bonds RDKit perceives and accepts, maybe in pieces"),
+    "rdkit/connected": ("", "higher", "valid and in one piece"),
+    "rdkit/charged": ("", "lower", "valid with charges, which may stand for missing hydrogens"),
+    "rdkit/unique": ("", "higher", "distinct ones among the valid"),
+    "rdkit/novel": ("", "higher", "of these, what is no training molecule"),
+    "rdkit/valid_unique": ("", "higher", "distinct ones that are valid, over all molecules"),
+    "rdkit/valid_connected_unique": ("", "higher", "of these, those in one piece"),
+    "rdkit/valid_connected_unique_novel": ("", "higher", "of these, what is no training molecule"),
+    "distance/atoms": ("", "lower", "of histograms of atom counts to held-out ones: 0 equal, 1 disjoint"),
+    "distance/elements": ("", "lower", "of histograms of elements to held-out ones: 0 equal, 1 disjoint"),
+    "distance/bond_lengths": ("Å", "lower", "of distributions of bond lengths to held-out ones"),
+}
+GLOSSARY |= {name: (name, *rest) for name, rest in MOLECULES.items()}
+HEADLINE = (
+    "gfid", "rfid", "is", "class_accuracy", "frechet_pca", "psnr", "coverage", "ssim", "lpips",
+    "reconstruction/match", "rdkit/valid", "rdkit/connected", "edm/atom_stable",
+)  # fmt: skip
 # Entries of summary.json that say how the others were measured.
 SUMMARY_PROTOCOL = (
     "images_generated", "images_train", "images_held_out", "images_reconstructed", "reconstructed",

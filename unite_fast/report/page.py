@@ -11,14 +11,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from unite_fast.config import Config
+from unite_fast.config import MODALITIES, imported
 from unite_fast.pictures import SMOOTH, curve_panels, spread
 from unite_fast.records import RunFolder, duration, number
 from unite_fast.report.charts import COLOURS, Curve, bar_chart, line_chart
 from unite_fast.report.metrics import headline, result_tables, text_of, trends
 from unite_fast.report.probe import Probe
 from unite_fast.report.tiles import Tiles, sheet
-from unite_fast.section import section_of
+from unite_fast.section import Section, section_of
 
 SHEET_WIDTH = 1400  # pixels of a sheet taken from disk
 HISTORY_WIDTH, HISTORY_SHEETS = 560, 6
@@ -34,7 +34,7 @@ def build(run: RunFolder, probe: Probe | None, *, why_no_probe: str | None, now:
     Args:
         run: what the folder holds.
         probe: what the model was asked for, None where it was not.
-        why_no_probe: a sentence that says why, in that case.
+        why_no_probe: a sentence that says why, in that case; None where no probe is made of such runs.
         now: time of writing, seconds since 1970.
     """
     tiles = Tiles(_tile_images(probe))
@@ -119,6 +119,12 @@ def _notes(run: RunFolder, probe: Probe | None, why_no_probe: str | None) -> dic
     if probe is None and why_no_probe:
         for part in ("samples", "reconstructions", "trajectory", "neighbours", "latents"):
             notes.setdefault(part, why_no_probe)
+    elif probe is None:
+        for part in ("samples", "reconstructions"):
+            if not (run.path / f"{part}.png").is_file():
+                notes[part] = "The run has drawn none yet."
+        if (run.path / "molecules.html").is_file():
+            notes["samples"] = "`molecules.html` in the run's folder shows them in 3-D, to rotate."
     if not run.metrics:
         notes["curves"] = "The run has logged no step yet (train.log_every)."
     if not run.evaluations:
@@ -187,29 +193,30 @@ def _history(run: RunFolder) -> list[tuple[int, str]]:
 
 def _configuration(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """Sections of (key, value, whether it differs from the default)."""
+    whole = imported(MODALITIES.get(str(config.get("modality")), MODALITIES["images"])[0])
     sections: dict[str, list[tuple[str, str, bool]]] = {"run": []}
     for key, value in config.items():
         if isinstance(value, dict):
-            sections[key] = list(_entries(value, f"{key}."))
+            sections[key] = list(_entries(value, f"{key}.", whole))
         else:
-            sections["run"] += list(_entries({key: value}, ""))
+            sections["run"] += list(_entries({key: value}, "", whole))
     return [(name, entries) for name, entries in sections.items() if entries]
 
 
-def _entries(values: dict[str, Any], prefix: str) -> list[tuple[str, str, bool]]:
+def _entries(values: dict[str, Any], prefix: str, whole: type[Section]) -> list[tuple[str, str, bool]]:
     found: list[tuple[str, str, bool]] = []
     for key, value in values.items():
         if isinstance(value, dict):
-            found += _entries(value, f"{prefix}{key}.")
+            found += _entries(value, f"{prefix}{key}.", whole)
         else:
             name = f"{prefix}{key}"
-            found.append((name.partition(".")[2] or name, text_of(value), _default(name) != value))
+            found.append((name.partition(".")[2] or name, text_of(value), _default(name, whole) != value))
     return found
 
 
-def _default(name: str) -> Any:
-    """Default of a dotted key; a value that nothing equals where the key is required or unknown."""
-    section: Any = Config
+def _default(name: str, whole: type[Section]) -> Any:
+    """Default of a dotted key of a configuration; a value that nothing equals where the key is required or unknown."""
+    section: Any = whole
     *parents, last = name.split(".")
     for parent in parents:
         field = section.model_fields.get(parent)
