@@ -34,7 +34,7 @@ def small_set(copies: int = 2) -> MoleculeSet:
             codes = np.array([CODE_OF_NUMBER[atom.GetAtomicNum()] for atom in molecule.GetAtoms()], np.uint8)
             positions = molecule.GetConformer().GetPositions()
             gap = 4.0 + number / 2 + seed / 100
-            found.append(Molecule(f"m{seed}_{number}", codes, positions, Chem.CanonSmiles(smiles), gap))
+            found.append(Molecule(f"m{seed}_{number}", codes, positions, gap))
     return assemble(found, "molecules of the tests")
 
 

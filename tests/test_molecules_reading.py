@@ -42,7 +42,6 @@ def test_qm9_folder(tmp_path, molecules, end):
     coordinates_close(found, molecules, 1e-6)
     assert found.names == tuple(f"gdb_{3 * row + 1}" for row in range(len(molecules)))
     assert_allclose(found.gap, (0.1 + np.arange(len(molecules)) / 100) * HARTREE, rtol=1e-6)
-    assert found.smiles == molecules.smiles
     assert found.skipped == {}
 
 
@@ -120,7 +119,7 @@ def test_sdf_takes_elements_and_coordinates_only(tmp_path, molecules):
     )
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-4)
-    assert found.names[3] == "gdb_4" and found.smiles is None and found.gap is None
+    assert found.names[3] == "gdb_4" and found.gap is None
     (tmp_path / "gdb9.sdf.csv").write_text("mol_id,A,gap\n" + "".join(f"gdb_{i},1,0.{i:02d}\n" for i in range(1, 13)))
     assert_allclose(load_molecules(path).gap, np.arange(1, 13) / 100 * HARTREE, rtol=1e-6)
     (tmp_path / "gdb9.sdf.csv").write_text("mol_id,A,gap\ngdb_1,1\n")
@@ -155,7 +154,6 @@ CUTS = {
         lambda lines: [*lines[:2], "O\t1_5\t0\t1\t0", *lines[3:]],
         "line 3: '1_5' is not a number",
     ),
-    "smiles": (lambda lines: [*lines[:6], "O", lines[7]], "line 7: QM9 gives two SMILES"),
     "second frame": (lambda lines: [*lines, "3", "water"], "line 10: cut off: line 9 announces 3 atoms, so"),
     "nan": (
         lambda lines: [*lines[:2], "O\tnan\t0\t1\t0", *lines[3:]],
@@ -167,7 +165,6 @@ CUTS = {
 @pytest.mark.parametrize("case", CUTS)
 def test_broken_xyz_names_file_and_line(tmp_path, case):
     water = small(WATER)
-    object.__setattr__(water, "smiles", ("O",))
     change, message = CUTS[case]
     lines = change(qm9_text(water, 0, 7).splitlines())
     (tmp_path / "good.xyz").write_text(qm9_text(water, 0, 1))
@@ -221,7 +218,6 @@ def test_a_drawing_is_told_from_a_molecule_that_is_flat(tmp_path):
 
 def test_unknown_elements_large_molecules_and_repetitions(tmp_path):
     water = small(WATER)
-    object.__setattr__(water, "smiles", ("O",))
     text = qm9_text(water, 0, 7)
     (tmp_path / "a.xyz").write_text(text)
     (tmp_path / "b.xyz").write_text(text)  # the same molecule twice
@@ -243,11 +239,11 @@ def test_unknown_elements_large_molecules_and_repetitions(tmp_path):
 
 def test_extended_xyz_columns(tmp_path):
     (tmp_path / "a.extxyz").write_text(
-        '3\nLattice="9 0 0 0 9 0 0 0 9" Properties=id:I:1:pos:R:3:species:S:1 name="my water" gap=8.5 smiles=[H]O[H]\n'
+        '3\nLattice="9 0 0 0 9 0 0 0 9" Properties=id:I:1:pos:R:3:species:S:1 name="my water" gap=8.5\n'
         "1 0 0 0.1 O\n2 0 0.7 -0.4 H\n3 0 -0.7 -0.4 H\n\n"
     )
     found = load_molecules(tmp_path / "a.extxyz")
-    assert (found.names, found.smiles, found.gap.tolist()) == (("my water",), ("O",), [8.5])
+    assert (found.names, found.gap.tolist()) == (("my water",), [8.5])
     assert_array_equal(found.atoms(0)[0], [4, 1, 1])
     (tmp_path / "a.extxyz").write_text("2\nProperties=pos:R:3:numbers:I:1\n0 0 0 1\n0 0 0.92 9\n")  # of ASE, if asked for
     assert load_molecules(tmp_path / "a.extxyz").atoms(0)[0].tolist() == [1, 5]
@@ -289,11 +285,10 @@ def test_parquet(tmp_path, molecules):
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-6)
     assert found.names == molecules.names and found.gap[5] == 5
-    nested = columns | {"positions": [points.tolist() for _, points in atoms], "smiles": ["OCC", *[None] * 11]}
+    nested = columns | {"positions": [points.tolist() for _, points in atoms]}
     parquet.write_table(pyarrow.table(nested), path)
     found = load_molecules(path)
     coordinates_close(found, molecules, 1e-6)
-    assert found.smiles == ("CCO", *[""] * 11)  # canonical
     parquet.write_table(pyarrow.table(columns | {"positions": [[0.0] * 7] * 12}), path)
     with pytest.raises(UserError, match="a.parquet, row 1: .* coordinates, found 7"):
         load_molecules(path)
@@ -322,7 +317,7 @@ def test_what_we_write_we_read(tmp_path, molecules):
     write_xyz(molecules, tmp_path / "a.xyz")
     found = load_molecules(tmp_path / "a.xyz")
     coordinates_close(found, molecules, 2e-6)
-    assert (found.names, found.smiles) == (molecules.names, molecules.smiles)
+    assert found.names == molecules.names
     broken = small(METHANE, ("CCC", [[0, 0, 0], [0.3, 0, 0], [0, 0.3, 0]]))
     write_sdf(broken, tmp_path / "b.sdf")
     coordinates_close(load_molecules(tmp_path / "b.sdf"), broken, 1e-4)

@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("rdkit")
 
 from unite_fast.data.molecules.doubts import doubts
-from unite_fast.data.molecules.molecule_set import Molecule, assemble, canonical_smiles, read_npz, split, write_npz
+from unite_fast.data.molecules.molecule_set import Molecule, assemble, read_npz, split, write_npz
 from unite_fast.errors import UserError
 
 WATER = [[0.0, 0.0, 0.12], [0.0, 0.76, -0.47], [0.0, -0.76, -0.47]]
@@ -100,15 +100,15 @@ def test_broken_coordinates_are_an_error(value):
 
 
 def test_select_keeps_everything_together():
-    molecules = [_water(f"w{i}", smiles=f"O{i}", gap=float(i), shift=0) for i in range(5)]
+    molecules = [_water(f"w{i}", gap=float(i), shift=0) for i in range(5)]
     found = assemble(molecules, "test").select([3, 1])
-    assert (found.names, found.smiles, found.gap.tolist(), len(found)) == (("w3", "w1"), ("O3", "O1"), [3, 1], 2)
+    assert (found.names, found.gap.tolist(), len(found)) == (("w3", "w1"), [3, 1], 2)
 
 
 def test_npz_round_trip(tmp_path):
     generator = np.random.default_rng(0)
     molecules = [
-        Molecule(f"été {n}", generator.integers(1, 6, n), generator.normal(size=(n, 3)) * 3, smiles="C" * n, gap=n / 7)
+        Molecule(f"été {n}", generator.integers(1, 6, n), generator.normal(size=(n, 3)) * 3, gap=n / 7)
         for n in range(1, 30)
     ]
     made = assemble(molecules, "a source", skipped={"why": 2})
@@ -117,9 +117,7 @@ def test_npz_round_trip(tmp_path):
     found = read_npz(path)
     for name in ("elements", "positions", "counts", "gap"):
         assert_array_equal(getattr(found, name), getattr(made, name), strict=True)
-    assert (found.names, found.smiles, found.source, found.skipped) == (
-        made.names, made.smiles, made.source, made.skipped
-    )  # fmt: skip
+    assert (found.names, found.source, found.skipped) == (made.names, made.source, made.skipped)
     assert [p.name for p in path.parent.iterdir()] == ["set.npz"]
 
 
@@ -133,16 +131,6 @@ def test_npz_of_others(tmp_path):
     assert sum(found.skipped.values()) == 1
     with pytest.raises(UserError, match="molecule 2: an element other"):
         read_npz(path, strict=True)
-
-
-def test_smiles_of_others_are_made_canonical(tmp_path):
-    """Novelty compares them with canonical ones; a stated stereo centre or another spelling would pass for new."""
-    stated = np.array(["O([H])[H]", "no SMILES", "[H]O[H]"])
-    shifted = np.array(WATER) * np.array([1.0, 1.01, 1.02])[:, None, None]
-    np.savez(tmp_path / "a.npz", atomic_numbers=[[8, 1, 1]] * 3, positions=shifted, smiles=stated)
-    assert read_npz(tmp_path / "a.npz").smiles == ("O", "", "O")
-    # Atoms of hydrogen for a double bond's stereo, as RDKit writes it, isotopes and maps are not in perceived SMILES.
-    assert [canonical_smiles(text) for text in ("[H]/N=C/C", "[2H]C[18OH]", "[CH3:1]O")] == ["CC=N", "CO", "CO"]
 
 
 def test_bad_npz_files(tmp_path):

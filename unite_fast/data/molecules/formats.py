@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 
 from unite_fast.data.molecules.compressed import content_name
-from unite_fast.data.molecules.molecule_set import Molecule, canonical_smiles, element_code
+from unite_fast.data.molecules.molecule_set import Molecule, element_code
 from unite_fast.errors import UserError
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
@@ -27,8 +27,8 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
     """Frames of an XYZ file: QM9's, extended or plain, one after the other, with or without empty lines between them.
 
     A frame is QM9's if its second line begins with `gdb` and an index; its name is then gdb_<index>, its gap comes from
-    the property line (Hartree, given in eV), its SMILES is the second of the two, that of the relaxed geometry. Of an
-    extended comment, Properties tells where element and coordinates stand, and name, smiles and gap (eV) are taken.
+    the property line (Hartree, given in eV). Of an extended comment, Properties tells where element and coordinates
+    stand, and name and gap (eV) are taken.
 
     Args:
         lines: of the file, with or without line ends.
@@ -68,7 +68,7 @@ def read_xyz(lines: Sequence[str], file: str) -> Iterator[Molecule]:
             single = frame == 1 and stop == end
             name = pairs.get("name") or f"{_stem(file)}{'' if single else f'_{frame}'}"
             gap = _number(pairs["gap"], file, start + 2) if "gap" in pairs else None
-            yield Molecule(name, elements, positions, canonical_smiles(pairs.get("smiles")), gap, where)
+            yield Molecule(name, elements, positions, gap, where)
         start = stop
 
 
@@ -79,11 +79,8 @@ def _qm9(lines: Sequence[str], atoms: range, comment: str, file: str) -> Molecul
             f"{file}, line {atoms.start}: a QM9 property line has {QM9_FIELDS} fields, this one has {len(fields)}"
         )
     elements, positions = _atoms(lines, atoms, 0, 1, file)
-    smiles = lines[atoms.stop + 1].split()
-    if len(smiles) != 2:
-        raise UserError(f"{file}, line {atoms.stop + 2}: QM9 gives two SMILES here, this line has {len(smiles)} fields")
     gap = _number(fields[QM9_GAP], file, atoms.start) * HARTREE
-    return Molecule(f"gdb_{int(fields[1])}", elements, positions, canonical_smiles(smiles[1]), gap)
+    return Molecule(f"gdb_{int(fields[1])}", elements, positions, gap)
 
 
 def _count(line: str, file: str, number: int) -> int:

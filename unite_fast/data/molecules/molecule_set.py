@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from rdkit import Chem
 
 from unite_fast.errors import UserError
 from unite_fast.replacing import replacing_file
@@ -36,27 +35,12 @@ def element_code(written: str) -> int:
     return CODE_OF_SYMBOL.get(written.upper(), 0)  # of one letter, all five
 
 
-def canonical_smiles(smiles: str | None) -> str | None:
-    """RDKit's canonical SMILES without stereochemistry, isotopes and atom maps, as perceived bonds give it; or None for
-    none or one that RDKit refuses."""
-    molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    if molecule is None:
-        return None
-    # Hydrogens that are isotopes, or that a double bond's stereo needs, stay atoms else: RDKit writes [H]/N=C/C.
-    Chem.RemoveStereochemistry(molecule)
-    for atom in molecule.GetAtoms():
-        atom.SetIsotope(0)
-        atom.SetAtomMapNum(0)
-    return Chem.MolToSmiles(Chem.RemoveHs(molecule), isomericSmiles=False)
-
-
 class Molecule(NamedTuple):
     """One molecule as a reader found it."""
 
     name: str
     elements: Sequence[int]  # [n] codes 1 … 5; 0 where the element is not one of H C N O F
     positions: ArrayLike  # [n, 3] Å
-    smiles: str | None = None  # as `canonical_smiles` gives it
     gap: float | None = None  # eV
     where: str = ""  # file and line, for messages
     flaw: str | None = None  # why it cannot be used, where its source says so
@@ -73,7 +57,6 @@ class MoleculeSet:
         counts: [n] int64, atoms a molecule.
         names: of the molecules, each once.
         source: one line on where they come from, for records and captions.
-        smiles: canonical SMILES without stereochemistry as the source states them, empty where it does not; or None.
         gap: [n] float32, HOMO-LUMO gap in eV, NaN where the source states none; None where it states none at all.
         skipped: reason -> number of molecules that were left out.
     """
@@ -83,7 +66,6 @@ class MoleculeSet:
     counts: NDArray[np.int64]
     names: tuple[str, ...]
     source: str
-    smiles: tuple[str, ...] | None = None
     gap: NDArray[np.float32] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -104,7 +86,6 @@ class MoleculeSet:
             positions=self.positions[chosen],
             counts=self.counts[chosen],
             names=tuple(self.names[i] for i in chosen),
-            smiles=self.smiles and tuple(self.smiles[i] for i in chosen),
             gap=None if self.gap is None else self.gap[chosen],
         )
 
@@ -210,7 +191,6 @@ def assemble(
     # take days where 100,000 share one.
     known: set[tuple[str, bytes]] = set()
     numbers: Counter[str] = Counter()
-    smiles: list[str | None] = []
     gaps: list[float] = []
     left_out = Counter(skipped or {})
     for molecule in molecules:
@@ -236,7 +216,6 @@ def assemble(
             numbers[stated] += 1
             name = f"{stated}#{numbers[stated] + 1}"
         kept[name] = codes, positions
-        smiles.append(molecule.smiles)
         gaps.append(np.nan if molecule.gap is None else molecule.gap)
     if not kept:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items()) or "there are none"
@@ -248,7 +227,6 @@ def assemble(
         counts=counts,
         names=tuple(kept),
         source=source,
-        smiles=tuple(text or "" for text in smiles) if any(smiles) else None,
         gap=None if np.isnan(gaps).all() else np.array(gaps, np.float32),
         skipped=dict(left_out),
     )
@@ -286,8 +264,8 @@ def _pad(
 def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
     """Write a set as NPZ, aside and renamed; `read_npz` gives it back, bit for bit.
 
-    Arrays: atomic_numbers [n, 29] uint8 with 0 as padding, positions [n, 29, 3] float32 in Å, names [n], smiles [n],
-    gap [n] in eV (the last two where known), and about, a JSON text of source and skipped. No pickles.
+    Arrays: atomic_numbers [n, 29] uint8 with 0 as padding, positions [n, 29, 3] float32 in Å, names [n],
+    gap [n] in eV where known, and about, a JSON text of source and skipped. No pickles.
 
     Raises:
         UserError: a path that cannot be written.
@@ -298,8 +276,6 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
         "names": np.array(molecules.names),
         "about": np.array(json.dumps({"source": molecules.source, "skipped": molecules.skipped})),
     }
-    if molecules.smiles is not None:
-        arrays["smiles"] = np.array(molecules.smiles)
     if molecules.gap is not None:
         arrays["gap"] = molecules.gap
     with replacing_file(Path(path)) as temporary, temporary.open("wb") as file:
@@ -311,8 +287,8 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read an NPZ file as `write_npz` writes it, or another's.
 
-    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, smiles (made canonical),
-    gap (eV) and about may be missing.
+    Arrays: atomic_numbers [n, N] (0 = padding) and positions [n, N, 3] in Å, any N; names, gap (eV) and about may be
+    missing.
 
     Raises:
         UserError: missing or cut off, arrays of another shape or kind, and as `assemble`.
@@ -329,15 +305,12 @@ def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     names = arrays["names"] if "names" in arrays else [f"{Path(path).stem}_{row + 1}" for row in range(len(numbers))]
     lookup = np.zeros(256, np.uint8)
     lookup[ATOMIC_NUMBERS[1:]] = np.arange(1, len(ATOMIC_NUMBERS))
-    smiles, gap = arrays.get("smiles"), arrays.get("gap")
-    # Ours are canonical already, and 100,000 would take 17 s.
-    spelt = str if "about" in arrays else canonical_smiles
+    gap = arrays.get("gap")
     molecules = (
         Molecule(
             name=str(names[row]),
             elements=lookup[numbers[row, real]],
             positions=positions[row, real],
-            smiles=None if smiles is None else spelt(str(smiles[row])),
             gap=None if gap is None else float(gap[row]),
             where=f"{path}, molecule {row + 1}",
         )
@@ -371,7 +344,7 @@ def _shapes(arrays: dict[str, NDArray], path: str | Path) -> tuple[NDArray[np.ui
         )
     if positions.dtype.kind != "f":
         raise UserError(f"{path}: positions must be floating-point numbers in Å, got {positions.dtype}")
-    for name, kind in (("names", "U"), ("smiles", "U"), ("gap", "f")):
+    for name, kind in (("names", "U"), ("gap", "f")):
         if name in arrays and (arrays[name].shape != (len(numbers),) or arrays[name].dtype.kind != kind):
             raise UserError(
                 f"{path}: {name} must be one {'text' if kind == 'U' else 'number'} a molecule ({len(numbers)}), "

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, Molecule, MoleculeSet, assemble, canonical_smiles
+from unite_fast.data.molecules.molecule_set import CODE_OF_NUMBER, Molecule, MoleculeSet, assemble
 from unite_fast.errors import UserError
 
 
 def read_parquet(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     """Read one molecule a row.
 
-    Columns: atomic_numbers (list of n integers) and positions (list of 3n numbers, or n lists of three, in Å); name,
-    smiles (made canonical) and gap (eV) may be missing. Names may be numbers.
+    Columns: atomic_numbers (list of n integers) and positions (list of 3n numbers, or n lists of three, in Å); name and
+    gap (eV) may be missing. Names may be numbers.
 
     Raises:
         UserError: pyarrow missing, a file that is no whole Parquet file, a column missing or of another kind, and as
@@ -32,13 +32,13 @@ def read_parquet(path: str | Path, *, strict: bool = False) -> MoleculeSet:
     rows = zip(
         table["atomic_numbers"].to_pylist(),
         table["positions"].to_pylist(),
-        *(_optional(table, name) for name in ("name", "smiles", "gap")),
+        *(_optional(table, name) for name in ("name", "gap")),
         strict=True,
     )
     return assemble((_molecule(path, number, *row) for number, row in enumerate(rows, 1)), str(path), strict=strict)
 
 
-def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: Any, smiles: Any, gap: Any) -> Molecule:
+def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: Any, gap: Any) -> Molecule:
     where = f"{path}, row {row}"
     try:
         points = np.array(positions, np.float64).reshape(-1)
@@ -51,9 +51,8 @@ def _molecule(path: str | Path, row: int, numbers: Any, positions: Any, name: An
         raise UserError(f"{where}: atomic_numbers must be integers, found {broken[0]!r}")
     if len(points) != 3 * len(codes):
         raise UserError(f"{where}: {len(codes)} atoms need {3 * len(codes)} coordinates, found {len(points)}")
-    spelt = canonical_smiles(str(smiles)) if smiles else None
     name = f"{Path(path).stem}_{row}" if name in (None, "") else str(name)
-    return Molecule(name, codes, points.reshape(-1, 3), spelt, gap, where)
+    return Molecule(name, codes, points.reshape(-1, 3), gap, where)
 
 
 def _optional(table: Any, name: str) -> list[Any]:

@@ -101,13 +101,11 @@ def _make(count: int, seed: int, processes: int | None) -> MoleculeSet:
             wanted = count - len(kept)
             asked = list(itertools.islice(stream, wanted + wanted // 20 + 1))
             work = [Task(smiles, int(counter_hash(_EMBEDDING, seed)[0] % 2**31)) for smiles in asked]
-            for smiles, found in zip(
-                asked, bounded_map(embed, work, seconds=SECONDS, processes=processes), strict=True
-            ):
+            for found in bounded_map(embed, work, seconds=SECONDS, processes=processes):
                 if len(kept) == count:
                     break
                 if isinstance(found, Embedded):
-                    kept.append(Molecule(f"sample_{len(kept)}", found.elements, found.positions, smiles))
+                    kept.append(Molecule(f"sample_{len(kept)}", found.elements, found.positions))
                     advance(1)
                 else:
                     dropped[str(found)] += 1

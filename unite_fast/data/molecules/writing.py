@@ -15,7 +15,7 @@ from unite_fast.weights import write_text
 
 
 def write_xyz(molecules: MoleculeSet, path: str | Path) -> None:
-    """Write extended XYZ, one frame a molecule, with its name and, where known, SMILES and gap in eV.
+    """Write extended XYZ, one frame a molecule, with its name and, where known, its gap in eV.
 
     Raises:
         UserError: a path that cannot be written.
@@ -23,8 +23,6 @@ def write_xyz(molecules: MoleculeSet, path: str | Path) -> None:
     lines = []
     for index, name in enumerate(molecules.names):
         comment = f"Properties=species:S:1:pos:R:3 name={_quoted(name)}"
-        if molecules.smiles is not None and molecules.smiles[index]:
-            comment += f" smiles={_quoted(molecules.smiles[index])}"
         if molecules.gap is not None and np.isfinite(molecules.gap[index]):
             comment += f" gap={molecules.gap[index]:.6g}"
         elements, positions = molecules.atoms(index)
