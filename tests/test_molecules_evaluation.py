@@ -268,8 +268,9 @@ def test_training_molecules_are_the_same_by_what_is_perceived_of_them(tmp_path, 
 
 def test_shares_of_distinct_molecules_stand_beside_those_of_as_many_real_ones():
     """Three conformers of each of two held-out molecules: the more molecules, the fewer of them are distinct."""
-    turned = [(symbols, np.array(points) * scale) for scale in (1.0, 1.01, 1.02) for symbols, points in (WATER, METHANE)]
-    judge = MoleculeJudge(_set(METHANE, ETHENE, ETHYNE), _set(*turned), processes=1)
+    scales, both = (1.0, 1.01, 1.02), (WATER, METHANE)
+    conformers = [(symbols, np.array(points) * scale) for scale in scales for symbols, points in both]
+    judge = MoleculeJudge(_set(METHANE, ETHENE, ETHYNE), _set(*conformers), processes=1)
     for count, share in ((1, 1.0), (2, 1.0), (4, 1 / 2), (6, 1 / 3), (8, 1 / 3)):
         figures = judge.generation(_set(*[ETHENE] * count)).metrics
         for name in ("unique", "valid_unique", "valid_connected_unique"):

@@ -148,8 +148,8 @@ def _check_molecules(path: Path) -> None:
     counts, gaps = molecules.counts, np.array([]) if molecules.gap is None else molecules.gap[~np.isnan(molecules.gap)]
     gap = f"; gap of {len(gaps)}: {gaps.min():.4g} to {gaps.max():.4g} eV" if len(gaps) else ""
     out().print(
-        f"{len(molecules)} molecules of {path} can be used: {counts.min()} to {counts.max()} atoms, {counts.mean():.1f} in "
-        f"the mean{gap}",
+        f"{len(molecules)} molecules of {path} can be used: {counts.min()} to {counts.max()} atoms, "
+        f"{counts.mean():.1f} in the mean{gap}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 A key says its procedure: `edm/…` bonds by EDM's distance table (edm.py), `rdkit/…` bonds by RDKit's Hückel perception
 (data/molecules/perception.py), `distance/…` distributions. The same key with `_real` is the ceiling, or for distances
 the floor: held-out molecules in place of generated ones, and for distances training molecules against held-out ones.
-Molecules are the same if bond perception gives them the same SMILES, training molecules too, whatever their source says.
+Molecules are the same if bond perception gives them the same SMILES, training molecules too.
 """
 
 from __future__ import annotations

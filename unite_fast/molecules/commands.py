@@ -336,7 +336,7 @@ def _settings(trained: Trained, **given: Any) -> dict[str, Any]:
 
 
 def _histogram(trained: Trained, atoms: str | None, label: int | None) -> list[int]:
-    """Weights of atom counts 0 … 29: training molecules, of a bin if one is asked for, or what of them --atoms leaves."""
+    """Weights of atom counts 0 … 29: training molecules, of the bin asked for, or what of them --atoms leaves."""
     known = _recorded_histogram(trained)
     if known is not None:
         rows = np.atleast_2d(known)
@@ -355,7 +355,7 @@ def _histogram(trained: Trained, atoms: str | None, label: int | None) -> list[i
 
 
 def _recorded_histogram(trained: Trained) -> list | None:
-    """[30], or [bins, 30]: training molecules of 0 … 29 atoms; None where the weights' record has none that can be used."""
+    """[30], or [bins, 30]: training molecules of 0 … 29 atoms; None where the weights record none that can be used."""
     try:
         known = trained.made_by["data"]["atom_histogram"]
         rows = np.atleast_2d(np.array(known))
