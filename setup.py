@@ -64,7 +64,11 @@ setup(
     packages=[*find_packages(include=["unite_fast", "unite_fast.*"]), "unite_kernels"],
     package_dir={"unite_kernels": "kernels"},
     ext_modules=[cpu],
-    package_data={"unite_fast.report": ["page.*"], "unite_fast.pictures_molecules": ["page.html"]},
+    package_data={
+        "unite_kernels": ["py.typed"],  # type checkers read the kernels' annotations
+        "unite_fast.report": ["page.*"],
+        "unite_fast.pictures_molecules": ["page.html"],
+    },
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,

@@ -26,12 +26,15 @@ def test_the_source_distribution_is_the_repository(tmp_path):
     # The folder kernels is not the package of that name, which setuptools calls where it is installed.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-P", "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
+    command += ["build_py", "--build-lib", tmp_path / "wheel"]
     subprocess.run([str(part) for part in command], cwd=copy, env=environment, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
         found = {name.partition("/")[2] for name in packed.getnames()}
     wanted = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()} - {"kernels/_cpu.so"}
     assert not wanted - found
     assert not [name for name in found if name.endswith(".so")]
+    # Without it type checkers leave an installed package's annotations aside.
+    assert (tmp_path / "wheel" / "unite_kernels" / "py.typed").is_file()
 
 
 def test_the_command_says_what_an_installation_of_the_kernels_lacks():
