@@ -62,8 +62,15 @@ def sees_plainly(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # a mode that traces or counts would see memory that nobody writes
         return False
+    # The memory of a negative view, as the imaginary part of a conjugate is one, has the other sign.
     return all(
-        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter))
+        x is None
+        or (
+            x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and type(x) in (Tensor, torch.nn.Parameter)
+            and not x.is_neg()
+        )
         for x in tensors
     )
 

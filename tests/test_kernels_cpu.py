@@ -207,6 +207,13 @@ def test_products_of_matrices_in_any_order(library, rows, depth, columns):
             assert_twice_as_good([cpu.matmul(a, b)], [a @ b], [a.double() @ b.double()])
 
 
+def test_negative_views_are_left_to_pytorch(library):
+    """Their memory has the other sign."""
+    x, product = normal(1, 3, 8), torch.complex(normal(4, 5), normal(4, 5, seed=1))
+    assert torch.equal(uk.swiglu(torch._neg_view(x.clone())), uk.swiglu(-x))
+    assert cpu.serves(product.imag) and not cpu.serves(product.conj().imag)
+
+
 def newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
     """The compiled one, on the Gram matrix where the operator takes that, whether it serves this CPU or not."""
     short, long = sorted(g.shape[1:])
