@@ -97,11 +97,13 @@ class Operator:
     driver that launches nothing.)
 
     Attributes:
+        name: without the package's.
         registered: what torch.library knows.
         compute: what launches the kernels.
     """
 
     def __init__(self, name: str, compute: Callable):
+        self.name = name
         self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", compute, mutates_args=())
         self.register_fake = self.registered.register_fake
         self.compute = compute
@@ -123,7 +125,10 @@ class Operator:
         self._apply = super(torch.autograd.Function, function).apply
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or _looked_on():
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        if _looked_on():
+            self._refuse_tangents(args)
             return self.registered(*args)
         kinds = set(map(type, args))
         flat = args
@@ -136,6 +141,16 @@ class Operator:
             return self.compute(*args)
         # Without a derivative, as backward passes are, PyTorch says so when it is asked for one.
         return (self.registered if self._apply is None else self._apply)(*args)
+
+    def _refuse_tangents(self, args: tuple) -> None:
+        """What is registered would drop them without a word: a gradient's, behind a forward pass that saw none."""
+        leaves = torch.utils._pytree.tree_leaves(args) if forward_ad._current_level >= 0 else ()
+        for x in leaves:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(
+                    f"{self.name}: has no part in forward-mode differentiation; set_backend('torch') before the "
+                    "forward pass"
+                )
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
@@ -252,14 +267,17 @@ def check_floats(operator: str, name: str, x: Tensor) -> None:
 
 
 def check_eps(operator: str, eps: float) -> None:
-    """Refuse a negative eps, NaN included: under the root it gives NaN for small inputs alone."""
+    """Refuse a negative eps, NaN included: under the root it gives NaN for small inputs alone. And None, which PyTorch's
+    RMSNorm takes, and text, which YAML makes of 1e-6."""
+    if eps is None or isinstance(eps, str):
+        raise TypeError(f"{operator}: eps is {eps!r}; it must be a number")
     if not eps >= 0:
         raise ValueError(f"{operator}: eps is {eps}; it must not be negative")
 
 
 def check_integer(operator: str, name: str, value: object) -> None:
-    """Refuse a fractional number, also one that is whole: kernels are compiled for integers."""
-    if isinstance(value, float):
+    """Refuse a fractional number, also one that is whole, as kernels are compiled for integers; and what is none."""
+    if value is None or isinstance(value, (float, str)):
         raise TypeError(f"{operator}: {name} is {value!r}; it must be an integer")
 
 

@@ -184,6 +184,28 @@ def test_gradients_without_an_address_are_refused(name):
 
 
 @each_operator
+def test_tangents_of_gradients_are_right_or_refused(name):
+    """The backward pass alone in forward mode: what is registered with PyTorch would drop them."""
+    x, operator, _ = OPERATORS[name]
+    leaf = x.detach().requires_grad_()
+    with on_backend("triton"):
+        out = operator(leaf)
+
+        def backward(grad):
+            return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+        grad, tangent = torch.ones_like(out), normal(*out.shape, seed=15)
+        try:
+            found = torch.func.jvp(backward, (grad,), (tangent,))[1]
+        except RuntimeError as refusal:
+            assert "no part in forward-mode differentiation; set_backend" in str(refusal)
+        else:
+            torch.testing.assert_close(found, backward(tangent))  # linear in its gradient
+        with torch.autograd.forward_ad.dual_level():
+            backward(grad)  # none is there to be dropped
+
+
+@each_operator
 def test_transforms_of_torch_func(name):
     x, operator, equation = OPERATORS[name]
     rows = torch.stack([x, 2 * x])

@@ -107,12 +107,15 @@ def test_spans_outside_of_the_tokens_are_refused(monkeypatch, backend, dtype, li
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("call", [call for call in CALLS if "norm" in call[0].__name__ or call[0] is uk.block_boundary],
                          ids=lambda call: call[0].__name__)  # fmt: skip
-def test_a_negative_eps_is_refused(call, backend):
+def test_an_eps_that_is_negative_or_no_number_is_refused(call, backend):
     function, tensors, _, others = call
     with on_backend(backend):
         function(**tensors, **others, eps=0)
         for eps in (-1e-6, float("nan")):
             with pytest.raises(ValueError, match=f"^{function.__name__}: eps is {eps}; it must not be negative$"):
+                function(**tensors, **others, eps=eps)
+        for eps in (None, "1e-6"):
+            with pytest.raises(TypeError, match=f"^{function.__name__}: eps is {eps!r}; it must be a number$"):
                 function(**tensors, **others, eps=eps)
 
 
@@ -126,13 +129,14 @@ def test_spans_of_another_form_are_refused():
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_fractional_counts_are_refused(backend):
+def test_counts_that_are_no_integers_are_refused(backend):
     x, term, offsets = normal(1, 10, 8), normal(2, 8), torch.tensor([0, 4, 10], dtype=torch.int32, device=X.device)
     with on_backend(backend):
         with pytest.raises(TypeError, match=r"^rms_norm_modulate: the longest span is 6\.0; it must be an integer$"):
             uk.rms_norm_modulate(x, None, None, term, spans=uk.Spans(offsets, 6.0))
-        with pytest.raises(TypeError, match=r"^qk_norm_rope: unrotated is 1\.0; it must be an integer$"):
-            uk.qk_norm_rope(**ROTARY, unrotated=1.0)
+        for unrotated in (1.0, None, "1"):
+            with pytest.raises(TypeError, match=f"^qk_norm_rope: unrotated is {unrotated!r}; it must be an integer$"):
+                uk.qk_norm_rope(**ROTARY, unrotated=unrotated)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
