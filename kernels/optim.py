@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from .dispatch import NAMESPACE, aligned, check_eps, check_tensors, operator
+from .dispatch import NAMESPACE, aligned, check_eps, check_integer, check_tensors, operator
 
 # Coefficients of the quintic whose slope at zero is largest (Jordan et al. 2024, "Muon"); torch.optim.Muon's default.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -59,9 +59,18 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
 # 512 and 768 took 0.71, 0.62 and 0.49 of the time; square ones 1.3. In cpu.c 128 × 192 take 0.93 and 256 0.79, square
 # ones 1.15.
 GRAM_FROM = 2
+# And steps up to which it is one: rounding leaves 1e-7 in place of the Gram matrix's zero eigenvalues, negative too, and
+# each step but the last lifts it a² = 12 times. After 6 steps that is 0.02; of matrices without full rank the largest
+# singular value was 3 to 7 after 8 steps, 1e3 to 1e15 after 9, and no number later.
+GRAM_STEPS = 6
 
 
-def _in_gram(x: Tensor, steps: int, scale: float) -> Tensor:
+def in_gram(short: int, long: int, steps: int) -> bool:
+    """Whether `newton_schulz` iterates float32 matrices of these sides on their Gram matrix alone."""
+    return 0 < steps <= GRAM_STEPS and long >= GRAM_FROM * short
+
+
+def _iterate_in_gram(x: Tensor, steps: int, scale: float) -> Tensor:
     """The iteration for x [n, r, c], c > r, on r × r matrices alone: X_k = Q_k X_0, and all Q commute with X X_0ᵀ."""
     gram, product = torch.bmm(x, x.mT), None
     for step in range(steps):
@@ -85,9 +94,9 @@ def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Ten
     columns = g.shape[2]
     short, long = sorted(g.shape[1:])
     # In float32 only: what bfloat16 rounds off a Gram matrix exceeds its small eigenvalues, which must grow.
-    in_gram = steps > 0 and newton_schulz_dtype(g) == torch.float32 and long >= GRAM_FROM * short
+    gram_alone = newton_schulz_dtype(g) == torch.float32 and in_gram(short, long, steps)
     if cpu.multiplies(g):
-        return cpu.newton_schulz(g, steps, eps, scale, (A, B, C), in_gram)
+        return cpu.newton_schulz(g, steps, eps, scale, (A, B, C), gram_alone)
     x = g.to(newton_schulz_dtype(g))
     if g.is_cuda and aligned(columns) != columns:
         x = F.pad(x, (0, aligned(columns) - columns))  # zeros stay zeros
@@ -96,8 +105,8 @@ def _newton_schulz(g: Tensor, steps: int, eps: float, scale: float = 1.0) -> Ten
         x = x.mT  # the Gram matrix is then the smaller of the two
     with torch.autocast(g.device.type, enabled=False):
         x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # ‖·‖_F bounds the spectral norm
-        if in_gram:
-            x = _in_gram(x, steps, scale)
+        if gram_alone:
+            x = _iterate_in_gram(x, steps, scale)
         else:
             for step in range(steps):
                 gram = torch.bmm(x, x.mT)
@@ -133,11 +142,12 @@ def newton_schulz(g: Tensor, steps: int = 5, *, eps: float = 1e-7, scale: float 
 
     Raises:
         ValueError: g is not three-dimensional, or steps or eps is negative.
-        TypeError: g is no tensor, or not of a floating dtype.
+        TypeError: g is no tensor, or not of a floating dtype; steps is no integer.
     """
     check_tensors("newton_schulz", g=g)
     if g.dim() != 3:
         raise ValueError(f"newton_schulz: g has shape {tuple(g.shape)}; it must be [n, rows, columns]")
+    check_integer("newton_schulz", "steps", steps)
     if steps < 0:
         raise ValueError(f"newton_schulz: steps is {steps}; it must not be negative")
     check_eps("newton_schulz", eps)

@@ -217,8 +217,7 @@ def test_negative_views_are_left_to_pytorch(library):
 def newton_schulz(g: torch.Tensor, steps: int) -> torch.Tensor:
     """The compiled one, on the Gram matrix where the operator takes that, whether it serves this CPU or not."""
     short, long = sorted(g.shape[1:])
-    in_gram = steps > 0 and long >= optim.GRAM_FROM * short
-    return cpu.newton_schulz(g, steps, 1e-7, 0.5, (optim.A, optim.B, optim.C), in_gram)
+    return cpu.newton_schulz(g, steps, 1e-7, 0.5, (optim.A, optim.B, optim.C), optim.in_gram(short, long, steps))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])

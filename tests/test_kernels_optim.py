@@ -89,6 +89,14 @@ def test_newton_schulz_lifts_small_singular_values_of_long_matrices(shape, backe
     torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-3, 100 * ROUNDING))
 
 
+@pytest.mark.parametrize("shape", [(32, 128), (128, 32)])
+@pytest.mark.parametrize("steps", [5, 6, 7, 12])
+def test_newton_schulz_of_long_matrices_without_full_rank_stays_bounded(steps, shape, backend):
+    rows, columns = shape
+    values = torch.linalg.svdvals(uk.newton_schulz(normal(4, rows, 1) @ normal(4, 1, columns, seed=1), steps).float())
+    assert values.max() < 1.2 + 2 * ROUNDING
+
+
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_newton_schulz_is_the_step_of_torch_muon(shape, backend):
     weight = torch.nn.Parameter(torch.zeros(shape, device=DEVICE))
@@ -171,6 +179,7 @@ def test_wrong_input_is_refused():
         (lambda: uk.ema_update_([a], [a], 1.1), ValueError, "decay is 1.1"),
         (lambda: uk.newton_schulz(normal(3, 4)), ValueError, r"\[n, rows, columns\]"),
         (lambda: uk.newton_schulz(normal(1, 3, 4), -1), ValueError, "steps is -1"),
+        (lambda: uk.newton_schulz(normal(1, 3, 4), 5.0), TypeError, "steps is 5.0; it must be an integer"),
         (lambda: uk.newton_schulz(torch.ones(1, 3, 4, dtype=torch.int32)), TypeError, "int32"),
     ):
         with pytest.raises(error, match=message):

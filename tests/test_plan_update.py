@@ -70,6 +70,7 @@ def test_long_matrices_take_the_gram_matrix_in_float32_alone():
     assert newton_schulz_operations(8, 24, 5) == newton_schulz_operations(24, 8, 5) == products(8, 24, 5)
     alone = 2 * 2 * 8 * 8 * 24 + (4 * 2 * 5 - 6) * 8**3  # into the Gram matrix and out of it
     assert newton_schulz_operations(8, 24, 5, "fp32") == newton_schulz_op(8, 24, 5, "fp32").forward == alone
+    assert newton_schulz_operations(8, 24, 9, "fp32") == products(8, 24, 9)
 
 
 def test_pieces_of_matrices_go_to_one_of_their_holders():

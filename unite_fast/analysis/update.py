@@ -25,7 +25,7 @@ from unite_fast.engine.optim import in_stages, matrix_shape, parameter_groups, s
 from unite_fast.engine.reduction import spans
 from unite_fast.engine.sharding import MatrixExchange
 from unite_fast.modality import modality
-from unite_kernels.optim import GRAM_FROM
+from unite_kernels.optim import in_gram
 
 FP32 = 4  # bytes
 EXCHANGED = DTYPE_BYTES["bf16"]  # of an element that crosses to its matrix's owner on GPUs, as Newton-Schulz computes
@@ -99,12 +99,13 @@ def trained_weights(model: Sizes, kind: str) -> Weights:
 def newton_schulz_operations(rows: int, columns: int, steps: int, dtype: Dtype = "bf16") -> int:
     """Operations of the orthogonalisation of one matrix: three products a step, the Gram matrix on the short side.
 
-    In float32 long matrices take four products a step of the Gram matrix alone, as `unite_kernels.newton_schulz` does.
+    In float32 a few steps of long matrices take four products each of the Gram matrix alone, as
+    `unite_kernels.newton_schulz` does.
     Symmetric products count in full, though kernels/cpu.c computes half of them: on a CPU it can take less time than
     the counted operations do at the rate of a large product.
     """
     short, long = sorted((rows, columns))
-    if dtype == "fp32" and steps and long >= GRAM_FROM * short:
+    if dtype == "fp32" and in_gram(short, long, steps):
         # The first step has no product to continue, the last no Gram matrix to prepare.
         return 4 * short * short * long + (8 * steps - 6) * short**3
     return steps * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
