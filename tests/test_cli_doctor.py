@@ -3,11 +3,13 @@
 import importlib.abc
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from cli_toy import run
 
 from unite_fast import doctor
+from unite_kernels import cpu
 
 EXPECTED = {
     "PyTorch", "CUDA", "bfloat16", "Triton", "CPU operators", "C compiler", "FlashAttention", "DALI", "NVIDIA Apex",
@@ -33,6 +35,13 @@ def test_every_missing_part_has_a_cost_and_a_remedy(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert all(name in table for name in EXPECTED)
     assert all((name in table.split("how to get it")[1]) for name, part in found.items() if not part["active"])
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_newton_schulz_is_named_where_it_is_compiled(monkeypatch, wide):
+    monkeypatch.setattr(cpu, "LIBRARY", SimpleNamespace(unite_multiplies=lambda: wide))
+    found = doctor._examine(next(part for part in doctor.PARTS if part.name == "CPU operators"))
+    assert found.active and ("Newton-Schulz" in found.detail) == bool(wide)
 
 
 def test_the_rate_of_products_is_that_of_the_models_library(monkeypatch):

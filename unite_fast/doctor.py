@@ -140,7 +140,8 @@ def _cpu_operators() -> str:
     cpu = _import("unite_kernels.cpu")
     if cpu.LIBRARY is None:
         raise Missing(cpu.STATE)
-    return "compiled, runs a block's fused operators and Newton-Schulz in float32 on a CPU"
+    products = " and Newton-Schulz" if cpu.LIBRARY.unite_multiplies() else ""
+    return f"compiled, runs a block's fused operators{products} in float32 on a CPU"
 
 
 def _compiler() -> str:
