@@ -307,7 +307,7 @@ def latent_norm_mix(
 
     Raises:
         ValueError: shapes that do not fit together, tensors on different devices, strides, or a negative eps.
-        TypeError: a mask that is not bool, or another tensor that is not floating.
+        TypeError: a mask that is not bool, or another tensor that is not float32, float16 or bfloat16.
     """
     check_tensors("latent_norm_mix", z=z, weight=weight, bias=bias, mask=mask, t=t, noise=noise)
     if z.dim() != 3:
@@ -366,7 +366,7 @@ def latent_norm_flow_loss(
     Raises:
         ValueError: shapes that do not fit together, tensors on different devices, strides, a floor that is not
             positive, or a negative eps.
-        TypeError: a tensor that is not floating.
+        TypeError: a tensor that is not float32, float16 or bfloat16.
     """
     check_tensors("latent_norm_flow_loss", pred=pred, z1=z1, t=t, weight=weight, bias=bias)
     if pred.dim() not in (3, 4):
