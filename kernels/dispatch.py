@@ -267,8 +267,8 @@ def check_floats(operator: str, name: str, x: Tensor) -> None:
 
 
 def check_eps(operator: str, eps: float) -> None:
-    """Refuse a negative eps, NaN included: under the root it gives NaN for small inputs alone. And None, which PyTorch's
-    RMSNorm takes, and text, which YAML makes of 1e-6."""
+    """Refuse a negative eps, NaN included: under the root it gives NaN for small inputs alone. And None, which
+    PyTorch's RMSNorm takes, and text, which YAML makes of 1e-6."""
     if eps is None or isinstance(eps, str):
         raise TypeError(f"{operator}: eps is {eps!r}; it must be a number")
     if not eps >= 0:

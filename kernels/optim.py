@@ -59,9 +59,9 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
 # 512 and 768 took 0.71, 0.62 and 0.49 of the time; square ones 1.3. In cpu.c 128 × 192 take 0.93 and 256 0.79, square
 # ones 1.15.
 GRAM_FROM = 2
-# And steps up to which it is one: rounding leaves 1e-7 in place of the Gram matrix's zero eigenvalues, negative too, and
+# Steps up to which it is right: rounding leaves 1e-7 in place of the Gram matrix's zero eigenvalues, negative too, and
 # each step but the last lifts it a² = 12 times. After 6 steps that is 0.02; of matrices without full rank the largest
-# singular value was 3 to 7 after 8 steps, 1e3 to 1e15 after 9, and no number later.
+# singular value was up to 7 after 8 steps, 1e15 after 9, and soon no number.
 GRAM_STEPS = 6
 
 
