@@ -22,8 +22,8 @@ from unite_fast.report.probe import Options, probe, silent
 NAMES = ["class_0", "class_1"]
 
 
-def _search(settings, samples, held_out=None, names=NAMES):
-    return find_neighbours(samples, names, settings, held_out, silent)
+def _search(settings, samples, held_out=None, classes=NAMES):
+    return find_neighbours(samples, classes, settings, held_out, silent)
 
 
 def test_a_near_copy_is_nearer_than_all_but_a_hundredth_of_held_out_images(tmp_path):
@@ -65,9 +65,10 @@ def test_what_was_searched_is_counted(tmp_path, monkeypatch):
     settings = config(tmp_path)
     found = _search(settings, samples)
     assert (found.searched, found.classes, found.whole) == (19, 2, True)
-    with pytest.raises(UserError, match="class folders of .* are not those of the run"):
-        _search(settings, samples, names=["class_0", "other"])
-    assert _search(settings, samples, names=["0", "1"]).searched == 19  # without names on record
+    for others in (["class_0", "other"], ["0", "1"]):
+        with pytest.raises(UserError, match="class folders of .* differ from those of the training data"):
+            _search(settings, samples, classes=others)
+    assert _search(settings, samples, classes=None).searched == 19
     for index in range(5):
         (tmp_path / "train" / "class_1" / f"{index:03d}.png").unlink()
     monkeypatch.setattr(neighbours_module, "MOST_PER_CLASS", 9)

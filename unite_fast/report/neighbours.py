@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class Neighbours:
 
 def find_neighbours(
     samples: dict[int, Tensor],
-    names: list[str],
+    classes: Sequence[str] | None,
     config: Config,
     held_out: tuple[Tensor, Tensor] | None,
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
@@ -76,17 +76,15 @@ def find_neighbours(
 
     Args:
         samples: label -> images [n, 3, H, H] in [0, 1].
-        names: of all classes.
+        classes: the names that class folders must have; None where the run left no record of them.
         config: of the run, for its training data.
         held_out: images [M, 3, H, H] uint8 and labels [M], whose distances give the scale.
 
     Raises:
-        UserError: the training images cannot be read.
+        UserError: the training images cannot be read, or are of other classes.
     """
     size = config.model.image_size
-    folder = open_source(config.data.path, len(names), image_size=size)
-    if list(folder.classes) != names and not all(name.isdigit() for name in names):
-        raise UserError(f"the class folders of {folder.root} are not those of the run")
+    folder = open_source(config.data.path, config.model.num_classes, image_size=size, expected=classes)
     reader = FileReader(folder, size, config.data.crop)
     own = {label: np.flatnonzero(folder.labels == label) for label in samples}
     draw = np.random.default_rng(0)
@@ -106,7 +104,7 @@ def find_neighbours(
                     pixels.append(image)
                 advance(1)
             if not pixels:
-                raise UserError(f"no training image of class {names[label]} can be read")
+                raise UserError(f"no training image of class {folder.classes[label]} can be read")
             count += len(pixels)
             train = np.stack(pixels)
             # One class at a time: 1,300 images of 256×256 are 256 MB.
@@ -123,7 +121,7 @@ def find_neighbours(
     ranks = np.sort(scale)
     matches = [
         Match(
-            names[label], sample, nearest, distances.tolist(),
+            folder.classes[label], sample, nearest, distances.tolist(),
             float((ranks < distances[0]).mean()) if len(ranks) else None,
         )
         for label, sample, nearest, distances in found

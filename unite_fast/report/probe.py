@@ -139,8 +139,9 @@ def probe(trained: Trained, model: Unite, config: Config, options: Options, prog
     compared = [position for position in spread(len(classes), NEIGHBOUR_CLASSES)]
     with _explained(result.notes, "neighbours"):
         result.neighbours = find_neighbours(
-            {classes[k]: by_class[k][:NEIGHBOUR_SAMPLES] for k in compared}, names, config, held_out, progress
-        )
+            {classes[k]: by_class[k][:NEIGHBOUR_SAMPLES] for k in compared}, trained.class_names, config, held_out,
+            progress,
+        )  # fmt: skip
     return result
 
 
