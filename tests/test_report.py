@@ -279,6 +279,15 @@ def test_the_first_numbers_are_of_the_latest_step_and_its_most_images():
     assert first(whole, again, trial) == first(again, whole, {"metrics": {}, "protocol": {"generation": 3}}) == "2.25"
 
 
+def test_the_first_numbers_count_the_images_that_each_is_measured_on():
+    def made(psnr, **counts):
+        protocol = {"model": {"step": 20}, **{name: {"count": count} for name, count in counts.items()}}
+        return {"metrics": {"psnr": psnr}, "protocol": protocol}
+
+    evaluations = {"a": made(25.0, held_out=50_000), "b": made(21.0, held_out=10, generation=50_000)}
+    assert headline(RunFolder(None, {}, evaluations=evaluations)) == [("PSNR", "25 dB", "higher")]
+
+
 def test_a_trend_joins_evaluations_of_one_protocol_at_several_steps():
     def made(step, gfid, weights="ema", decay=0.9, guidance=1.5):
         model = {"step": step, "weights": weights, "ema_decay": decay, "sha256": f"{step}"}

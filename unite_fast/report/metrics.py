@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from unite_fast.evaluation.protocol import READINGS
 from unite_fast.records import RunFolder, number
 from unite_fast.report.charts import Curve, line_chart
 
@@ -151,18 +152,21 @@ def result_tables(run: RunFolder) -> list[Result]:
 
 def _step(content: dict[str, Any]) -> int:
     """Step of the weights of an evaluation; one that does not say counts as the first."""
-    model = content["protocol"].get("model")
-    step = model.get("step") if isinstance(model, dict) else None
+    step = _said(content, "model", "step")
     return step if isinstance(step, int) else 0
 
 
-def _images(content: dict[str, Any]) -> tuple[int, int, str]:
-    """(generated, held-out images, date) of an evaluation; 0 and "" where it does not say."""
-    sections = [content["protocol"].get(name) for name in ("generation", "held_out", "environment")]
-    generation, held_out, environment = (section if isinstance(section, dict) else {} for section in sections)
-    counts = (section.get("count") for section in (generation, held_out))
-    generated, compared = (count if isinstance(count, int) else 0 for count in counts)
-    return generated, compared, str(environment.get("date", ""))
+def _said(content: dict[str, Any], section: str, key: str) -> Any:
+    """An entry of an evaluation's protocol, None where it does not say."""
+    found = content["protocol"].get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _weight(content: dict[str, Any], key: str) -> tuple[int, int, str]:
+    """(step, images that the metric was measured on, date) of an evaluation; 0 and "" where it does not say."""
+    sections = READINGS[key].sections
+    count = _said(content, "generation" if "generation" in sections else "held_out", "count")
+    return _step(content), count if isinstance(count, int) else 0, str(_said(content, "environment", "date") or "")
 
 
 def _holds(metrics: dict[str, Any], summary: dict[str, Any]) -> bool:
@@ -197,16 +201,14 @@ def headline(run: RunFolder) -> list[tuple[str, str, str]]:
     Each is of the latest step where it was measured, there of the most images: a trial of a few is no result.
     """
     summary = run.summary or {}
-    # What was measured at the end of training stands before what has been evaluated of that step since.
-    measured = [((number(summary.get("steps")) or 0, 0, 0, ""), summary)]
-    measured += [((_step(content), *_images(content)), content["metrics"]) for content in run.evaluations.values()]
-    metrics: dict[str, Any] = {}
-    for _, values in sorted(measured, key=lambda one: one[0]):
-        metrics |= values
     found = []
     for key in HEADLINE:
-        value = number(metrics.get(key))
-        if value is not None:
+        # What was measured at the end of training stands before what has been evaluated of that step since.
+        measured = [((number(summary.get("steps")) or 0, 0, ""), summary.get(key))]
+        measured += [(_weight(content, key), content["metrics"].get(key)) for content in run.evaluations.values()]
+        values = [(weight, value) for weight, one in measured if (value := number(one)) is not None]
+        if values:
+            value = sorted(values, key=lambda one: one[0])[-1][1]
             title, unit, better, _ = GLOSSARY[key]
             found.append((title, f"{value:.4g}" + (f" {unit}" if unit else ""), better))
     return found[:4]
