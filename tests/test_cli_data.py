@@ -8,6 +8,7 @@ from PIL import Image
 from unite_fast.data import check as check_module
 from unite_fast.data import prepare as prepare_module
 from unite_fast.data.source import open_source
+from unite_fast.errors import UserError
 from unite_fast.workers import available_cores
 
 JOBS = min(available_cores(), 2) % 2 + 1  # few, and not as many as the default
@@ -63,6 +64,17 @@ def test_what_is_checked_and_of_what_size(tmp_path, capsys, asked):
     assert _printed(capsys, "check", root)[0].startswith("0 of 15 images are unusable")
     _printed(capsys, "check", root, "--size", 32, "--jobs", JOBS)
     assert asked == [{"size": 256, "jobs": available_cores()}, {"size": 32, "jobs": JOBS}]
+
+
+def test_what_was_found_is_shown_where_its_record_cannot_be_written(tmp_path, capsys, monkeypatch):
+    root = tree(tmp_path / "d")
+    (root / "c0" / "bad.png").write_bytes(b"no picture")
+
+    def full(report):
+        raise UserError(f"cannot write {report.root}: disk full")
+
+    monkeypatch.setattr(check_module.Report, "save", full)
+    assert any(line.startswith("c0/bad.png: not an image") for line in _printed(capsys, "check", root, code=2))
 
 
 def test_damaged_shards_are_no_clean_set(tmp_path, capsys):

@@ -113,11 +113,11 @@ def check(
             images, size=size, jobs=jobs or available_cores(),
             advance=lambda count: bar.update(bar.task_ids[0], completed=count),
         )  # fmt: skip
-    record = report.save()
     _show(report)
     if report.skip:
         out().print("unusable:")
         _name(report.skip)
+    record = report.save()  # last: a full disk must not take what hours of reading have found
     out().print(
         f"{len(report.skip)} of {report.images} images are unusable and left out of training; all findings are in "
         f"{record}",
