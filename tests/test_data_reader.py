@@ -48,5 +48,5 @@ def test_a_few_bad_files_are_chance_even_where_they_come_first(folder):
 def test_later_epochs_read_no_more_files_than_there_are(folder):
     bad = BadFiles(folder, 0.0)
     bad.add(5 * COUNT, [])
-    with pytest.raises(UserError, match="^1 unusable images among the first 300 read of 300"):
+    with pytest.raises(UserError, match="^1 unusable image among the first 300 read of 300"):
         bad.add(1, broken(8))
