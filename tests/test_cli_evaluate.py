@@ -153,7 +153,7 @@ def similarity_by_hand(a, b):
     return float(value.mean())
 
 
-def test_held_out_metrics(files, inception, held_out, features, capsys, monkeypatch):
+def test_held_out_metrics(files, inception, held_out, features, capsys, caplog, monkeypatch):
     similarity, tf32 = torchmetrics.functional.image.structural_similarity_index_measure, []
 
     def watched(*images, **options):
@@ -187,7 +187,20 @@ def test_held_out_metrics(files, inception, held_out, features, capsys, monkeypa
     assert found["kid_subset_size"] == HELD_OUT
     section = record["protocol"]["held_out"]
     assert (section["count"], section["skipped"], section["crop"]) == (HELD_OUT, 1, "adm")
+    assert f"held-out images: 1 of {HELD_OUT + 1} cannot be read, left out" in record["protocol"]["warnings"]
+    reason = "not an image, or of no accepted format"
+    assert f"skipped unreadable image {files / 'val' / '0' / 'broken.png'}: {reason}" in caplog.messages
     assert record["protocol"]["lpips"]["vgg"] == file_hash(files / "vgg.pth")
+
+
+def test_a_folder_that_is_written_in_two_ways_makes_one_record(files, monkeypatch):
+    monkeypatch.chdir(files)
+    folder = files / "model" / "evaluations"
+    before = set(folder.glob("*.json"))
+    for path in ("val", "val/", "./val", files / "val"):
+        assert run("evaluate", "model", "--metrics", "psnr", "--data", path) == 0
+    (made,) = set(folder.glob("*.json")) - before
+    assert json.loads(made.read_text())["protocol"]["held_out"]["path"] == str((files / "val").resolve())
 
 
 def test_batch_and_memory_change_nothing_but_time(files, capsys, monkeypatch):

@@ -107,6 +107,12 @@ def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     assert ask("--data", tmp_path / "bad", metrics="psnr") == f"none of the 1 images of {tmp_path / 'bad'} is readable"
+    for index in range(4):
+        picture(tmp_path / "few" / f"{index}.png", seed=index)
+    (tmp_path / "few" / "3.png").write_bytes(b"no picture")
+    drawn = ["--data", tmp_path / "few", "--save-images", tmp_path / "drawn"]
+    assert "got 3 and 12" in ask(*drawn, metrics="precision")
+    assert not (tmp_path / "drawn").exists(), "it is said before images are drawn"
     (tmp_path / "empty").mkdir()
     bare = ["reference", tmp_path / "empty", "--out", tmp_path / "r.npz", "--inception", files / "inception.pth"]
     assert mistake(capsys, *bare).startswith(f"no image below {tmp_path / 'empty'}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +91,7 @@ class Evaluator:
             images = open_images(plan.data, image_size=side, remark=world.is_main)
             reader = FileReader(images, side, plan.data_config.crop)
             self.held_out = HeldOut(reader, plan.data_count, plan.batch, self.inception, self.lpips)
-            chosen = len(self.held_out.chosen)
-            check_sides(wanted, chosen, plan.count)
-            if "rfid" in wanted and chosen < FEWEST_ROWS:
-                raise UserError(
-                    f"rfid needs at least {FEWEST_ROWS} held-out images, got {chosen} (--data, --data-count, "
-                    f"evaluation.reconstructions)"
-                )
+            _check_held_out(wanted, len(self.held_out.chosen), plan.count)
         self.judge = self._small_judge(classes) if "small" in wanted and world.is_main else None
 
     def _small_judge(self, classes: Iterable[str] | None) -> SmallDataJudge:
@@ -141,8 +135,9 @@ class Evaluator:
         if metrics is None and self.plan.save_images:
             pictures = Pictures(self.plan.save_images, self._labels)
         with self._on_device(model) as device:
-            generated = self._generated(model, device, about, sampling, work, wanted, count, pictures)
             held_out = self._held_out(model, device, about, work, wanted)
+            self._require_readable(held_out, wanted, count)  # before hours of drawing
+            generated = self._generated(model, device, about, sampling, work, wanted, count, pictures)
         found: dict[str, float | int] = {}
         sections: dict[str, Any] = {}
         if self.world.is_main:
@@ -220,6 +215,14 @@ class Evaluator:
             model, device, work, key, pairs=pairs, with_real=bool(real), seed=self.plan.seed, autocast=self._autocast
         )
 
+    def _require_readable(self, held_out: dict[str, Tensor] | None, wanted: tuple[str, ...], count: int) -> None:
+        """Refuse held-out images of which unreadable files leave too few. Collective."""
+        readable = self.world.share(None if held_out is None else len(held_out["number"]))
+        if readable == 0:
+            raise UserError(f"none of the {len(self.held_out.chosen)} images of {self.plan.data} is readable")
+        if readable is not None:
+            _check_held_out(wanted, readable, count)
+
     def _key(self, what: str, about: dict[str, Any]) -> dict[str, Any]:
         plan = self.plan
         return {"what": what, "pieces": PIECES, "model": about.get("sha256"), "seed": plan.seed,
@@ -243,6 +246,8 @@ class Evaluator:
             _warn(warnings, "rfid", frechet_caveat(len(held_out["real"]), FEATURES))
             sides = [gaussian_statistics(held_out[side].numpy()) for side in ("real", "rebuilt")]
             found["rfid"] = frechet_distance(*sides[0], *sides[1])
+        if held_out is not None and (skipped := len(self.held_out.chosen) - len(held_out["number"])):
+            _warn(warnings, "held-out images", f"{skipped} of {len(self.held_out.chosen)} cannot be read, left out")
         if held_out is not None and self.plan.on_training:
             names = ", ".join(name for name in wanted if name in self._of_pairs | self._of_real)
             _warn(warnings, names, "on training images: data.val_path (--data) names no held-out ones")
@@ -276,7 +281,7 @@ class Evaluator:
         if held_out is not None:
             used = len(held_out["number"])
             sections["held_out"] = {
-                "path": plan.data, "count": used, "skipped": len(self.held_out.chosen) - used,
+                "path": _place(plan.data), "count": used, "skipped": len(self.held_out.chosen) - used,
                 **self.held_out.about, **network, "image_size": self.sizes.image_size,
                 **({"training_images": True} if plan.on_training else {}),
             }  # fmt: skip
@@ -291,10 +296,25 @@ class Evaluator:
             sections["lpips"] = {"input": "[-1, 1]", **self.lpips.sha256}
         if "small" in wanted:
             sections["small_data"] = {
-                "path": plan.train_data, "held_out": _names(plan.data),
+                "path": _place(plan.train_data), "held_out": _names(plan.data),
                 "train": _names(plan.train_data), "crop": plan.data_config.crop,
             }  # fmt: skip
         return sections
+
+
+def _check_held_out(wanted: Collection[str], real: int, generated: int) -> None:
+    """Raise a UserError where so many held-out images, beside so many generated ones, do not serve the metrics."""
+    check_sides(wanted, real, generated)
+    if "rfid" in wanted and real < FEWEST_ROWS:
+        raise UserError(
+            f"rfid needs at least {FEWEST_ROWS} held-out images, got {real} (--data, --data-count, "
+            f"evaluation.reconstructions)"
+        )
+
+
+def _place(folder: str) -> str:
+    """A path can be written in several ways, which would be several protocols."""
+    return str(Path(folder).resolve())
 
 
 def _names(folder: str) -> str:

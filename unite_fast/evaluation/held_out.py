@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from unite_fast.data.reader import FileReader, Problem
-from unite_fast.errors import UserError
 from unite_fast.evaluation.generation import encode, to_bytes
 from unite_fast.evaluation.inception import FEATURES, Inception
 from unite_fast.evaluation.protocol import names_hash
@@ -20,6 +20,8 @@ from unite_fast.evaluation.reconstruction import l1, psnr, require_finite
 from unite_fast.evaluation.work import Work
 from unite_fast.model.unite import Unite
 from unite_fast.objective.perceptual import Lpips
+
+log = logging.getLogger("unite_fast.data")
 
 READ_THREADS = 8  # Pillow's decoders release the GIL
 SSIM_WINDOW = 11  # pixels (Wang et al. 2004), who count only places where it lies inside the image
@@ -79,7 +81,7 @@ class HeldOut:
             On rank 0 number [n] of each readable image; psnr, l1, ssim, lpips [n]; real, rebuilt [n, 2048].
 
         Raises:
-            UserError: no readable image, reconstructions with NaN.
+            UserError: reconstructions with NaN.
         """
 
         def make(first: int, stop: int) -> dict[str, Tensor]:
@@ -107,10 +109,7 @@ class HeldOut:
             "tokenize_time": model.tokenize_time if pairs else None,
         }  # fmt: skip
         what, count = "reconstructing" if pairs else "reading", len(self.chosen)
-        found = work.gather(what, key, count, self._batch, make, common=True)
-        if found is not None and not len(found["number"]):
-            raise UserError(f"none of the {count} images of {self._reader.folder.root} is readable")
-        return found
+        return work.gather(what, key, count, self._batch, make, common=True)
 
     @torch.no_grad()
     def _compare(self, originals: Tensor, rebuilt: Tensor, pairs: frozenset[str]) -> dict[str, Tensor]:
@@ -134,7 +133,7 @@ class HeldOut:
 
 
 def read_images(reader: FileReader, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pixels of images, side by side in threads.
+    """Pixels of images, side by side in threads; names the unreadable ones in the log.
 
     Returns:
         [n, 3, H, H] uint8, zero where a file is unreadable; [n] bool, true where it is not.
@@ -148,7 +147,9 @@ def read_images(reader: FileReader, indices: Sequence[int]) -> tuple[Tensor, Ten
     pixels = torch.zeros(len(indices), side, side, 3, dtype=torch.uint8)
     readable = torch.tensor([not isinstance(image, Problem) for image in found], dtype=torch.bool)
     for place, image in enumerate(found):
-        if not isinstance(image, Problem):
+        if isinstance(image, Problem):
+            log.warning("skipped unreadable image %s: %s", reader.folder.path(image.index), image.reason)
+        else:
             pixels[place] = torch.tensor(image)
     return pixels.permute(0, 3, 1, 2).contiguous(), readable
 
