@@ -3,10 +3,14 @@
 import json
 import math
 import resource
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from unite_fast import pictures
@@ -231,3 +235,25 @@ def test_a_loss_of_0_in_the_first_step_leaves_the_axis_logarithmic(tmp_path, mon
 def test_names_of_classes_are_more_than_english():
     missing = pictures.label_font().getmask("\uffff")
     assert len({bytes(mask) for mask in (missing, *map(pictures.label_font().getmask, "ÄЖΩ"))}) == 4
+
+
+def test_letters_that_the_font_lacks_are_those_of_another_and_without_one_the_class_number(tmp_path, monkeypatch):
+    """A private letter of one of Matplotlib's fonts for formulas stands for a Chinese one."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    own, other = (FT2Font(str(fonts / name)).get_charmap() for name in ("DejaVuSans.ttf", "STIXNonUni.ttf"))
+    name = chr(min(other.keys() - own.keys()))
+    images = torch.zeros(2, 3, 96, 96)
+
+    def drawn(names, *installed):
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(path) for path in installed])
+        pictures._font_with.cache_clear()
+        pictures.sample_sheet(images, [0, 1], names, 1, tmp_path / "sheet.png")
+        return (tmp_path / "sheet.png").read_bytes()
+
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    numbers = drawn(None)
+    assert drawn([name, name]) == drawn([name, name], tmp_path / "broken.ttf") == numbers
+    found = drawn([name, name], tmp_path / "broken.ttf", fonts / "STIXNonUni.ttf")
+    assert found != numbers and pictures._font_with(frozenset(name)).getname()[0] == "STIXNonUnicode"
+    assert drawn(["a", "b"], fonts / "STIXNonUni.ttf") == drawn(["a", "b"]) != numbers
+    pictures._font_with.cache_clear()

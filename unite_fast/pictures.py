@@ -106,7 +106,8 @@ def sample_sheet(
     Args:
         images: [len(classes)·columns, 3, H, W], the first class's images first.
         classes: class index of each row.
-        class_names: name of every class of the data set, by class index; None labels the rows with the index.
+        class_names: name of every class of the data set, by class index; where it is None, or no font of this machine
+            has all their letters, the index labels the rows.
         columns: images a row.
         path: the PNG file; missing folders are made.
 
@@ -123,10 +124,10 @@ def sample_sheet(
     if unnamed:
         raise UserError(f"class {unnamed[0]} has no name: the data set names {len(class_names)} classes, from 0 on")
     pixels = _pixels(images, "samples")
-    rows = []
-    for row, c in enumerate(classes):
-        name = str(c) if class_names is None else str(class_names[c])
-        rows.append((name, list(pixels[row * columns : (row + 1) * columns]), GAP))
+    names = [str(c) for c in classes] if class_names is None else [str(class_names[c]) for c in classes]
+    if _font_of(names) is None:
+        names = [str(c) for c in classes]
+    rows = [(name, list(pixels[row * columns : (row + 1) * columns]), GAP) for row, name in enumerate(names)]
     save_image(_sheet(rows), path)
 
 
@@ -259,8 +260,8 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def _sheet(rows: list[tuple[str, list[np.ndarray], int]], captions: Sequence[str] = ()) -> Image.Image:
     """Rows of (label, images [H, W, 3] uint8, gap below) on one page, labels in a column of their own, captions above
     the columns."""
-    font = label_font()
     labels = [_shorten(label) for label, _, _ in rows]
+    font = _font_of(labels) or label_font()
     label_width = max(math.ceil(font.getlength(label)) for label in labels)
     height, width = _enlarge(rows[0][1][0]).shape[:2]
     columns = max(len(images) for _, images, _ in rows)
@@ -294,6 +295,29 @@ def label_font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
 
     # Matplotlib's own font: Pillow's has English letters alone, no Å and no Cyrillic or Greek.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _font_of(labels: Sequence[str]) -> ImageFont.FreeTypeFont | None:
+    """The font of labels, or where it lacks their letters, such as Chinese ones, any of this machine; None without."""
+    return _font_with(frozenset("".join(map(_shorten, labels))))
+
+
+@functools.cache  # hundreds of fonts may be looked at
+def _font_with(letters: frozenset[str]) -> ImageFont.FreeTypeFont | None:
+    from matplotlib.ft2font import FT2Font
+
+    wanted, own = set(map(ord, letters)), label_font()
+    if wanted <= FT2Font(own.path).get_charmap().keys():
+        return own
+    from matplotlib.font_manager import findSystemFonts
+
+    for path in sorted(findSystemFonts()):
+        try:
+            if wanted <= FT2Font(path).get_charmap().keys():
+                return ImageFont.truetype(path, FONT_SIZE)
+        except (OSError, RuntimeError):  # damaged, or of pictures in one size
+            continue
+    return None
 
 
 def _enlarge(image: np.ndarray) -> np.ndarray:
