@@ -64,12 +64,16 @@ def stopped_measuring(folder: Path, rank: int) -> int | None:
     barrier, draw = world.World.barrier, evaluator.draw
     waiting = folder / "waiting"
 
+    began = []
+
     def wait(self: world.World) -> None:
-        waiting.write_text(str(os.getpid()))
+        if began:
+            waiting.write_text(str(os.getpid()))
         barrier(self)
 
     def drawn(*arguments: Any, **options: Any) -> Tensor:
         made = draw(*arguments, **options)
+        began.append(rank)
         if rank == 0:
             until = time.monotonic() + 60
             while not waiting.exists() and time.monotonic() < until:

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from unite_fast.engine import world
 from unite_fast.engine.world import leave_world
+from unite_fast.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at through /proc")
 
@@ -76,3 +78,29 @@ def test_gloo_names_its_threads_as_we_look_for_them(alone):
     while not world._gloo_threads() and time.monotonic() < until:  # on a busy machine they name themselves later
         time.sleep(0.01)
     assert world._gloo_threads(), f"no thread named {world.GLOO_THREADS}: PyTorch calls them otherwise now"
+
+
+@pytest.mark.parametrize(
+    ("found", "tells"),
+    [
+        ([["a", "b"], ["a", "b"], ["a", "b"]], [True, False, False]),
+        ([[], ["a"], ["a"]], [False, True, False]),
+        ([["a"], ["a"], ["b"]], [True, False, True]),
+    ],
+)
+def test_what_several_ranks_find_wrong_is_told_by_the_first_of_them_and_ends_all(found, tells, monkeypatch):
+    monkeypatch.setattr(world, "TOLD", 0.0)
+    monkeypatch.setattr(world.World, "collect", lambda self, own: found)
+    for rank, tells_it in enumerate(tells):
+        place = world.World(rank, len(found), rank, torch.device("cpu"))
+        with pytest.raises(UserError if tells_it else SystemExit) as caught:
+            place.require_none(found[rank], "missing")
+        if tells_it:
+            assert all(problem in str(caught.value) for problem in found[rank])
+        else:
+            assert caught.value.code == 2
+
+
+def test_ranks_that_find_nothing_wrong_go_on(monkeypatch):
+    monkeypatch.setattr(world.World, "collect", lambda self, own: [[], []])
+    world.World(1, 2, 1, torch.device("cpu")).require_none([], "missing")

@@ -33,7 +33,7 @@ from unite_fast.engine.report import Due
 from unite_fast.engine.session import changed_classes, changed_samples, record_session
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World, init_world, leave_world
-from unite_fast.errors import UserError, require_none
+from unite_fast.errors import UserError
 from unite_fast.modality import counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import StepLosses, two_pass_step
@@ -93,7 +93,7 @@ class Run:
         check_compile(config, world.device)
         check_fp8(config, world.device)
         self.modality = modality_of(config)
-        _require_files(config, self.modality.absent_files(config, world.device), begins=latest is None)
+        _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
         files = self.modality.evaluation_files(config, world.device)
         start = starting_weights(config, world) if latest is None else None
         uk.set_backend(config.train.kernels)
@@ -323,8 +323,8 @@ class Run:
         )
 
 
-def _require_files(config: Config, absent: list[str], *, begins: bool) -> None:
-    """Raise a UserError for all that the run names and does not find, before minutes of measuring what fits.
+def _require_files(config: Config, world: World, absent: list[str], *, begins: bool) -> None:
+    """Raise a UserError for all that the run names and does not find, before minutes of measuring what fits. Collective.
 
     Args:
         absent: a sentence for each missing file beside the data.
@@ -341,4 +341,4 @@ def _require_files(config: Config, absent: list[str], *, begins: bool) -> None:
         for key, path, advice in places
         if path is not None and not Path(path).exists()
     ]
-    require_none(missing + absent, f"{config.name} needs what is not there")
+    world.require_none(missing + absent, f"{config.name} needs what is not there")

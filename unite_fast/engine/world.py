@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from unite_fast.config import Config
-from unite_fast.errors import UserError
+from unite_fast.errors import UserError, require_none
 
 # A node that loads a cold file system can lag by minutes; a rank that died should still be noticed the same hour.
 TIMEOUT = timedelta(minutes=30)
 # Looks, a second apart: a node may have a network folder's entries as they were a minute ago (NFS, acdirmax).
 SETTLED = 70
+TOLD = 1.0  # seconds that a rank has to say what is wrong before the others end
 DEFAULT_PORT = "29500"  # torchrun's own default
 GLOO_THREADS = "pt_gloo_runloop"  # what PyTorch calls those that run gloo's collectives
 LOOK = 0.01  # seconds: twice what a thread that waits for the interpreter's lock lets pass before it asks for it again
@@ -77,6 +79,23 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.all_true(True)
+
+    def require_none(self, problems: Sequence[str], what: str) -> None:
+        """End all ranks where one finds problems, telling those that several find alike once. Collective.
+
+        Args:
+            problems, what: as for `errors.require_none`.
+
+        Raises:
+            UserError: on the first of the ranks that find the same; says all of it.
+            SystemExit: on the others, with the exit code of a mistake.
+        """
+        found = self.collect(list(problems))
+        if found.index(found[self.rank]) == self.rank:
+            require_none(problems, what)
+        if any(found):
+            time.sleep(TOLD)  # launchers end all ranks, also one that is about to print, once the first has ended
+            sys.exit(2)
 
 
 def launch_environment(environ: dict[str, str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from unite_fast.errors import UserError
 from unite_fast.evaluation.features import (
     check_sides, inception_score, kernel_distance, precision_recall, score_splits,
 )  # fmt: skip
-from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, check_files
+from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, absent_inputs, check_files
 from unite_fast.evaluation.frechet import FEWEST_ROWS, frechet_caveat, frechet_distance, gaussian_statistics
 from unite_fast.evaluation.generation import Pictures, draw, to_bytes
 from unite_fast.evaluation.held_out import SSIM_WINDOW, HeldOut
@@ -49,7 +49,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Measures models of one size by one plan; every input is checked when it is built.
+    """Measures models of one size by one plan; every input is checked when it is built, by all ranks together.
 
     Args:
         plan: what to measure.
@@ -75,7 +75,10 @@ class Evaluator:
         self.plan, self.sizes, self.world = plan, sizes, world
         wanted = frozenset(plan.metrics)
         check_metrics(plan.metrics)
-        self.inception, self.reference, self.lpips = files or check_files(plan, sizes)
+        if files is None:
+            world.require_none(absent_inputs(plan), "what the metrics need is missing")
+            files = check_files(plan, sizes)
+        self.inception, self.reference, self.lpips = files
         self._of_generated = wanted & INCEPTION_OF_GENERATED
         self._of_pairs, self._of_real = wanted & PAIRS, wanted & REAL
         if "ssim" in wanted and sizes.image_size < SSIM_WINDOW:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unite_fast.config import ModelConfig
-from unite_fast.errors import UserError, require_none
+from unite_fast.errors import UserError
 from unite_fast.evaluation.inception import Inception, absent_inception
 from unite_fast.evaluation.reference import Reference, absent_reference, read_reference
 from unite_fast.objective.perceptual import Lpips, absent_weights
@@ -20,6 +20,11 @@ PAIRS = frozenset({"rfid", "psnr", "ssim", "lpips", "l1"})  # of originals and t
 REAL = frozenset({"kid", "precision", "recall", "rfid"})  # of held-out images' features
 LPIPS_OPTIONS = "unite-fast evaluate takes --vgg and --linear"
 Files = tuple[Inception | None, Reference | None, Lpips | None]  # what a plan's metrics need beside the model
+
+
+def absent_inputs(plan: Plan) -> list[str]:
+    """What to do about each file and folder of the plan's metrics that is not given or not there, a sentence each."""
+    return [*_absent_folders(plan), *absent_files(plan)]
 
 
 def absent_files(plan: Plan) -> list[str]:
@@ -46,9 +51,8 @@ def check_files(plan: Plan, sizes: ModelConfig) -> Files:
     """Read the weights and statistics that the plan's metrics need.
 
     Raises:
-        UserError: files that are not given or missing, all of them; one that is damaged or of something else.
+        UserError: one that is missing, damaged or of something else.
     """
-    require_none([*_absent_folders(plan), *absent_files(plan)], "what the metrics need is missing")
     wanted = frozenset(plan.metrics)
     inception = Inception.open(plan.inception) if wanted & INCEPTION else None
     reference = lpips = None
