@@ -22,6 +22,7 @@ from ranks import torchrun
 from test_perceptual import weights as lpips_weights
 
 from unite_fast.cli.evaluating import Session
+from unite_fast.data.source import warn_once
 from unite_fast.engine.world import World
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation.features import inception_score, kernel_distance, precision_recall
@@ -154,6 +155,7 @@ def similarity_by_hand(a, b):
 
 
 def test_held_out_metrics(files, inception, held_out, features, capsys, caplog, monkeypatch):
+    warn_once.cache_clear()  # the reference has said what it skips
     similarity, tf32 = torchmetrics.functional.image.structural_similarity_index_measure, []
 
     def watched(*images, **options):
@@ -189,7 +191,7 @@ def test_held_out_metrics(files, inception, held_out, features, capsys, caplog, 
     assert (section["count"], section["skipped"], section["crop"]) == (HELD_OUT, 1, "adm")
     assert f"held-out images: 1 of {HELD_OUT + 1} cannot be read, left out" in record["protocol"]["warnings"]
     reason = "not an image, or of no accepted format"
-    assert f"skipped unreadable image {files / 'val' / '0' / 'broken.png'}: {reason}" in caplog.messages
+    assert f"skipped unusable image {files / 'val' / '0' / 'broken.png'}: {reason}" in caplog.messages
     assert record["protocol"]["lpips"]["vgg"] == file_hash(files / "vgg.pth")
 
 

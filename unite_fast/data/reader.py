@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -17,10 +16,8 @@ from torch import Tensor
 from unite_fast.data.crop import WrongSizeError, decode
 from unite_fast.data.folder import AllImages
 from unite_fast.data.sampler import Draw, flips, substitute
-from unite_fast.data.source import ImageSource, reason_of
+from unite_fast.data.source import ImageSource, reason_of, warn_once
 from unite_fast.errors import UserError
-
-log = logging.getLogger("unite_fast.data")
 
 # At half of the files unreadable, 100 misses in a row have probability 1e-30: past that the folder is at fault.
 MAX_ATTEMPTS = 100
@@ -215,7 +212,7 @@ def piece_of(draw: Draw, places: list[Served], images: Tensor, labels: NDArray[n
 
 
 class BadFiles:
-    """Counts the distinct files that could not be used, names each once in the log, and stops a run with too many."""
+    """Counts the distinct files that could not be used, names each in the log, and stops a run with too many."""
 
     def __init__(self, folder: ImageSource, max_share: float):
         self._folder, self._max_share = folder, max_share
@@ -240,7 +237,7 @@ class BadFiles:
             path = self._folder.path(problem.index)
             if path not in self.reasons:
                 self.reasons[path] = problem.reason
-                log.warning("skipped unusable image %s: %s", path, problem.reason)
+                warn_once(f"skipped unusable image {path}: {problem.reason}")
         self._seen = min(self._seen, total)
         bad = len(self.reasons)
         expected = self._max_share * self._seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -84,13 +85,13 @@ def open_source(
             f"twice gives other pixels: prepare it with --size {image_size} or without --size"
         )
     if remark and source.skipped:
-        log.warning(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
+        warn_once(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
     if remark and skip and isinstance(source, ShardFolder):
         for shard, damage in source.damaged_shards().items():
-            log.warning(
-                "shard %s: %s; images that cannot be read from it are skipped, `unite-fast data check %s` lists them",
-                source.shards[shard], damage, source.root,
-            )  # fmt: skip
+            warn_once(
+                f"shard {source.shards[shard]}: {damage}; images that cannot be read from it are skipped, `unite-fast "
+                f"data check {source.root}` lists them"
+            )
     return source
 
 
@@ -120,6 +121,12 @@ def samples_of(source: ImageSource) -> dict[str, int | str]:
     for index in range(len(source)):
         digest.update(os.fsencode(source.name(index)) + b"\0")
     return {"count": len(source), "digest": digest.hexdigest()}
+
+
+@functools.cache  # a run opens its data for training, for metrics, for sheets and for the report
+def warn_once(text: str) -> None:
+    """Log a warning about the data, for the first time in this process."""
+    log.warning("%s", text)
 
 
 def reason_of(error: Exception) -> str:

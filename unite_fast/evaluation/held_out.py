@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unite_fast.data.reader import FileReader, Problem
+from unite_fast.data.source import warn_once
 from unite_fast.evaluation.generation import encode, to_bytes
 from unite_fast.evaluation.inception import FEATURES, Inception
 from unite_fast.evaluation.protocol import names_hash
@@ -20,8 +20,6 @@ from unite_fast.evaluation.reconstruction import l1, psnr, require_finite
 from unite_fast.evaluation.work import Work
 from unite_fast.model.unite import Unite
 from unite_fast.objective.perceptual import Lpips
-
-log = logging.getLogger("unite_fast.data")
 
 READ_THREADS = 8  # Pillow's decoders release the GIL
 SSIM_WINDOW = 11  # pixels (Wang et al. 2004), who count only places where it lies inside the image
@@ -133,7 +131,7 @@ class HeldOut:
 
 
 def read_images(reader: FileReader, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pixels of images, side by side in threads; names the unreadable ones in the log.
+    """Pixels of images, side by side in threads; names unusable ones in the log.
 
     Returns:
         [n, 3, H, H] uint8, zero where a file is unreadable; [n] bool, true where it is not.
@@ -148,7 +146,7 @@ def read_images(reader: FileReader, indices: Sequence[int]) -> tuple[Tensor, Ten
     readable = torch.tensor([not isinstance(image, Problem) for image in found], dtype=torch.bool)
     for place, image in enumerate(found):
         if isinstance(image, Problem):
-            log.warning("skipped unreadable image %s: %s", reader.folder.path(image.index), image.reason)
+            warn_once(f"skipped unusable image {reader.folder.path(image.index)}: {image.reason}")
         else:
             pixels[place] = torch.tensor(image)
     return pixels.permute(0, 3, 1, 2).contiguous(), readable
