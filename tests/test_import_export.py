@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from cli_toy import CONFIG, mistake, run, same_weights, save_toy, small_disk, toy_model
+from cli_toy import CONFIG, MADE_BY, mistake, run, same_weights, save_toy, small_disk, toy_model
 from golden import FILE, golden, needs_golden, published_weights, relative_error
 from safetensors.torch import load_file, save_file
 
@@ -272,6 +272,18 @@ def test_what_the_published_naming_cannot_hold(tmp_path, capsys):
         assert "a published model starts its registers from noise and ends in a LayerNorm" in says
     assert "must end in .pt, .pth or .safetensors" in mistake(capsys, *base, tmp_path / "p.bin")
     assert not list(tmp_path.glob("p.*"))
+
+
+def test_settings_that_the_published_naming_has_no_place_for_are_said(tmp_path, capsys):
+    out = tmp_path / "p.pt"
+    save_toy(tmp_path / "model", made_by=MADE_BY | {"tokenize_t_max": 0.2})
+    assert run("export", tmp_path / "model", "--published", out) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {out} does not record {key} {own} either: whoever reads it takes {assumed}"
+        for key, own, assumed in (("objective.tokenize_t_max", 0.2, 0.01), ("objective.time_shift", 0.7, 0.5))
+    ]
+    save_toy(tmp_path / "model", made_by={})
+    assert run("export", tmp_path / "model", "--published", out) == 0 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--out", "new"], ["--published", "p.pt"], ["--published", "p.safetensors"]])

@@ -16,7 +16,7 @@ from unite_fast.engine import checkpoint
 from unite_fast.errors import UserError
 from unite_fast.model.io import build_model, check_state, read_model, save_model
 from unite_fast.model.published import check_positions, from_published, to_published
-from unite_fast.model.two_pass import TwoPassModel
+from unite_fast.model.two_pass import TOKENIZE_T_MAX, TwoPassModel
 from unite_fast.replacing import replacing_file
 from unite_fast.versions import versions
 from unite_fast.weights import read_file, read_tensors, write_tensors
@@ -250,6 +250,17 @@ def write_published(trained: Trained, path: str | Path) -> None:
     if isinstance(trained.made_by.get("step"), int):
         content["step"] = trained.made_by["step"]
     write_pickle(content, path)
+
+
+def unpublished_settings(trained: Trained) -> list[tuple[str, float, float]]:
+    """(key, value, what readers assume) of what a model is used with, the published form holds no place for, and
+    published models have otherwise."""
+    t_max = trained.made_by.get("tokenize_t_max", TOKENIZE_T_MAX)
+    settings = [
+        ("objective.tokenize_t_max", t_max, TOKENIZE_T_MAX),
+        ("objective.time_shift", trained.time_shift, PUBLISHED_TIME_SHIFT),
+    ]
+    return [(key, own, assumed) for key, own, assumed in settings if own != assumed]
 
 
 def write_pickle(content: dict[str, Any], path: Path) -> None:

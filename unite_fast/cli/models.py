@@ -127,7 +127,7 @@ def export(
         raise UserError("nothing to write: give --out DIR, --published FILE, or both")
     if with_optimizer and published is None:
         raise UserError("--with-optimizer belongs to --published FILE")
-    from unite_fast.importing import open_trained, write_published
+    from unite_fast.importing import open_trained, unpublished_settings, write_published
 
     trained = open_trained(source, weights=weights.value, ema_decay=ema_decay)
     if out_dir is not None:
@@ -148,6 +148,8 @@ def export(
             + (f"; without {', '.join(left_out)}, which this trainer does not keep" if left_out else ""),
             markup=False, soft_wrap=True,
         )  # fmt: skip
+        for key, own, assumed in unpublished_settings(trained):
+            warn(f"{published} does not record {key} {own} either: whoever reads it takes {assumed}")
 
 
 def _describe(trained: Trained, folder: Path) -> None:
