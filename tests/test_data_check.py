@@ -78,6 +78,15 @@ def test_the_list_is_written_and_training_keeps_to_it(tmp_path, capsys, caplog):
     assert len(held_out) == 13
 
 
+def test_what_is_left_out_is_left_out_of_measurements_too(tmp_path):
+    root = damaged_tree(tmp_path / "d")
+    assert command("check", root) == 1
+    record = json.loads((root / CHECK_RECORD).read_text())
+    images, labelled = open_images(root, image_size=8), open_source(root, 3)
+    assert images.skipped == record["skip"]
+    assert images.names == [labelled.name(index) for index in range(len(labelled))]
+
+
 @pytest.mark.parametrize("form", ["folder", "shards"])
 def test_what_is_left_out_is_said_once_by_one_rank(tmp_path, caplog, form):
     path = tree(tmp_path / "d")

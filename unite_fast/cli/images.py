@@ -268,7 +268,7 @@ def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = [path / name for name in AllImages(path).names]
+            inside = [path / name for name in AllImages(path, skip=False).names]
             if leave_out is not None:
                 inside = [file for file in inside if not file.resolve().is_relative_to(leave_out.resolve())]
             if not inside:

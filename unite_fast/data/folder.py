@@ -142,20 +142,28 @@ class AllImages:
     Attributes:
         root: the folder.
         names: paths relative to it.
+        skipped: name and reason of the images that the skip list left out.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, skip: bool = True):
         """Scan the folder; hidden files and folders are ignored, symbolic links followed.
 
+        Args:
+            path: the folder.
+            skip: leave out what the skip list names.
+
         Raises:
-            UserError: missing, a file, unreadable, or without any image.
+            UserError: missing, a file, unreadable, or without any image; a damaged skip list.
         """
         self.root = Path(path)
         if not self.root.is_dir():
             raise UserError(f"no folder of images at {self.root}")
-        self.names = _image_names(self.root)
+        names, unusable = _image_names(self.root), read_skip_list(self.root) if skip else {}
+        self.skipped = {name: unusable[name] for name in names if name in unusable}
+        self.names = [name for name in names if name not in unusable]
         if not self.names:
-            raise UserError(f"no image below {self.root}: no file there ends in {' '.join(sorted(EXTENSIONS))}")
+            listed = f" that {CHECK_RECORD} does not list as unusable" if self.skipped else ""
+            raise UserError(f"no image below {self.root}: no file there ends in {' '.join(sorted(EXTENSIONS))}{listed}")
 
     def __len__(self) -> int:
         return len(self.names)

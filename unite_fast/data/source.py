@@ -84,8 +84,8 @@ def open_source(
             f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and to crop "
             f"twice gives other pixels: prepare it with --size {image_size} or without --size"
         )
-    if remark and source.skipped:
-        warn_once(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
+    if remark:
+        _remark_skipped(source)
     if remark and skip and isinstance(source, ShardFolder):
         for shard, damage in source.damaged_shards().items():
             warn_once(
@@ -110,7 +110,15 @@ def open_images(
     """
     if is_prepared(Path(path)):
         return open_source(path, None, image_size=image_size, remark=remark)
-    return AllImages(path)
+    images = AllImages(path)
+    if remark:
+        _remark_skipped(images)
+    return images
+
+
+def _remark_skipped(source: ImageSource | AllImages) -> None:
+    if source.skipped:
+        warn_once(describe_skipped(source.root, source.skipped, len(source) + len(source.skipped)))
 
 
 def samples_of(source: ImageSource) -> dict[str, int | str]:
