@@ -244,8 +244,8 @@ class BadFiles:
         if bad > self._max_share * total or bad > expected + 5 * math.sqrt(expected) + 5:
             some = "; ".join(f"{path} ({reason})" for path, reason in list(self.reasons.items())[:5])
             raise UserError(
-                f"{bad} unusable image{'s' * (bad > 1)} among the first {self._seen} read of {total} in {self._folder.root}, more than "
-                f"data.max_bad_share {self._max_share:g} allows: {some}{'; …' if bad > 5 else ''}. "
-                f"`unite-fast data check {self._folder.root}` finds them all, and runs then leave them out; or repair "
-                f"them, or raise data.max_bad_share"
+                f"{bad} unusable image{'s' * (bad > 1)} among the first {self._seen} read of {total} in "
+                f"{self._folder.root}, more than data.max_bad_share {self._max_share:g} allows: "
+                f"{some}{'; …' if bad > 5 else ''}. `unite-fast data check {self._folder.root}` finds them all, and "
+                f"runs then leave them out; or repair them, or raise data.max_bad_share"
             )

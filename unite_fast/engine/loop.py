@@ -324,7 +324,7 @@ class Run:
 
 
 def _require_files(config: Config, world: World, absent: list[str], *, begins: bool) -> None:
-    """Raise a UserError for all that the run names and does not find, before minutes of measuring what fits. Collective.
+    """Raise a UserError for all that the run names and does not find, before minutes of measuring. Collective.
 
     Args:
         absent: a sentence for each missing file beside the data.
