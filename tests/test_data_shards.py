@@ -281,6 +281,30 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert files(tmp_path / "s") == files(tmp_path / "through")
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])  # as a mount point is without what was mounted
+def test_a_source_that_goes_away_is_not_taken_for_unreadable_images(tmp_path, monkeypatch, left):
+    root, aside = tree(tmp_path / "d"), tmp_path / "aside"
+    packed(root, tmp_path / "through")
+    images = open_source(root, None)
+    read = images.read
+
+    def vanish(image: int) -> bytes:
+        data = read(image)
+        root.rename(aside)
+        if left == "an empty folder":
+            root.mkdir()
+        return data
+
+    monkeypatch.setattr(images, "read", vanish)
+    with pytest.raises(UserError, match="d is no longer there, or empty: the same command continues"):
+        prepare(images, tmp_path / "s", size=None, shard_images=4)
+    if root.exists():
+        root.rmdir()
+    aside.rename(root)
+    packed(root, tmp_path / "s")
+    assert files(tmp_path / "s") == files(tmp_path / "through")
+
+
 def test_nothing_readable_to_prepare(tmp_path):
     root = tree(tmp_path / "d")
     for path in root.glob("*/*.png"):

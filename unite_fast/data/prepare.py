@@ -85,8 +85,8 @@ def prepare(
         advance: told how many images are done.
 
     Raises:
-        UserError: a destination that holds something else or lies in the source, no readable image, a full disk, a
-            process that died.
+        UserError: a destination that holds something else or lies in the source, no readable image, a source that
+            went away, a full disk, a process that died.
     """
     if source.root.resolve() in destination.resolve().parents:
         # It would count as one more class of the source, without images: neither a run nor this command could go on.
@@ -193,6 +193,7 @@ def _write_shard(job: Job, number: int, holding: Holding) -> dict[str, Any]:
                     try:
                         data = _content(job, image)
                     except Exception as error:  # a hostile file can make a decoder raise anything
+                        _require_source(job.source.root)
                         columns["unreadable"][str(image)] = reason_of(error)
                         data = None
                     columns["offset"].append(tar.offset + tarfile.BLOCKSIZE)
@@ -210,6 +211,16 @@ def _write_shard(job: Job, number: int, holding: Holding) -> dict[str, Any]:
         temporary.unlink(missing_ok=True)
         raise
     return columns
+
+
+def _require_source(root: Path) -> None:
+    """A source that went away, as a network mount can, must not pass for images that cannot be read."""
+    try:
+        there = root.is_file() or any(root.iterdir())
+    except OSError:
+        there = False
+    if not there:
+        raise UserError(f"{root} is no longer there, or empty: the same command continues once it is back")
 
 
 def _content(job: Job, image: int) -> bytes:
