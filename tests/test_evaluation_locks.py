@@ -49,6 +49,17 @@ def test_what_another_process_makes_is_refused_unless_it_is_common(tmp_path):
     assert len(gather(work, {})["number"]) == len(gather(work, {})["number"]) == 4, "its own lock is in nobody's way"
 
 
+def test_a_damaged_piece_is_named_and_made_again_once_it_is_deleted(tmp_path):
+    work = Work(tmp_path, ALONE)
+    whole = gather(work, {})["number"]
+    piece = sorted((tmp_path / digest({})).glob("*.safetensors"))[1]
+    piece.write_bytes(piece.read_bytes()[:-3])
+    with pytest.raises(UserError, match=f"{piece} is not a whole .*; delete it, and the same command makes its images"):
+        gather(work, {})
+    piece.unlink()
+    assert torch.equal(gather(work, {})["number"], whole)
+
+
 def test_a_folder_that_is_deleted_while_it_is_awaited_is_made_again(tmp_path, monkeypatch):
     """Between opening the lock file and having the lock."""
     folder, lockf, deleted = tmp_path / digest({}), fcntl.lockf, []

@@ -83,8 +83,8 @@ class Work:
             On rank 0 tensors joined over the images, elsewhere None.
 
         Raises:
-            UserError: memory ends at one image, a full disk, ranks that do not share the folder, or work that another
-                process is at.
+            UserError: memory ends at one image, a full disk, ranks that do not share the folder, work that another
+                process is at, or a damaged piece.
         """
         folder = self.folder / digest(key)
         refusal = self._hold(folder, alone=self._sole and not common) if self.world.is_main else None
@@ -107,8 +107,14 @@ class Work:
                 f"{absent} of {len(spans)} pieces did not appear in {folder}: ranks on other machines must see "
                 f"the same folder"
             )
-        pieces = [read_tensors(path) for path in paths]
+        pieces = [self._read(path) for path in paths]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return read_tensors(path)
+        except UserError as error:
+            raise UserError(f"{error}; delete it, and the same command makes its {self.unit} again") from None
 
     def _absent(self, paths: Sequence[Path]) -> int:
         """How many of these files rank 0 does not see, once a network folder had time to show those of other nodes."""
