@@ -3,6 +3,7 @@
 import os
 import pickle
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,12 +51,33 @@ def test_tensors_have_the_permissions_of_the_files_beside_them(write, umask, tmp
     assert modes == dict.fromkeys(modes, 0o666 & ~umask)
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_tensors({"a": torch.zeros(3000)}, path),
-    lambda path: write_arrays({"a": np.zeros(3000)}, path),
-    lambda path: write_pickle({"a": torch.zeros(3000)}, path),
-    lambda path: write_text(3000 * "a", path),
-], ids=["tensors", "arrays", "pickle", "text"])  # fmt: skip
+WRITERS = {
+    "tensors": lambda path: write_tensors({"a": torch.zeros(3000)}, path),
+    "arrays": lambda path: write_arrays({"a": np.zeros(3000)}, path),
+    "pickle": lambda path: write_pickle({"a": torch.zeros(3000)}, path),
+    "text": lambda path: write_text(3000 * "a", path),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_former(write, tmp_path, monkeypatch):
+    done, flush, replace = [], os.fsync, Path.replace
+
+    def flushed(descriptor):
+        flush(descriptor)
+        done.append(os.fstat(descriptor).st_size)
+
+    def replaced(path, target):
+        done.append("replaced")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write(tmp_path / "file")
+    assert done[-2:] == [(tmp_path / "file").stat().st_size, "replaced"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_disk_that_fills_up_leaves_the_former_file(write, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"former")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,8 +273,6 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
             torch.save(content, file)
         except RuntimeError as error:  # torch's zip writer turns a failed write into one
             raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -16,7 +16,7 @@ _ASIDE = re.compile(r"\.\d+\.tmp")
 
 @contextmanager
 def replacing_file(path: Path, what: str = "") -> Iterator[Path]:
-    """A file to write beside `path`, which then takes its place: whole or not at all.
+    """A file to write beside `path`, which is flushed to disk and then takes its place: whole or not at all.
 
     Where writing fails or is interrupted, what was there stays as it was. Two processes do not share the file.
 
@@ -31,6 +31,8 @@ def replacing_file(path: Path, what: str = "") -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb+") as file:  # Windows flushes none that is open for reading alone
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {what}{' ' * bool(what)}{path}: {error.strerror or error}") from None

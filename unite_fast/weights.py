@@ -134,7 +134,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors under a temporary name, flush to disk, rename.
+    """Write safetensors under a temporary name and rename it.
 
     Raises:
         UserError: full disk or unwritable folder; an existing file stays as it was.
@@ -160,15 +160,13 @@ def write_text(text: str, path: str | Path) -> None:
 
 
 def write_arrays(arrays: dict[str, np.ndarray], path: str | Path) -> None:
-    """Write an uncompressed `.npz` under a temporary name, flush to disk, rename.
+    """Write an uncompressed `.npz` under a temporary name and rename it.
 
     Raises:
         UserError: full disk or unwritable folder.
     """
     with replacing_file(Path(path)) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_json(value: Any, path: str | Path) -> None:

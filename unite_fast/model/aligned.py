@@ -33,16 +33,12 @@ class _Aligned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
+        found = x.new_empty(_shape_with_zeros(ctx, x, zeros), dtype=dtype)
         dim, pieces = zeros
-        parts = x.unflatten(dim, (pieces, -1))
-        width = parts.shape[dim + 1]
-        ctx.zeros, ctx.width, ctx.dtype = zeros, width, x.dtype
-        shape = list(parts.shape)
-        shape[dim + 1] = aligned(width)
-        found = x.new_empty(shape, dtype=dtype)
-        found.narrow(dim + 1, 0, width).copy_(parts)
-        found.narrow(dim + 1, width, shape[dim + 1] - width).zero_()
-        return found.flatten(dim, dim + 1)
+        whole = found.unflatten(dim, (pieces, -1))
+        whole.narrow(dim + 1, 0, ctx.width).copy_(x.unflatten(dim, (pieces, -1)))
+        whole.narrow(dim + 1, ctx.width, whole.shape[dim + 1] - ctx.width).zero_()
+        return found
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -55,11 +51,15 @@ class _StandIn(_Aligned):
 
     @staticmethod
     def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
-        shape = list(x.shape)
-        width = shape[zeros.dim] // zeros.pieces
-        shape[zeros.dim] = zeros.pieces * aligned(width)
-        ctx.zeros, ctx.width, ctx.dtype = zeros, width, x.dtype
-        return x.new_empty((), dtype=dtype).expand(shape)
+        return x.new_empty((), dtype=dtype).expand(_shape_with_zeros(ctx, x, zeros))
+
+
+def _shape_with_zeros(ctx, x: Tensor, zeros: Zeros) -> list[int]:
+    """The shape of x with zeros; what the backward needs is noted in ctx."""
+    shape = list(x.shape)
+    ctx.zeros, ctx.width, ctx.dtype = zeros, shape[zeros.dim] // zeros.pieces, x.dtype
+    shape[zeros.dim] = zeros.pieces * aligned(ctx.width)
+    return shape
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

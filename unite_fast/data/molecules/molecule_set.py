@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections import Counter
@@ -280,8 +279,6 @@ def write_npz(molecules: MoleculeSet, path: str | Path) -> None:
         arrays["gap"] = molecules.gap
     with replacing_file(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_npz(path: str | Path, *, strict: bool = False) -> MoleculeSet:
