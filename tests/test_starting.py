@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from cli_toy import CONFIG
+from cli_toy import CONFIG, save_toy
 from runs import config, image_tree
 
 from unite_fast.cli import main
@@ -104,7 +104,7 @@ def test_both_encoders_keep_what_they_know_of_a_class():
     ("model", "says"),
     [
         ({"width": 32, "depth": 3}, "model.depth is 3, there 2; model.width is 32, there 16"),
-        ({"image_size": 32}, r"decoder.query is \[16\], there missing"),
+        ({"image_size": 32}, "model.image_size is 32, there 16"),
     ],
 )
 def test_a_model_of_other_sizes_is_refused(folder, model, says):
@@ -112,6 +112,15 @@ def test_a_model_of_other_sizes_is_refused(folder, model, says):
     with pytest.raises(UserError, match=says):
         begun(others(folder, "other", model=model | {"num_classes": 3}, data={**data, "crop": "adm"}))
     assert not (folder / "runs" / "other" / "config.json").exists()
+
+
+def test_pictures_of_another_side_are_refused_where_no_shape_tells(tmp_path):
+    """Registers that are not patches have queries in the decoder, and weights of the same shapes at every side."""
+    save_toy(tmp_path / "start", config=CONFIG.model_copy(update={"registers": 6}))
+    sizes = CONFIG.model_dump() | {"registers": 6, "image_size": 32}
+    run = config(tmp_path, model=sizes, train={"start_from": str(tmp_path / "start")})
+    with pytest.raises(UserError, match="model.image_size is 32, there 16"):
+        starting_weights(run, init_world(run))
 
 
 def test_molecules_begin_with_molecules(folder, tmp_path):

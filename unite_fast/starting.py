@@ -12,7 +12,6 @@ from unite_fast.engine.checkpoint import FREE, changes
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.importing import Trained, open_trained
-from unite_fast.modality import modality_of
 from unite_fast.model.two_pass import TwoPassModel
 
 LABELS = ("encoder.label.weight", "denoiser.label.weight")  # tables of one row a class and two of no class
@@ -79,17 +78,7 @@ def _check_sizes(trained: Trained, config: Config) -> None:
     problems = [
         f"{key} is {mine!r}, there {its!r}"
         for key, mine, its in changes(here, there, "model")
-        if key not in FREE | {"model.num_classes"}
-    ]
-    network = modality_of(config).network
-    own, its = (
-        {name: list(shape) for name, shape in network.state_shapes(sizes).items()}
-        for sizes in (config.model, trained.config)
-    )
-    problems = problems or [
-        f"{name} is {own.get(name, 'missing')}, there {its.get(name, 'missing')}"
-        for name in dict.fromkeys((*own, *its))
-        if name not in LABELS and own.get(name) != its.get(name)
+        if key not in FREE - {"model.image_size"} | {"model.num_classes"}
     ]
     if problems:
         raise UserError(
