@@ -265,7 +265,7 @@ class TrainConfig(Section):
     accumulation: PositiveInt | None = Field(None, description="micro-batches an optimizer step; two of the three batch keys fix the third")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of weights, data order and every random draw")
     start_from: LocalPath | None = Field(None, description="run, checkpoint, export or imported model whose EMA weights a new run begins with: of the same sizes, but num_classes may differ, and classes of other names begin anew; null: at random")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere; a GPU of a capability below 8.0 needs fp32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")

@@ -108,7 +108,7 @@ def _bf16() -> str:
     measured = ", ".join(f"{name} {rate / divisor:.3g} {unit}" for name, rate in rates.items())
     if not cuda:
         raise Missing(f"needs a CUDA device; matrix products on this CPU: {measured}")
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability() < _import("unite_fast.engine.backend").MIN_BF16_CAPABILITY:
         raise Missing(f"the device only emulates it; matrix products: {measured}")
     inside = _import("unite_fast.model.casts").adds_products(torch.device("cuda", torch.cuda.current_device()))
     return f"matrix products: {measured}; weights' gradients are added up {'inside' if inside else 'outside'} of them"
@@ -262,7 +262,7 @@ PARTS = (
     Part(
         "bfloat16",
         _bf16,
-        "training computes in float32: twice the memory traffic, a fraction of the matrix speed of a GPU",
+        "training computes in float32 (on a GPU without it train.precision must be fp32): twice the memory traffic, a fraction of the matrix speed of a GPU",
         "a GPU of capability 8.0 or newer (A100, RTX 30, H100 …); train.precision auto uses it by itself",
     ),
     Part(

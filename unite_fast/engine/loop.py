@@ -20,7 +20,7 @@ from unite_fast.engine.agreement import (
     require_same_data,
 )
 from unite_fast.engine.batch import is_out_of_memory
-from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.backend import autocast_dtype, check_precision
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fitting import Trial, fit
@@ -91,6 +91,7 @@ class Run:
             )
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
+        check_precision(config, world.device)
         check_fp8(config, world.device)
         self.modality = modality_of(config)
         _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
