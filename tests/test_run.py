@@ -269,7 +269,7 @@ def test_a_disk_full_of_records_is_one_sentence(folder, monkeypatch):
 
 def test_records_that_cannot_be_written_anew_are_one_sentence(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    (folder / "metrics.tmp").mkdir()
+    (folder / f".metrics.jsonl.{os.getpid()}.tmp").mkdir()
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Is a directory"):
         Records(folder, config(folder), first_step=1)
 
@@ -437,6 +437,14 @@ def test_latent_statistics_and_the_collapse_watch():
     assert watch.check(COLLAPSE_GRACE_STEPS + 1, deviation) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 2, 0.9) is None
     assert watch.check(COLLAPSE_GRACE_STEPS + 3, deviation) is not None
+
+
+def test_latents_of_one_sample_are_not_taken_for_collapsed_ones(folder, monkeypatch, capsys):
+    monkeypatch.setattr("unite_fast.engine.monitor.COLLAPSE_GRACE_STEPS", 1)
+    alone = {"steps": 2, "global_batch": 2, "accumulation": 2}
+    run = train(config(folder, name="one_by_one", train=alone | {"log_every": 1}))
+    assert not {"z0_std", "z0_rank"} & set(read_lines(run / "metrics.jsonl")[-1])
+    assert "collapse" not in capsys.readouterr().err
 
 
 def test_memory_that_ends_while_training_is_one_message(folder, monkeypatch):

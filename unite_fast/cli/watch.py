@@ -111,9 +111,7 @@ def warnings(run: RunFolder, state: str, now: float) -> list[str]:
     bad = [key for key, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         notes.append(f"{', '.join(bad)} not finite at step {last['step']}")
-    deviation = number(last.get("z0_std"))
-    collapse = None if deviation is None else CollapseWatch().check(last["step"], deviation)
-    if collapse:
+    if collapse := CollapseWatch().check(last["step"], number(last.get("z0_std"))):
         notes.append(collapse)
     wait = _recent(run, "data_wait")
     if wait is not None and wait > WAIT_WARNING:

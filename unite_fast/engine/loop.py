@@ -189,7 +189,7 @@ class Run:
                 if step % config.train.log_every == 0 or saves or step == self.first_step + 1:
                     record = meter.read(step, engine.samples_seen, engine.last_lr)
                     self._check_finite(record)
-                    warning = watch.check(step, record["z0_std"])
+                    warning = watch.check(step, record.get("z0_std"))
                     if warning:
                         line.say(f"warning: {warning}")
                     if records:

@@ -132,8 +132,7 @@ class Meter:
             "loss_flow": flow,
             "grad_norm": grad_norm,
             "lr": lr,
-            "z0_std": z0_std,
-            "z0_rank": z0_rank,
+            **({"z0_std": z0_std, "z0_rank": z0_rank} if len(self._last.z0) > 1 else {}),  # one sample has no spread
             f"{self._unit}_per_second": rate,
             **({"mfu": operations / elapsed / self._peak} if counted else {}),
             "data_wait": waited / elapsed,

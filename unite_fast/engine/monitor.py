@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from unite_fast.errors import UserError
-from unite_fast.records import METRICS, losses
+from unite_fast.records import METRICS, losses, read_lines
 
 if TYPE_CHECKING:
     from unite_fast.config import Config
@@ -31,8 +32,10 @@ class CollapseWatch:
     def __init__(self):
         self._warned = False
 
-    def check(self, step: int, z0_std: float) -> str | None:
-        """A warning that says what to change, or None."""
+    def check(self, step: int, z0_std: float | None) -> str | None:
+        """A warning that says what to change, or None, as where the deviation is not known."""
+        if z0_std is None:
+            return None
         if step < COLLAPSE_GRACE_STEPS or z0_std >= COLLAPSED_STD:
             self._warned = self._warned and z0_std < COLLAPSED_STD
             return None
@@ -117,18 +120,12 @@ class Records:
             ) from None
 
     def _keep_before(self, first_step: int) -> None:
+        from unite_fast.weights import write_text  # imports torch, too
+
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # the half-written last line of a killed run
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        kept = [record for record in read_lines(self._path) if record.get("step", math.inf) <= first_step]
+        write_text("".join(json.dumps(record) + "\n" for record in kept), self._path)
 
 
 def _wandb_run(folder: Path, config: Config) -> Any:
