@@ -94,6 +94,20 @@ def test_steps_of_another_batch_count_by_their_share(tmp_path):
     assert engine.last_lr == pytest.approx(engine.peak_lr * 3.5 / 10) and engine.samples_seen == 28
 
 
+def test_an_average_goes_on_by_its_decay_whichever_is_the_main_one(tmp_path):
+    engine = engine_at(4, ema_decay=0.8, ema_decays=[0.5])
+    saved = checkpoint.save(engine, tmp_path, {})
+    for main, extra in ((0.5, [0.8]), (0.5, [])):
+        other = engine_at(0, ema_decay=main, ema_decays=extra)
+        checkpoint.load(other, saved)
+        for decay in (main, *extra):
+            before = dict(engine.ema_state(decay))
+            assert all(torch.equal(tensor, before[name]) for name, tensor in other.ema_state(decay))
+    new = engine_at(0, ema_decay=0.7)  # was kept by nobody: the main one goes on by it
+    checkpoint.load(new, saved)
+    assert all(torch.equal(tensor, dict(engine.ema_state())[name]) for name, tensor in new.ema_state())
+
+
 def test_several_averages_are_kept_at_once(tmp_path):
     engine, alone = engine_at(4, ema_decays=[0.5, 0.99]), engine_at(4, ema_decay=0.5, ema_decays=[])
     saved = checkpoint.save(engine, tmp_path, {})

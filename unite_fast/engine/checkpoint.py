@@ -171,23 +171,25 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
         for name, kind in kinds.items()
         for key in ((MUON_STATE,) if kind == "muon" else ADAM_STATES)
     }
+    main, *others = ema_decays(state)
+    held = {main: EMA} | {decay: ema_file(decay) for decay in others}
+    held.setdefault(engine.ema.decay, EMA)  # a decay that is new goes on from the main average
     for decay in engine.ema.extra:
-        if ema_file(decay) not in state["files"]:
+        if decay not in held:
             raise UserError(
                 f"checkpoint {directory} holds no average of decay {decay}, which optimizer.ema_decays asks for: an "
                 f"average begins with the run, take it out"
             )
     with contextlib.ExitStack() as stack:
         # All files are checked against the model before the first value is copied.
-        model, ema, optimizer = (
+        model, optimizer = (
             stack.enter_context(_open(directory, name, expected))
-            for name, expected in ((WEIGHTS, weights), (EMA, weights), (OPTIMIZER, moments))
+            for name, expected in ((WEIGHTS, weights), (OPTIMIZER, moments))
         )
-        extra = {decay: stack.enter_context(_open(directory, ema_file(decay), weights)) for decay in engine.ema.extra}
+        averages = {decay: stack.enter_context(_open(directory, held[decay], weights)) for decay in engine.ema.decays}
         with torch.no_grad():
             layout.scatter(model, lambda master: master)
-            layout.scatter(ema, engine.ema.of)
-            for decay, average in extra.items():
+            for decay, average in averages.items():
                 layout.scatter(average, lambda master, decay=decay: engine.ema.of(master, decay))
             for key in (MUON_STATE, *ADAM_STATES):
                 layout.scatter(
@@ -233,7 +235,7 @@ def ema_file(decay: float) -> str:
 
 
 def ema_decays(state: Mapping[str, Any]) -> list[float]:
-    """Decays of the averages that a checkpoint of this `read_state` holds, the main one first."""
+    """Decays of the averages that a checkpoint of this `read_state` holds, the main one, of file EMA, first."""
     optimizer = state["config"].get("optimizer", {})
     extra = [decay for decay in optimizer.get("ema_decays", ()) if ema_file(decay) in state["files"]]
     return [optimizer.get("ema_decay"), *extra]
@@ -390,10 +392,9 @@ def _check_same_model(engine: Engine, state: dict[str, Any], directory: Path) ->
         detail = "; ".join(changed) or _difference(mine, state["parameters"])
         raise UserError(f"checkpoint {directory} is of another model: {detail}")
     kind, saved = engine.config.optimizer.kind, state["config"].get("optimizer", {})
-    if isinstance(saved, dict) and saved.get("kind") != kind:
-        raise UserError(
-            f"checkpoint {directory} is of another optimizer: optimizer.kind is {kind!r}, there {saved.get('kind')!r}"
-        )
+    there = saved.get("kind") if isinstance(saved, dict) else None
+    if there != kind:
+        raise UserError(f"checkpoint {directory} is of another optimizer: optimizer.kind is {kind!r}, there {there!r}")
 
 
 def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
