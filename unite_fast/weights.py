@@ -128,8 +128,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     with open(path, "wb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    with open(path, "rb") as file:
-        os.fchmod(file.fileno(), mode)
+    path.chmod(mode)
+    with open(path, "rb+") as file:  # Windows flushes none that is open for reading alone
         os.fsync(file.fileno())
 
 
