@@ -25,7 +25,7 @@ from unite_fast.objective.two_pass import Objective, two_pass_step
 BATCH = 2
 SMALL = dict(
     image_size=32, patch_size=8, registers=16, latent_dim=6, depth=3, width=48, heads=2, num_classes=3,
-    context_len=4, context_start=1, decoder=dict(depth=2, width=32, heads=2, inner=24),
+    context_len=4, context_start=1, decoder=dict(depth=3, width=32, heads=2, inner=24),
 )  # fmt: skip
 CPU = torch.device("cpu")
 
