@@ -73,6 +73,14 @@ def test_an_epoch_is_in_the_largest_unit_that_leaves_a_tenth(images, unit, in_an
     assert cells == [_short(value * in_an_hour) for value in hours]
 
 
+def test_steps_are_of_each_plans_own_batch(capsys):
+    """A run without a global batch: more GPUs see more images in as many steps."""
+    length = ["train.epochs=null", "train.steps=1000", "train.global_batch=null", "train.accumulation=1"]
+    for row in numbers(capsys, "--preset", "B", "--set", *length)["scaling"]:
+        assert row["global_batch"] == row["micro_batch"] * row["gpus"]
+        assert row["gpu_hours"] == pytest.approx(1000 * row["step_seconds"]["total"] * row["gpus"] / 3600)
+
+
 def test_numbers_have_three_digits_or_all():
     values = {0: "0", 0.0099: "<0.01", 0.01: "0.01", 0.12345: "0.123", 99.94: "99.9", 99.96: "100", 1234.6: "1,235"}
     assert {value: _short(value) for value in values} == values

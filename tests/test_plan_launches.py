@@ -65,6 +65,8 @@ def test_zero_3_is_planned_with_the_linears_that_it_brings():
     run = config("B", "train.micro_batch=16")
     hosts = [plan(run, H100, NODES, ranks=64, stage=stage).seconds.host for stage in range(4)]
     assert hosts[0] == hosts[1] == hosts[2] and hosts[3] > 1.25 * hosts[0]
+    compiled = config("B", "train.micro_batch=16", "train.compile=true")  # which it refuses
+    assert plan(compiled, H100, NODES, ranks=64, stage=3).seconds.host == hosts[3]
     named = config("B", "train.micro_batch=16", "train.zero_stage=3", "optimizer.kind=adamw")
     assert plan(named, H100, NODES, ranks=64, stage=3).seconds.host == hosts[3]
     assert plan(named, H100, NODES, ranks=64, stage=2).seconds.host < hosts[0]  # with AdamW in place of Muon
@@ -116,7 +118,9 @@ def test_the_command_says_where_the_host_limits(capsys, monkeypatch):
     assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8") == 0
     assert "it limits all of these steps" in capsys.readouterr().out
     assert run(*options, "--set", "train.compile=true") == 0
-    assert "under train.compile launches are fewer and not counted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "under train.compile launches are fewer and not counted" in printed
+    assert re.search(r"ZeRO.3 refuses that and is planned without: [\d,]+ launches a step .*it limits no step of", printed)
 
     def planned(*more):
         assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8", "--json", *more) == 0

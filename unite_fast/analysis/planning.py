@@ -117,7 +117,8 @@ def plan(
             largest that fits is taken, with the largest samples that could come, and then of draws_per_chunk `auto` the
             largest beside it, as the trainer measures both.
         ranks: GPUs.
-        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8, which it refuses.
+        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8 and torch.compile, which
+            it refuses.
         efficiency: of compute and update, as a share of the counted floor.
         launch: seconds that the launch of a kernel takes the host.
         population: its training samples; those of `Modality.population` if None.
@@ -132,7 +133,8 @@ def plan(
         )
     train, optimizer = config.train.model_copy(update={"zero_stage": stage}), config.optimizer
     if stage == 3:
-        train, optimizer = train.model_copy(update={"fp8": False}), optimizer.model_copy(update={"kind": "adamw"})
+        train = train.model_copy(update={"fp8": False, "compile": False})
+        optimizer = optimizer.model_copy(update={"kind": "adamw"})
     config = config.model_copy(update={"optimizer": optimizer, "train": train})
     if train.micro_batch == "auto":
         batches = [resolve_batch(train, ranks, size) for size in reversed(micro_batch_candidates(train, ranks))]

@@ -90,16 +90,15 @@ def plan(
     scaled = planning.scaling(run, device, links, stage=stage, **options)
     simulated = [simulate(run, p, device.rates, links, efficiency=share) for p in scaled]
     broken = planning.breaking_point(scaled)
-    epochs = run.train.epochs or run.train.steps * plans[0].global_batch / population.samples
     if picture is not None:
         from unite_fast.analysis.plan_picture import plan_picture
 
         label = f"{preset or run.name}, S = {run.objective.flow_draws}, {device.name}"
         plan_picture(plans, scaled, simulated, broken, device.memory, label, picture, unit=unit)
     if as_json:
-        rows = [_row(p, population, epochs, unit) for p in plans]
+        rows = [_row(p, run, population, unit) for p in plans]
         line = [
-            _row(p, population, epochs, unit) | {"simulated_step_seconds": s}
+            _row(p, run, population, unit) | {"simulated_step_seconds": s}
             for p, s in zip(scaled, simulated, strict=True)
         ]
         why = {"gpus": broken[0].ranks, "why": broken[1]} if broken else None
@@ -107,14 +106,14 @@ def plan(
         typer.echo(json.dumps(numbers | {"plans": rows, "scaling": line, "breaks": why}, indent=2))
     else:
         title = f"{preset or run.name}, S = {run.objective.flow_draws}, on {gpus} × {device.name}"
-        _print_stages(plans, title, population, epochs, unit)
+        _print_stages(plans, title, run, population, unit)
         if scaled:
             _print_scaling(scaled, simulated, stage, unit)
             _print_break(scaled, broken)
         _print_chunks(plans, scaled)
         _print_host(plans, scaled, run, launch, launch_us is None)
         in_fp8 = planning.fp8_share(run, plans[0].extent)
-        _print_assumptions(device, links, share, efficiency is None, population, in_fp8)
+        _print_assumptions(device, links, share, efficiency is None, population, in_fp8, unit)
         if picture is not None:
             out().print(f"picture in {picture}", markup=False, soft_wrap=True)
 
@@ -140,8 +139,7 @@ def _config(preset: str | None, path: Path | None, overrides: list[str]) -> Conf
     return Config.parse(values, source=f"preset {preset} with --set")
 
 
-def _row(p: Plan, population: Population, epochs: float, unit: str) -> dict:
-    hours = p.epoch_hours(population.samples)
+def _row(p: Plan, run: Config, population: Population, unit: str) -> dict:
     return {
         "zero_stage": p.stage, "optimizer": p.optimizer, "gpus": p.ranks, "fits": p.fits,
         "micro_batch": p.micro_batch, "accumulation": p.accumulation, "global_batch": p.global_batch,
@@ -150,8 +148,14 @@ def _row(p: Plan, population: Population, epochs: float, unit: str) -> dict:
         "step_seconds": vars(p.seconds) | {"launching": p.seconds.launching, "total": p.seconds.total},
         "communication_share": p.seconds.communication / p.seconds.total,
         f"{unit}_per_second": p.samples_per_second, "mfu": p.mfu,
-        "epoch_hours": hours, "gpu_hours": hours * epochs * p.ranks,
+        "epoch_hours": p.epoch_hours(population.samples), "gpu_hours": _gpu_hours(p, run, population),
     }  # fmt: skip
+
+
+def _gpu_hours(p: Plan, run: Config, population: Population) -> float:
+    """Of the whole run; steps are of the plan's own global batch, which differs where the run gives none."""
+    epochs = run.train.epochs or run.train.steps * p.global_batch / population.samples
+    return p.epoch_hours(population.samples) * epochs * p.ranks
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -165,17 +169,16 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _print_stages(plans: list[Plan], title: str, population: Population, epochs: float, unit: str) -> None:
-    total = f"GPU-h, {_short(epochs)} epochs"
+def _print_stages(plans: list[Plan], title: str, run: Config, population: Population, unit: str) -> None:
+    length = f"{_short(run.train.epochs)} epochs" if run.train.epochs else f"{run.train.steps:,} steps"
     shortest = min(p.epoch_hours(population.samples) for p in plans)
     # The largest unit that leaves a whole tenth of it.
     name, in_an_hour = next(((n, many) for n, many in (("h", 1), ("min", 60)) if shortest * many >= 0.1), ("s", 3600))
     table = _table(
         title,
-        ("ZeRO", "memory\nGiB", "batch", "step\nms", f"{unit}\n/s", "MFU", "comm.", f"epoch\n{name}", total),
+        ("ZeRO", "memory\nGiB", "batch", "step\nms", f"{unit}\n/s", "MFU", "comm.", f"epoch\n{name}", f"GPU-h, {length}"),
     )
     for p in plans:
-        hours = p.epoch_hours(population.samples)
         table.add_row(
             f"{p.stage}\u00a0{p.optimizer}",
             f"{'' if p.fits else '>'}{_short(p.memory.peak / 2**30)}",
@@ -186,8 +189,8 @@ def _print_stages(plans: list[Plan], title: str, population: Population, epochs:
                     f"{p.samples_per_second:.0f}",
                     f"{p.mfu:.1%}",
                     f"{p.seconds.communication / p.seconds.total:.1%}",
-                    _short(hours * in_an_hour),
-                    _short(hours * epochs * p.ranks),
+                    _short(p.epoch_hours(population.samples) * in_an_hour),
+                    _short(_gpu_hours(p, run, population)),
                 )
                 if p.fits
                 else (TOO_LARGE,)
@@ -261,31 +264,37 @@ def _print_host(plans: list[Plan], scaled: list[Plan], run: Config, launch: floa
     """Launches, and which steps wait for the host: of the ZeRO stages the table does not say it."""
     from unite_fast.analysis.launches import HOST_SECONDS
 
+    counted = [p for p in plans + scaled if p.seconds.host]
+    launches = sorted({round(p.seconds.host / launch) for p in counted})
+    stages = [f"ZeRO\u00a0{p.stage}" for p in plans if p.seconds.launching > 0]
+    gpus = [str(p.ranks) for p in scaled if p.seconds.launching > 0]
+    where = [", ".join(stages), f"{', '.join(gpus)} GPUs" if gpus else ""]
+    if len(stages + gpus) == len(plans + scaled):
+        where = ["all of these steps"]
+    none = "no step of that" if run.train.compile else "none of these steps"
+    low, high = (f"{seconds * 1e6:g}" for seconds in HOST_SECONDS)
+    text = (
+        f"{' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches a step at "
+        f"{launch * 1e6:g} µs each ({f'assumed, {low} to {high}' if assumed else 'given'}; "
+        "without those of ZeRO and collectives); "
+        f"it limits {' and '.join(filter(None, where)) or none}"
+    )
     if run.train.compile:
-        text = "host: under train.compile launches are fewer and not counted; it may be what limits short steps"
-    else:
-        launches = sorted({round(p.seconds.host / launch) for p in plans + scaled})
-        stages = [f"ZeRO\u00a0{p.stage}" for p in plans if p.seconds.launching > 0]
-        gpus = [str(p.ranks) for p in scaled if p.seconds.launching > 0]
-        where = [", ".join(stages), f"{', '.join(gpus)} GPUs" if gpus else ""]
-        if len(stages + gpus) == len(plans + scaled):
-            where = ["all of these steps"]
-        low, high = (f"{seconds * 1e6:g}" for seconds in HOST_SECONDS)
         text = (
-            f"host: {' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches a step at "
-            f"{launch * 1e6:g} µs each ({f'assumed, {low} to {high}' if assumed else 'given'}; "
-            "without those of ZeRO and collectives); "
-            f"it limits {' and '.join(filter(None, where)) or 'none of these steps'}"
+            "under train.compile launches are fewer and not counted; it may be what limits short steps. ZeRO\u00a03 "
+            f"refuses that and is planned without: {text}"
         )
-    out().print(f"· {text}", markup=False, soft_wrap=True)
+    out().print(f"· host: {text}", markup=False, soft_wrap=True)
 
 
 def _print_assumptions(
-    device, links, efficiency: float, assumed: bool, population: Population, in_fp8: float
+    device, links, efficiency: float, assumed: bool, population: Population, in_fp8: float, unit: str
 ) -> None:
     matmul, copy, fp8 = device.rates
     source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
     lines = (
+        f"batch: {unit} of a micro-batch × micro-batches × GPUs; comm.: the share of a step that waits for communication; "
+        "GPU-h: training steps alone, without start-up, waiting for data, evaluation, samples and checkpoints",
         f"data: {population.source}",
         f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
         f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
@@ -311,8 +320,9 @@ def _print_assumptions(
         f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
         "memory: bf16 compute with float32 weights and the fused operators, on the largest micro-batch that a long run "
         "draws; at most 92 % of the device (assumed)",
-        "ZeRO 3 trains with AdamW (Muon needs whole matrices); its time is that without any layer kept between passes, "
-        "its memory that with all kept",
+        "ZeRO 2 does what ZeRO 1 does: gradients are whole until the last backward of a step reduces them; ZeRO 3 trains "
+        "with AdamW (Muon needs whole matrices), its time is that with no layer kept between passes and no gather hidden, "
+        "its memory that with all layers kept",
     )
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)
