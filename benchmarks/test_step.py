@@ -140,13 +140,14 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
     contest.settle(turns, found, lambda: contest.ratios(by_clock(found, judged)), seconds=60)
     wall, own = by_clock(found, "wall"), by_clock(found, judged)
     ratios = contest.ratios(own)
+
     result = {
         "direction": "step",
         "shape": f"{given or 'largest'} {unit}",
         "dtype": "bfloat16" if on_gpu else "float32",
         "rounds": len(found[contest.OURS]),
         "batch": sizes,
-        "seconds": {who: measure.spread([s * sizes[who] for s in times]) for who, times in wall.items()},
+        **steps_seconds(found, sizes, judged),
         "times_faster_than": {rival: ratio.value for rival, ratio in ratios.items()},
         "ratio_error": {rival: ratio.error for rival, ratio in ratios.items()},
         "ratio_of": "wall clock" if on_gpu else "processor time",
@@ -156,6 +157,17 @@ def race(trainers: Trainers, given: int | None, benchmark, with_compile: bool, u
         "peak_bytes": peak,
     }
     return result, statistics.median(own[contest.OURS])
+
+
+def steps_seconds(
+    found: dict[str, list[Seconds]], sizes: dict[str, int], judged: Literal["wall", "process"]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Quartiles of each contender's steps: by the wall clock, and by that which ratios, MFU and floors take."""
+    return {
+        name: {who: measure.spread([s * sizes[who] for s in times]) for who, times in by_clock(found, clock).items()}
+        for name, clock in (("seconds", "wall"), ("processor_seconds", "process"))
+        if clock in ("wall", judged)
+    }
 
 
 def by_clock(found: dict[str, list[Seconds]], clock: Literal["wall", "process"]) -> dict[str, list[float]]:

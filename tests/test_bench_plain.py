@@ -13,7 +13,7 @@ from plain_unite import PlainLpips  # found by bench_rivals, as are subjects and
 from runs import config
 from subjects import Subject, Trainers, load
 from test_model import tiny
-from test_step import batch_sizes, compile_anew, warmed
+from test_step import Seconds, batch_sizes, compile_anew, steps_seconds, warmed
 from torch.utils.flop_counter import FlopCounterMode
 
 from unite_fast.analysis.update import newton_schulz_operations
@@ -109,6 +109,13 @@ def test_the_contenders_of_a_benchmark_take_the_same_steps():
     plain = {group["lr"] for optimizer in trainers.plain.optimizers for group in optimizer.param_groups}
     trainers.our_step(*trainers.batch(2))
     assert plain == {trainers.engine.last_lr} == {trainers.config.optimizer.lr}
+
+
+def test_the_record_holds_the_seconds_that_mfu_and_floors_are_made_of():
+    found = {"ours": [Seconds(wall=0.5, process=0.25)] * 3}
+    on_cpu, on_gpu = (steps_seconds(found, {"ours": 4}, clock) for clock in ("process", "wall"))
+    assert {name: clock["ours"]["median"] for name, clock in on_cpu.items()} == {"seconds": 2, "processor_seconds": 1}
+    assert on_gpu == {"seconds": on_cpu["seconds"]}
 
 
 def test_a_compiled_contender_takes_the_next_batch_that_fits():
