@@ -117,8 +117,8 @@ def plan(
             largest that fits is taken, with the largest samples that could come, and then of draws_per_chunk `auto` the
             largest beside it, as the trainer measures both.
         ranks: GPUs.
-        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8 and torch.compile, which
-            it refuses.
+        stage: ZeRO stage; 3 trains with AdamW, since Muon needs whole matrices, and without FP8 and torch.compile,
+            which it refuses.
         efficiency: of compute and update, as a share of the counted floor.
         launch: seconds that the launch of a kernel takes the host.
         population: its training samples; those of `Modality.population` if None.

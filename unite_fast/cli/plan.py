@@ -174,10 +174,8 @@ def _print_stages(plans: list[Plan], title: str, run: Config, population: Popula
     shortest = min(p.epoch_hours(population.samples) for p in plans)
     # The largest unit that leaves a whole tenth of it.
     name, in_an_hour = next(((n, many) for n, many in (("h", 1), ("min", 60)) if shortest * many >= 0.1), ("s", 3600))
-    table = _table(
-        title,
-        ("ZeRO", "memory\nGiB", "batch", "step\nms", f"{unit}\n/s", "MFU", "comm.", f"epoch\n{name}", f"GPU-h, {length}"),
-    )
+    ends = (f"epoch\n{name}", f"GPU-h, {length}")
+    table = _table(title, ("ZeRO", "memory\nGiB", "batch", "step\nms", f"{unit}\n/s", "MFU", "comm.", *ends))
     for p in plans:
         table.add_row(
             f"{p.stage}\u00a0{p.optimizer}",
@@ -293,8 +291,9 @@ def _print_assumptions(
     matmul, copy, fp8 = device.rates
     source = "measured" if device.measured else "the shares of the datasheet's peak that an H200 was measured to reach"
     lines = (
-        f"batch: {unit} of a micro-batch × micro-batches × GPUs; comm.: the share of a step that waits for communication; "
-        "GPU-h: training steps alone, without start-up, waiting for data, evaluation, samples and checkpoints",
+        f"batch: {unit} of a micro-batch × micro-batches × GPUs; comm.: the share of a step that waits for "
+        "communication; GPU-h: training steps alone, without start-up, waiting for data, evaluation, samples and "
+        "checkpoints",
         f"data: {population.source}",
         f"rates: {matmul / 1e12:.0f} of {device.matmul / 1e12:.0f} TFLOP/s in bf16 and {copy / 1e12:.2f} of "
         f"{device.memory_bandwidth / 1e12:.2f} TB/s ({source})",
@@ -320,9 +319,9 @@ def _print_assumptions(
         f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
         "memory: bf16 compute with float32 weights and the fused operators, on the largest micro-batch that a long run "
         "draws; at most 92 % of the device (assumed)",
-        "ZeRO 2 does what ZeRO 1 does: gradients are whole until the last backward of a step reduces them; ZeRO 3 trains "
-        "with AdamW (Muon needs whole matrices), its time is that with no layer kept between passes and no gather hidden, "
-        "its memory that with all layers kept",
+        "ZeRO 2 does what ZeRO 1 does: gradients are whole until the last backward of a step reduces them; ZeRO 3 "
+        "trains with AdamW (Muon needs whole matrices), its time is that with no layer kept between passes and no "
+        "gather hidden, its memory that with all layers kept",
     )
     for line in lines:
         out().print(f"· {line}", markup=False, soft_wrap=True)
