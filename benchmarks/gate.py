@@ -291,6 +291,8 @@ def write_baseline(records: list[dict]) -> Path:
 def compare(old: dict, new: dict) -> list[Verdict]:
     """Two records: the noise is that of the old one's class where a baseline is committed, else of their own rounds.
 
+    A band is of a run about what many made; two single runs differ by √2 as much.
+
     Raises:
         UserError: records of different classes.
     """
@@ -300,7 +302,8 @@ def compare(old: dict, new: dict) -> list[Verdict]:
     before = measured(old["results"])
     baseline = read_baseline(device_class) if baseline_path(device_class).is_file() else {}
     bands = {name: entry.band for name, entry in baseline.items()}
-    least = {name: max(bands.get(name, BAND_LEAST), ERROR_SIGMAS * ratio.error) for name, ratio in before.items()}
+    two = math.sqrt(2)
+    least = {name: max(two * bands.get(name, BAND_LEAST), ERROR_SIGMAS * ratio.error) for name, ratio in before.items()}
     return judge(measured(new["results"]), {name: Entry(before[name].value, least[name]) for name in before})
 
 
