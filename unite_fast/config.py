@@ -36,7 +36,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 def _rising(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if low >= high:
-        raise ValueError(f"[{low:g}, {high:g}] must rise, or guidance never acts; sampling.guidance = 1 turns it off")
+        raise ValueError(f"[{low:g}, {high:g}] must increase, or guidance never acts; guidance = 1 turns it off")
     return interval
 
 
@@ -58,7 +58,7 @@ _RUN_NAME = re.compile(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 def _folder_name(name: str) -> str:
     if not _RUN_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a run: use letters without accents, digits, '-', '_' and '.', no spaces")
+        raise ValueError(f"{name!r} is not a run name: use letters without accents, digits, '-', '_' and '.', no spaces")
     return name
 
 
@@ -92,7 +92,7 @@ class DecoderConfig(Section):
     depth: PositiveInt = Field(12, description="transformer blocks")
     width: PositiveInt = Field(768, description="hidden width, divisible by heads and by 4")
     heads: PositiveInt = Field(12, description="attention heads")
-    inner: PositiveInt = Field(768, description="width between the two Linears that lift a latent to the decoder")
+    inner: PositiveInt = Field(768, description="hidden width of the two Linears that map a latent to the decoder width")
 
     @model_validator(mode="before")
     @classmethod
@@ -109,8 +109,8 @@ class DecoderConfig(Section):
 
 
 LatentNormKind = Literal["layer", "rms", "none"]
-LATENT_NORM = "norm of the latents and of every denoised prediction: LayerNorm, RMSNorm with a learned scale, or none; layer alone is a fused operator"
-REGISTER_NOISE = "registers of tokenization start as N(0, 1) noise; false: at zero, told apart by their learned positions alone"
+LATENT_NORM = "norm of the latents and of every denoised prediction: LayerNorm, RMSNorm with a learned scale, or none; only layer has a fused operator"
+REGISTER_NOISE = "tokenization registers start as N(0, 1) noise; false: they start at zero and differ only in their learned positions"
 
 
 class Sizes(Section):
@@ -134,9 +134,9 @@ class ModelConfig(Sizes):
     heads: PositiveInt = Field(12, description="encoder attention heads H")
     image_size: PositiveInt = Field(256, description="side of the square image in pixels, divisible by patch_size")
     patch_size: PositiveInt = Field(16, description="side of a square patch in pixels")
-    registers: PositiveInt = Field(256, description="latent tokens K; with K = patches each register decodes into its patch, else patch queries read them")
+    registers: PositiveInt = Field(256, description="latent tokens K; if K is the number of patches, each register decodes into its patch, otherwise patch queries attend to the registers")
     latent_dim: PositiveInt = Field(32, description="channels D of a latent token")
-    num_classes: PositiveInt = Field(1000, description="labels; one more row serves as the null label")
+    num_classes: PositiveInt = Field(1000, description="number of classes; the label table has one more row, the null label")
     context_len: Annotated[int, Field(ge=0)] = Field(32, description="context tokens; 0 turns them off")
     context_start: Annotated[int, Field(ge=0)] = Field(4, description="block before which the context is prepended")
     decoder: DecoderConfig = Field(DecoderConfig(), description="the pixel decoder")
@@ -173,32 +173,32 @@ class ModelConfig(Sizes):
 
 
 class LpipsConfig(Section):
-    """Perceptual term of the reconstruction loss (LPIPS, VGG16)."""
+    """Perceptual term of the reconstruction loss (LPIPS with VGG16)."""
 
     weight: Annotated[float, Field(ge=0)] = Field(1.0, description="lambda_p; 0 turns the term off")
     vgg: LocalPath | None = Field(None, description="VGG16 weights: torchvision's state dict, .pth or .safetensors")
     linear: LocalPath | None = Field(None, description="LPIPS 1x1 weights (lin0..lin4), .pth or .safetensors")
-    rescale: bool = Field(False, description="feed [-1, 1] as LPIPS was made for; false feeds [0, 1] as published")
+    rescale: bool = Field(False, description="feed images in [-1, 1], which LPIPS was made for; false: in [0, 1], as published")
     dropout: bool = Field(False, description="dropout 1/2 inside the 1x1 layers, as in the published run")
 
 
 class TwoPassConfig(Section):
-    """What the two-pass objective of every modality has (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
+    """Settings of the two-pass objective that all modalities share (UNITE, arXiv 2603.22283, tokenization pass and losses)."""
 
     flow_draws: PositiveInt = Field(3, description="S, flow draws per image and step; their losses are summed")
-    draws_per_chunk: PositiveInt | Literal["auto"] = Field("auto", description="draws in one forward and backward; memory grows with it, not with S. auto: of the even shares of S the largest that needs no more memory than the reconstruction does; on CUDA then the largest that fits beside the micro-batch, measured at the start")
+    draws_per_chunk: PositiveInt | Literal["auto"] = Field("auto", description="flow draws per forward and backward; memory grows with this, not with S. auto: the largest even share of S that needs no more memory than the reconstruction; then, on CUDA, the largest that fits beside the micro-batch, measured at the start")
     flow_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the flow loss")
-    stop_gradient: bool = Field(True, description="detach z0 in the flow loss")
-    tokenize_t_max: Fraction = Field(0.01, description="tokenization time is drawn from U(0, this) in training, and half of this in evaluation and in every command")
+    stop_gradient: bool = Field(True, description="detach z0 in the flow loss, so that its gradient does not reach the tokenization pass")
+    tokenize_t_max: Fraction = Field(0.01, description="in training the tokenization time is drawn from U(0, this); evaluation and all commands use half of this")
     label_drop: Fraction = Field(0.1, description="share of labels replaced by the null label in the flow pass")
-    time_law: Literal["logit_normal", "uniform"] = Field("logit_normal", description="law of flow times; uniform is the paper's form")
+    time_law: Literal["logit_normal", "uniform"] = Field("logit_normal", description="distribution of flow times; uniform is the paper's form")
     time_shift: Annotated[float, Field(gt=0)] = Field(0.5, description="alpha of t = alpha u / (1 + (alpha-1) u); applies to logit_normal and to sampling")
-    weighting: Literal["velocity", "none"] = Field("velocity", description="flow error divided by max(1-t, t_floor), or the paper's unweighted form")
-    t_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="floor of 1-t where it divides the flow error; sampling has 0.05, always")
-    decoder_noise: Literal["mix", "additive", "none"] = Field("mix", description="noise on z0 before decoding: published mix, the paper's additive form, or none")
-    mix_probability: Fraction = Field(0.5, description="share of samples that the mix touches")
-    mix_t_min: Fraction = Field(0.7, description="mix draws t from U(this, 1)")
-    additive_sigma: Annotated[float, Field(ge=0)] = Field(0.7, description="standard deviation of the additive form")
+    weighting: Literal["velocity", "none"] = Field("velocity", description="velocity: flow error divided by max(1-t, t_floor); none: the paper's unweighted form")
+    t_floor: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="lower bound of 1-t where it divides the flow error; sampling always uses 0.05")
+    decoder_noise: Literal["mix", "additive", "none"] = Field("mix", description="noise on z0 before decoding: the published mix, the paper's additive form, or none")
+    mix_probability: Fraction = Field(0.5, description="mix: share of samples that get noise")
+    mix_t_min: Fraction = Field(0.7, description="mix: t is drawn from U(this, 1)")
+    additive_sigma: Annotated[float, Field(ge=0)] = Field(0.7, description="additive: standard deviation of the noise")
 
     @property
     def chunk(self) -> int:
@@ -224,18 +224,18 @@ class OptimizerConfig(Section):
 
     kind: Literal["muon", "adamw"] = Field("muon", description="muon: Muon on matrices, AdamW on the rest; adamw: AdamW on all")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate at lr_batch; scales with the global batch")
-    lr_batch: PositiveInt | None = Field(384, description="global batch that lr stands for; null uses lr as it is")
+    lr_batch: PositiveInt | None = Field(384, description="global batch for which lr is stated; null: lr is not scaled")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas")
     eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="AdamW epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled decay, AdamW and Muon alike")
     momentum: Fraction = Field(0.95, description="Muon momentum (Nesterov)")
     newton_schulz_steps: PositiveInt = Field(5, description="Muon orthogonalisation steps")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(3.0, description="global gradient norm clip, before Muon; null turns it off")
-    ema_decay: Fraction = Field(0.9978, description="EMA of the weights, every optimizer step")
-    ema_decays: tuple[Fraction, ...] = Field((), description="further EMAs kept beside it; evaluate --search ema chooses after the run")
+    ema_decay: Fraction = Field(0.9978, description="decay of the weights' EMA per optimizer step")
+    ema_decays: tuple[Fraction, ...] = Field((), description="decays of additional EMAs; evaluate --search ema chooses among them after the run")
     warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.0, description="linear warm-up from 0")
-    hold_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="constant until here")
-    cosine_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="cosine from the hold to final_ratio until here, constant after; 0 turns the decay off")
+    hold_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="epoch until which the peak is held")
+    cosine_until_epoch: Annotated[float, Field(ge=0)] = Field(0.0, description="epoch at which a cosine from the hold has reached final_ratio, constant after; 0 turns the decay off")
     final_ratio: Fraction = Field(0.5, description="learning rate after the cosine, as a share of the peak")
 
     @model_validator(mode="after")
@@ -260,52 +260,52 @@ class TrainConfig(Section):
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the data; give this or steps")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; give this or epochs")
-    global_batch: PositiveInt | None = Field(None, description="images an optimizer step over all ranks")
-    micro_batch: PositiveInt | Literal["auto"] | None = Field(None, description="images a rank and backward; auto finds the largest that fits")
-    accumulation: PositiveInt | None = Field(None, description="micro-batches an optimizer step; two of the three batch keys fix the third")
+    global_batch: PositiveInt | None = Field(None, description="images per optimizer step over all ranks")
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(None, description="images per rank and backward; auto finds the largest that fits")
+    accumulation: PositiveInt | None = Field(None, description="micro-batches per optimizer step; set two of the three batch keys, the third follows")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of weights, data order and every random draw")
-    start_from: LocalPath | None = Field(None, description="run, checkpoint, export or imported model whose EMA weights a new run begins with: of the same sizes, but num_classes may differ, and classes of other names begin anew; null: at random")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere; a GPU of a capability below 8.0 needs fp32")
+    start_from: LocalPath | None = Field(None, description="run, checkpoint, export or imported model whose EMA weights initialise a new run: of the same sizes, but num_classes may differ, and classes with other names get new embeddings; null: random weights")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere; GPUs of compute capability below 8.0 need fp32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
-    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="fused operators: auto takes Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="backend of the fused operators; auto: Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")
-    checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step saves, too, and every one that sheets or metrics are made after")
-    keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
-    wandb: str | None = Field(None, description="project of Weights & Biases that records go to as well (extra `wandb`); null: TensorBoard and metrics.jsonl only")
-    compile: bool = Field(False, description="training passes under torch.compile: the first step takes minutes, the others less; needs a C++ compiler, not for ZeRO 3")
-    fp8: bool = Field(False, description="matrix products of the blocks in FP8 (GPU of capability 8.9 or newer; a CPU emulates it); not for ZeRO 3")
+    checkpoint_every: PositiveInt = Field(1000, description="optimizer steps between checkpoints; the last step is saved as well, and every step after which sheets or metrics are made")
+    keep_checkpoints: PositiveInt = Field(3, description="number of newest checkpoints to keep")
+    wandb: str | None = Field(None, description="Weights & Biases project that records are also sent to (extra `wandb`); null: TensorBoard and metrics.jsonl only")
+    compile: bool = Field(False, description="training passes under torch.compile: the first step takes minutes, later ones less time than without; needs a C++ compiler; not with ZeRO 3")
+    fp8: bool = Field(False, description="matrix products of the blocks in FP8 (GPU of compute capability 8.9 or newer; emulated on a CPU); not with ZeRO 3")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage; Muon is exact under 0, 1 and 2")
 
     @model_validator(mode="after")
     def _lengths(self):
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps; null takes the other away")
+            raise ValueError("give exactly one of epochs and steps; set the other to null")
         if sum(v is not None for v in (self.global_batch, self.micro_batch, self.accumulation)) < 2:
             raise ValueError("give two of global_batch, micro_batch and accumulation; the third follows")
         return self
 
 
 class DaliConfig(Section):
-    """NVIDIA DALI's pipeline, where data.loader chooses it."""
+    """NVIDIA DALI's pipeline, used when data.loader selects it."""
 
-    threads: PositiveInt = Field(4, description="threads a rank that read and decode; on a CPU they crop, too")
+    threads: PositiveInt = Field(4, description="threads per rank that read and decode; on a CPU they also crop")
     prefetch: PositiveInt = Field(2, description="micro-batches decoded ahead")
-    hw_decoder_load: Fraction = Field(0.65, description="share of the images that a GPU's JPEG engine decodes, the rest is left to its cores; for data.decode fast")
-    preallocate: tuple[PositiveInt, PositiveInt] | None = Field(None, description="width and height of a large image of the data set: a GPU decoder takes its memory at the start, not in mid-run")
+    hw_decoder_load: Fraction = Field(0.65, description="share of the images that a GPU's JPEG engine decodes, the rest is decoded on its cores; for data.decode fast")
+    preallocate: tuple[PositiveInt, PositiveInt] | None = Field(None, description="width and height of a large image of the data set, for which a GPU decoder allocates its memory at the start instead of during the run")
 
 
 class DataConfig(Section):
-    """Images in class folders, one sub-folder a class, sorted by name; or in shards of `unite-fast data prepare`."""
+    """Images in class folders, one subfolder per class, sorted by name; or in shards made by `unite-fast data prepare`."""
 
     path: LocalPath = Field(..., description="training images: class folders or prepared shards")
-    val_path: LocalPath | None = Field(None, description="held-out images of the same classes: class folders or prepared shards; null: reconstructions are of training images, and say so")
+    val_path: LocalPath | None = Field(None, description="held-out images of the same classes: class folders or prepared shards; null: reconstructions are of training images and labelled so")
     crop: Literal["adm", "none"] = Field("adm", description="adm: centre crop of the ADM protocol; none: images must have image_size")
     flip: bool = Field(True, description="horizontal flip with probability 1/2, from (seed, epoch, index)")
-    loader: Literal["auto", "workers", "dali"] = Field("auto", description="who reads: processes with Pillow, or NVIDIA DALI; auto: DALI on CUDA where it is installed, workers elsewhere and with cache")
-    decode: Literal["exact", "fast"] = Field("exact", description="exact: JPEG decoded on the CPU, the pixels of every loader; fast: on the GPU, whose rounding differs, or with a CPU's fast transform; needs DALI")
-    workers: Annotated[int, Field(ge=0)] = Field(8, description="loader processes a rank; 0 loads in the training process")
+    loader: Literal["auto", "workers", "dali"] = Field("auto", description="workers: processes with Pillow; dali: NVIDIA DALI; auto: DALI on CUDA where it is installed, workers elsewhere and with cache")
+    decode: Literal["exact", "fast"] = Field("exact", description="exact: JPEG decoded on the CPU, the same pixels with every loader; fast: on the GPU, whose rounding differs, or on a CPU with the fast transform; needs DALI")
+    workers: Annotated[int, Field(ge=0)] = Field(8, description="loader processes per rank; 0 loads in the training process")
     prefetch: PositiveInt = Field(4, description="micro-batches each worker keeps ready")
-    max_bad_share: Fraction = Field(0.01, description="share of unreadable images that stops the run")
+    max_bad_share: Fraction = Field(0.01, description="share of unreadable images above which the run stops")
     cache: bool = Field(False, description="keep decoded images in memory (small data sets)")
     dali: DaliConfig = Field(DaliConfig(), description="DALI's pipeline")
 
@@ -323,33 +323,33 @@ class SamplingConfig(Section):
 
     solver: Literal["euler", "heun", "dopri5"] = Field("dopri5", description="ODE solver")
     steps: Annotated[int, Field(ge=2)] = Field(50, description="time points, shifted by objective.time_shift")
-    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="w of null + w (class - null)")
-    interval: Interval = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="guidance scale w in null + w (class - null)")
+    interval: Interval = Field((0.1, 1.0), description="open interval of times t in which guidance acts")
 
 
 class EvaluationConfig(Section):
-    """What is measured at the end of a run and every so often."""
+    """What is measured at the end of a run and at intervals during it."""
 
     every: PositiveInt | None = Field(None, description="optimizer steps between sample and reconstruction sheets; null: only at the end")
-    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images a class (with random labels: on average) that small-data metrics judge, measured whenever metrics are; 0 turns them off. Beside gfid, is, kid, precision or recall they judge those of count")
-    reconstructions: PositiveInt = Field(1000, description="held-out images that reconstruction metrics and rfid, kid, precision, recall use, at most")
-    metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="measured at the end beside psnr, ssim and l1, as unite-fast evaluate does")
+    samples_per_class: Annotated[int, Field(ge=0)] = Field(0, description="generated images per class (with random labels: on average) for small-data metrics, measured whenever metrics are; 0 turns them off. Together with gfid, is, kid, precision or recall they use the images of count instead")
+    reconstructions: PositiveInt = Field(1000, description="maximum number of held-out images for reconstruction metrics and rfid, kid, precision, recall")
+    metrics: tuple[Literal["gfid", "is", "kid", "precision", "recall", "rfid", "lpips"], ...] = Field((), description="metrics measured at the end in addition to psnr, ssim and l1, as by unite-fast evaluate")
     metrics_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="epochs between such measurements during training; null: only at the end")
-    count: PositiveInt = Field(50_000, description="generated images of these metrics; balanced labels need a multiple of model.num_classes")
-    label_sampling: Literal["balanced", "random"] = Field("balanced", description="labels of generated images that metrics judge: exactly as many of each class, or drawn uniformly at random from the seed and the image's number")
-    reference: LocalPath | None = Field(None, description="mu/sigma file of the training images for gfid, .npz; unite-fast reference makes one")
-    inception: LocalPath | None = Field(None, description="Inception-v3 weights of the FID layout, pt_inception-2015-12-05-6726825d.pth")
+    count: PositiveInt = Field(50_000, description="generated images for these metrics; with balanced labels a multiple of model.num_classes")
+    label_sampling: Literal["balanced", "random"] = Field("balanced", description="labels of the images generated for metrics; balanced: the same number of each class; random: uniformly at random from the seed and the image's number")
+    reference: LocalPath | None = Field(None, description=".npz with mu and sigma of the training images, for gfid; unite-fast reference makes one")
+    inception: LocalPath | None = Field(None, description="Inception-v3 weights in the FID layout, pt_inception-2015-12-05-6726825d.pth")
     sheet_classes: PositiveInt = Field(10, description="classes (rows) on the sample sheet")
-    sheet_columns: PositiveInt = Field(10, description="images a class on the sample sheet")
-    batch: PositiveInt = Field(64, description="images a forward pass in evaluation")
+    sheet_columns: PositiveInt = Field(10, description="images per class on the sample sheet")
+    batch: PositiveInt = Field(64, description="images per forward pass in evaluation")
 
 
 class Config(Section):
-    """A whole run; on another modality its sections of the model and the data are that modality's own."""
+    """A whole run on images; another modality replaces the sections that differ."""
 
-    modality: Literal["images"] = Field("images", description="images, or molecules: see the sections named so")
-    name: Annotated[str, AfterValidator(_folder_name)] = Field("run", description="name of the run, used for its folder: letters without accents, digits, - _ .")
-    runs: LocalPath = Field("runs", description="folder that holds run folders, the same one for all nodes")
+    modality: Literal["images"] = Field("images", description="images, or molecules: see the sections under Molecules below")
+    name: Annotated[str, AfterValidator(_folder_name)] = Field("run", description="name of the run and of its folder: letters without accents, digits, - _ .")
+    runs: LocalPath = Field("runs", description="folder of the run folders, shared by all nodes")
     model: ModelConfig = Field(ModelConfig(), description="network sizes")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses and draws")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
@@ -384,7 +384,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _together(self):
         if self.evaluation.samples_per_class == 1:
-            raise ValueError("evaluation.samples_per_class is 1, and small-data metrics need two images a class at least")
+            raise ValueError("evaluation.samples_per_class is 1, and small-data metrics need at least two images per class")
         if self.evaluation.samples_per_class and self.data.val_path is None:
             raise ValueError(
                 "evaluation.samples_per_class judges against held-out images: set data.val_path, or set it to 0"

@@ -57,7 +57,7 @@ class AtomDecoderConfig(Section):
 
 
 class MoleculeModelConfig(Sizes):
-    """Sizes of the Generative Encoder and the decoder of atoms; one register and one patch an atom."""
+    """Sizes of the Generative Encoder and the decoder of atoms; one register and one patch per atom."""
 
     modality = "molecules"
     # What the Generative Encoder reads and molecules do not choose: no context tokens, and no rotary positions for
@@ -72,7 +72,7 @@ class MoleculeModelConfig(Sizes):
     width: PositiveInt = Field(192, description="encoder width C, divisible by heads, head width even")
     heads: PositiveInt = Field(3, description="encoder attention heads H")
     latent_dim: PositiveInt = Field(16, description="channels D of an atom's latent")
-    num_classes: PositiveInt = Field(1, description="labels: bins of data.condition; one more row serves as the null label")
+    num_classes: PositiveInt = Field(1, description="number of classes: bins of data.condition; the label table has one more row, the null label")
     decoder: AtomDecoderConfig = Field(AtomDecoderConfig(), description="the decoder of atoms")
     shared: bool = Field(True, description="one set of weights for tokenization and denoising; false trains two")
     register_noise: bool = Field(True, description=REGISTER_NOISE)
@@ -94,7 +94,7 @@ class MoleculeModelConfig(Sizes):
         return self
 
     def described(self) -> tuple[str, str]:
-        return f"at most {self.registers} atoms each", f"{self.latent_dim} channels an atom"
+        return f"at most {self.registers} atoms each", f"{self.latent_dim} channels per atom"
 
 
 class MoleculeObjectiveConfig(TwoPassConfig):
@@ -108,13 +108,13 @@ class MoleculeObjectiveConfig(TwoPassConfig):
 class MoleculeDataConfig(Section):
     """Molecules with coordinates: a data set on disk, or the built-in sample set."""
 
-    path: LocalPath | None = Field(None, description="QM9's files or any set of molecules that docs/molecules.md names; null: the built-in sample set, which is not QM9")
-    cache: LocalPath = Field("data/molecules", description="folder for sets in binary form, and for SMILES perceived of training molecules")
+    path: LocalPath | None = Field(None, description="QM9's files or any set of molecules in a format of docs/molecules.md; null: the built-in sample set, which is not QM9")
+    cache: LocalPath = Field("data/molecules", description="cache folder for data sets in binary form and for the SMILES perceived for training molecules")
     sample_count: PositiveInt = Field(10000, description="molecules of the built-in sample set")
-    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split; 0 gives QM9's usual one")
-    order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under it")
-    orientation: Literal["random", "aligned"] = Field("random", description="random: every molecule is turned by a rotation drawn uniformly, anew in each step; aligned: once, into the frame of its first heavy atoms, which asks less of the generator")
-    strict: bool = Field(False, description="refuse molecules with unknown elements, too many atoms or two in one place, and repetitions, in place of leaving them out")
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split into training, validation and test molecules; 0 gives QM9's usual one")
+    order: Literal["file", "canonical"] = Field("file", description="atom order: as in the file, or RDKit's canonical one; the model is not invariant under permutations")
+    orientation: Literal["random", "aligned"] = Field("random", description="random: every molecule gets a new, uniformly drawn rotation in each step; aligned: it is rotated once, into the frame of its first heavy atoms, which is easier for the generator")
+    strict: bool = Field(False, description="refuse molecules with unknown elements, too many atoms or two atoms in one place, and repetitions, instead of leaving them out")
     condition: Literal["gap"] | None = Field(None, description="property that labels a molecule, in model.num_classes bins of equal share; null: none")
 
 
@@ -123,19 +123,19 @@ class MoleculeSamplingConfig(Section):
 
     solver: Literal["euler", "heun"] = Field("euler", description="ODE solver")
     steps: Annotated[int, Field(ge=2)] = Field(101, description="time points, shifted by objective.time_shift; one more than solver steps")
-    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="w of null + w (class - null)")
-    interval: Interval = Field((0.1, 1.0), description="times t inside which guidance acts, open interval")
+    guidance: Annotated[float, Field(ge=0)] = Field(1.0, description="guidance scale w in null + w (class - null)")
+    interval: Interval = Field((0.1, 1.0), description="open interval of times t in which guidance acts")
 
 
 class MoleculeEvaluationConfig(Section):
-    """What is measured at the end of a run and every so often."""
+    """What is measured at the end of a run and at intervals during it."""
 
     every: PositiveInt | None = Field(None, description="optimizer steps between sheets of molecules; null: only at the end")
-    samples: PositiveInt = Field(1000, description="generated molecules that metrics judge at the end")
-    reconstructions: PositiveInt = Field(1000, description="held-out molecules that reconstruction metrics are measured on, at most")
+    samples: PositiveInt = Field(1000, description="generated molecules for the metrics at the end")
+    reconstructions: PositiveInt = Field(1000, description="maximum number of held-out molecules for reconstruction metrics")
     sheet: PositiveInt = Field(24, description="molecules on a sheet")
-    batch: PositiveInt = Field(256, description="molecules a forward pass in evaluation")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that perceive bonds; 0: one a core")
+    batch: PositiveInt = Field(256, description="molecules per forward pass in evaluation")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes for bond perception; 0: one per core")
 
 
 class MoleculeConfig(Config):
@@ -152,11 +152,11 @@ class MoleculeConfig(Config):
     def _together(self):
         if self.data.condition is None and self.model.num_classes != 1:
             raise ValueError(
-                f"model.num_classes {self.model.num_classes} labels need a property: set data.condition, or num_classes to 1"
+                f"model.num_classes {self.model.num_classes} classes need a property: set data.condition, or num_classes to 1"
             )
         if self.data.condition is not None and self.model.num_classes == 1:
             raise ValueError(
-                f"data.condition {self.data.condition!r} in one bin tells no molecule from another: set model.num_classes "
+                f"data.condition {self.data.condition!r} has only one bin, which cannot tell molecules apart: set model.num_classes "
                 f"to the number of bins, such as 100"
             )
         return self
