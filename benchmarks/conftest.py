@@ -162,16 +162,16 @@ def _write_inputs(write, inputs):
     rival = max(entry["pillow_images_per_second_a_core"] for entry in inputs)
     write(
         f"{measure.environment()['device']}, {inputs[0]['cores']} cores: photographs of about 500×375, ADM's crop to "
-        f"{inputs[0]['size']}; a plain Pillow loop: {rival:.0f} images/s a core (the best of {len(inputs)} processes)"
+        f"{inputs[0]['size']}; a plain Pillow loop: {rival:.0f} images/s per core (the best of {len(inputs)} processes)"
     )
     write(
-        f"{'':20} {'images/s a core':>16} {'± %':>5} {'over Pillow':>12} {'images/s':>9} {'start s':>8} "
+        f"{'':20} {'images/s per core':>17} {'± %':>5} {'over Pillow':>12} {'images/s':>9} {'start s':>8} "
         f"{'resume s':>9} {'MiB':>6} {'data_wait':>10}"
     )
     for entry in inputs:
         rate = entry["images_per_second_a_core"]
         write(
-            f"{entry['loader']:20} {rate:16.0f} {entry['spread']:5.0%} {rate / rival:11.2f}x "
+            f"{entry['loader']:20} {rate:17.0f} {entry['spread']:5.0%} {rate / rival:11.2f}x "
             f"{entry['images_per_second']:9.0f} {entry['start_seconds']:8.2f} {entry['resume_seconds']:9.2f} "
             f"{entry['peak_mib']:6.0f} {_optional(entry.get('data_wait'), '10.1%'):>10}"
         )

@@ -285,12 +285,12 @@ def test_a_fresh_network_whose_outputs_are_all_alike(files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--times", "0.5,0.2"], "--times '0.5,0.2' are not numbers that rise within 0 and 1"),
-        (["--times", "0,2"], "are not numbers that rise within 0 and 1"),
-        (["--times", "nan"], "are not numbers that rise within 0 and 1"),
-        (["--times", ""], "are not numbers that rise within 0 and 1"),
+        (["--times", "0.5,0.2"], "--times '0.5,0.2' must be increasing numbers between 0 and 1"),
+        (["--times", "0,2"], "must be increasing numbers between 0 and 1"),
+        (["--times", "nan"], "must be increasing numbers between 0 and 1"),
+        (["--times", ""], "must be increasing numbers between 0 and 1"),
         (["--data", "absent"], "no folder of images at absent"),
-        ([], "nothing says which images to analyze"),
+        ([], "does not name images to analyze it on"),
         (["--ema-decay", "0.5"], "holds no checkpoint"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_run_that_is_none_or_not_of_images(tmp_path, capsys):
                                 decoder=AtomDecoderConfig(depth=1, width=16, heads=2))  # fmt: skip
     save_model(MoleculeUnite(sizes).state_dict(), sizes, tmp_path / "molecules", made_by={})
     says = mistake(capsys, "analyze", "--run", tmp_path / "molecules")
-    assert "is a model of molecules, and these analyses are of image models" in says
+    assert "is a model of molecules, and analyze supports image models only" in says
 
 
 def test_too_few_images_and_diverged_weights(files, tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_generation_metrics_and_their_protocol(files, features, capsys):
     record = evaluate(files)
     printed = capsys.readouterr()
     assert "12 images determine 11 of the 2048 directions" in printed.err
-    assert "not the published weights" in printed.err and "12 images, 4 a class; heun, 4 steps" in printed.out
+    assert "not the published weights" in printed.err and "12 images, 4 per class; heun, 4 steps" in printed.out
     assert apart(record["metrics"]["gfid"], distance(features[1], features[0])) < 1e-3
     assert record["metrics"]["is"] == pytest.approx(inception_score(features[2], seed=0)["is"], rel=1e-3)
     protocol = record["protocol"]

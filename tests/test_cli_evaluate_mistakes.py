@@ -45,9 +45,9 @@ def test_all_missing_files_are_told_at_once(files, capsys):
 def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator_module, "draw", lambda *_, **__: pytest.fail("images were drawn"))
     assert ask(metrics="fid").startswith("unknown metric 'fid'; valid: gfid, is")
-    assert ask(count=10) == "10 images do not balance 3 classes: take 9 or 12 (--count, evaluation.count)"
+    assert ask(count=10) == "10 images cannot be balanced over 3 classes: take 9 or 12 (--count, evaluation.count)"
     assert ask(metrics="is", count=9).startswith("the Inception Score needs at least 10 images")
-    few = "precision and recall need more than 3 real and as many generated images, got "
+    few = "precision and recall need more than 3 real and generated images each, got "
     assert ask(metrics="recall", count=3).startswith(f"{few}12 and 3 (--data")
     assert ask("--data-count", 2, metrics="precision").startswith(f"{few}2 and 12 (--data")
     assert ask("--data-count", 1, metrics="kid").startswith("KID needs at least 2 real and 2 generated images, got 1 a")
@@ -68,12 +68,12 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert ask("--search", "guidance", "--search-count", 10).endswith("classes: take 9 or 12 (--search-count)")
     assert "'w' is not one of guidance, ema" in ask("--search", "w")
     assert "non-negative numbers" in ask("--search", "guidance", "--search-values", "1,x")
-    assert "add that" in ask("--search-values", "1,2")
-    assert ask("--search-count", 9).endswith("how many images a point of a search has: add --search guidance or ema")
+    assert ask("--search-values", "1,2") == "--search-values needs --search guidance"
+    assert ask("--search-count", 9).endswith("--search-count needs --search guidance or --search ema")
     for option in (("--ema-decay", 0.5), ("--weights", "model")):
-        assert ask("--search", "ema", *option).startswith("--search ema chooses among the averages: leave out --ema")
+        assert ask("--search", "ema", *option).startswith("--search ema chooses among the EMAs: leave out --ema")
     for search in ("guidance", "guidance,guidance"):
-        assert ask("--search", search, "--guidance", 2) == "--search guidance finds the strength: leave out --guidance"
+        assert ask("--search", search, "--guidance", 2) == "--search guidance finds w: leave out --guidance"
     assert ask("--unnormalised", True, metrics="is").endswith("guidance is 1.5: add --guidance 1")
     assert ask("--unnormalised", True, "--search", "guidance").endswith("leave out --search guidance")
     assert ask("--guidance", "inf") == "--guidance must be a finite number, found inf"
@@ -88,7 +88,7 @@ def test_mistakes_are_told_before_anything_is_drawn(files, ask, tmp_path, monkey
     assert f"unite-fast export {tmp_path / 'full'} --out DIR" in says
     cut = tmp_path / "cut.npz"
     cut.write_bytes((files / "ref.npz").read_bytes()[:1000])
-    assert "is truncated or no .npz" in ask("--reference", cut)
+    assert "is truncated or not an .npz" in ask("--reference", cut)
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     assert "is of another extractor: mu is [64]" in ask("--reference", tmp_path / "small.npz")
     with np.load(files / "ref.npz") as found:
@@ -122,4 +122,4 @@ def test_models_and_images_that_cannot_be_measured(files, ask, tmp_path, capsys)
     assert "must end in .npz" in mistake(capsys, "reference", tmp_path / "one", "--out", tmp_path / "r.json")
     assert not list(tmp_path.glob("r.*"))
     nothing = mistake(capsys, "evaluate", files / "model")
-    assert nothing.startswith("nothing says what to measure")
+    assert nothing.startswith("no metrics are chosen for")

@@ -90,19 +90,19 @@ def test_lines_name_what_is_assumed(capsys):
     options = ["--preset", "B", "--set", "objective.flow_draws=3"]
     text = printed(capsys, *options, "--gpu", "rtx4090", "--per-node", 4, "--network", 100)
     assert "B, S = 3, on 8 × rtx4090" in text and "the same run on more GPUs, ZeRO 1" in text
-    assert f"· data: ImageNet's {IMAGENET:,} images an epoch" in text
+    assert f"· data: ImageNet's {IMAGENET:,} images per epoch" in text
     assert "rates: 132 of 165 TFLOP/s in bf16 and 0.90 of 1.01 TB/s (the shares of the datasheet's peak" in text
-    assert "32 GB/s a GPU inside a node of 4, 100 Gbit/s a GPU between nodes" in text
-    assert "80% of that is reached, 2 and 6 µs a hop" in text and "at most 92 % of the device" in text
+    assert "32 GB/s per GPU inside a node of 4, 100 Gbit/s per GPU between nodes" in text
+    assert "80% of that is reached, 2 and 6 µs per hop" in text and "at most 92 % of the device" in text
     assert "train.fp8" not in text
     measured = printed(capsys, *options, "--gpu", "h200")
     assert "rates: 790 of 989 TFLOP/s in bf16 and 4.30 of 4.80 TB/s (measured)" in measured
-    assert "900 GB/s" not in measured and "450 GB/s a GPU inside a node of 8" in measured
+    assert "900 GB/s" not in measured and "450 GB/s per GPU inside a node of 8" in measured
 
 
 def test_draws_a_chunk_are_listed_by_stage_and_by_gpus(capsys):
     options = ["--preset", "L", "--gpus", "16", "--gpu", "rtx4090"]
-    (line,) = (line for line in printed(capsys, *options).splitlines() if "flow draws a chunk" in line)
+    (line,) = (line for line in printed(capsys, *options).splitlines() if "flow draws per chunk" in line)
     found = numbers(capsys, *options)
     stages, _, gpus = line.partition("; by GPUs: ")
     for text, rows, name in ((stages, found["plans"], "zero_stage"), (gpus, found["scaling"], "gpus")):
@@ -115,12 +115,12 @@ def test_draws_a_chunk_are_listed_by_stage_and_by_gpus(capsys):
 def test_launches_are_those_of_the_steps(capsys):
     """From the fewest to the most of all rows, each at the seconds of a launch; who waits for them is named."""
     options = ["--preset", "B", "--gpus", "1024", "--launch-us", "25"]
-    (line,) = (line for line in printed(capsys, *options).splitlines() if "launches a step" in line)
+    (line,) = (line for line in printed(capsys, *options).splitlines() if "launches per step" in line)
     found = numbers(capsys, *options)
     rows = found["plans"] + found["scaling"]
     launches = [round(row["step_seconds"]["host"] / 25e-6) for row in rows]
     assert len(set(launches)) > 2
-    assert f"host: {min(launches):,} to {max(launches):,} launches a step at 25 µs each (given; " in line
+    assert f"host: {min(launches):,} to {max(launches):,} launches per step at 25 µs each (given; " in line
     stages = [f"ZeRO\xa0{row['zero_stage']}" for row in found["plans"] if row["step_seconds"]["launching"]]
     gpus = [str(row["gpus"]) for row in found["scaling"] if row["step_seconds"]["launching"]]
     waiting = [", ".join(stages)] * bool(stages) + [f"{', '.join(gpus)} GPUs"] * bool(gpus)
@@ -186,7 +186,7 @@ def test_a_picture_shows_the_numbers(micro_batch, monkeypatch, capsys):
     assert [y for _, y in lines["linear"]] == pytest.approx([speeds[0] * n / gpus[0] for n in gpus])
     broken = [x for line in throughput.lines if line.get_linestyle() == "--" for x in line.get_xdata()]
     assert set(broken) == ({found["breaks"]["gpus"]} if found["breaks"] else set())
-    assert throughput.get_title(loc="left") == "Images a second"
+    assert throughput.get_title(loc="left") == "Images per second"
 
 
 def test_zero_3_scales_as_zero_2(capsys):

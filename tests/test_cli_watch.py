@@ -193,7 +193,7 @@ def test_wrong_folders_are_one_sentence(tmp_path, capsys):
     file = tmp_path / "config.json"
     for key, content, what in (("train", "3", "an object"), ("model", "[]", "an object"), ("modality", "[]", "text")):
         file.write_text(f'{{"{key}": {content}}}')
-        assert mistake(capsys, "watch", tmp_path) == f"{file} is no run's configuration: its {key} must be {what}"
+        assert mistake(capsys, "watch", tmp_path) == f"{file} is not a run's configuration: its {key} must be {what}"
 
 
 def test_looking_does_not_wait_for_torch(tmp_path):

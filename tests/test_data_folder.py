@@ -70,7 +70,7 @@ def test_special_files_are_no_images(tmp_path):
         (lambda root: None, ["does not exist", "give a folder of class folders"]),
         (lambda root: root.write_text("x"), ["is a file"]),
         (lambda root: root.mkdir(), ["is empty"]),
-        (lambda root: (root.mkdir(), (root / "a.png").write_bytes(b"")), ["no class folders", "a.png", "sub-folder"]),
+        (lambda root: (root.mkdir(), (root / "a.png").write_bytes(b"")), ["no class folders", "a.png", "subfolder"]),
         (lambda root: tree(root, (3,)), ["one class only", "c0"]),
         (lambda root: [(root / name).mkdir(parents=True) for name in "abc"], ["no readable image", ".png"]),
         (lambda root: (tree(root, (1, 1)), (root / "empty").mkdir()), ["1 of 3", "no image", "empty"]),

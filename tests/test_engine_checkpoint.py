@@ -119,7 +119,7 @@ def test_several_averages_are_kept_at_once(tmp_path):
     fewer = engine_at(0, ema_decays=[])
     checkpoint.load(fewer, saved)
     advance(fewer, 1)
-    with pytest.raises(UserError, match="no average of decay 0.9, which optimizer.ema_decays asks for"):
+    with pytest.raises(UserError, match="no EMA of decay 0.9, which optimizer.ema_decays asks for"):
         checkpoint.load(engine_at(0, ema_decays=[0.9]), saved)
     (saved / "ema_0.99.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"ema_0.99.safetensors is truncated"):

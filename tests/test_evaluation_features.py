@@ -108,5 +108,5 @@ def test_precision_and_recall():
     two = torch.cat([normal(40, seed=7), normal(40, seed=8, shift=20)])
     half = precision_recall(two, normal(40, seed=9))
     assert half["precision"] > 0.8 and half["recall"] < 0.55
-    with pytest.raises(UserError, match="more than 3 real and as many generated images, got 3 and 50"):
+    with pytest.raises(UserError, match="more than 3 real and generated images each, got 3 and 50"):
         precision_recall(real[:3], generated)

@@ -101,7 +101,7 @@ def test_files_that_are_not_the_weights(weights, tmp_path):
     assert f"no Inception-v3 weights at {tmp_path / 'absent.pth'}" in _refusal(tmp_path / "absent.pth")
     named = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     named.write_bytes(weights.read_bytes())
-    assert "begins with 6726825d, its own with " + file_hash(weights)[:8] in _refusal(named)
+    assert "begin with 6726825d, but it begins with " + file_hash(weights)[:8] in _refusal(named)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:100_000])
     assert "truncated or not a PyTorch file" in _refusal(cut)

@@ -108,9 +108,9 @@ def test_counts_that_do_not_serve_the_metrics_are_refused():
             check_count(Plan(metrics, label_sampling=label_sampling), count, 3, metrics)
         return str(error.value)
 
-    assert refusal(10, ("is",)).startswith("10 images do not balance 3 classes: take 9 or 12 (--count")
+    assert refusal(10, ("is",)).startswith("10 images cannot be balanced over 3 classes: take 9 or 12 (--count")
     check_count(Plan(("is",), label_sampling="random"), 10, 3, ("is",))
-    once = "small-data metrics need at least 2 generated images a class, and 3 images give class 0 only 1: take more"
+    once = "small-data metrics need at least 2 generated images per class, and 3 images give class 0 only 1: take more"
     assert refusal(3, ("small",)) == f"{once} (--count, evaluation.samples_per_class)"
     assert refusal(3, ("small", "gfid")) == f"{once} (--count, evaluation.count)"
     counts = torch.bincount(labels_of(0, 5, 3, sampling="random", seed=0), minlength=3)

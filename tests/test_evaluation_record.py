@@ -132,7 +132,7 @@ def test_what_is_no_record(runs, capsys):
     broken = runs / "one" / "evaluations" / "a.json"
     for text in ("{", "[]", '{"metrics": 3, "protocol": {}}', "{}"):
         broken.write_text(text)
-        assert mistake(capsys, "compare", broken) == f"{broken} is no record of an evaluation"
+        assert mistake(capsys, "compare", broken) == f"{broken} is not an evaluation record"
     write_record(broken, {"other": 1.0}, {})
     assert "hold none of gfid, is" in mistake(capsys, "compare", broken)
 

@@ -115,13 +115,13 @@ def test_files_that_do_not_fit(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 10, 300, len(whole) - 40):
         path.write_bytes(whole[:cut])
-        assert "is truncated or no .npz" in refusal()
+        assert "is truncated or not an .npz" in refusal()
     np.savez(path, mean=np.zeros(5))
     assert "must hold mu and sigma, it holds mean" in refusal()
     np.savez(path, mu=np.full(5, np.nan), sigma=np.eye(5))
-    assert "no finite numbers" in refusal()
+    assert "holds NaN or infinite values" in refusal()
     np.savez(path, mu=np.array([object()] * 5), sigma=np.eye(5))
-    assert "no .npz of plain arrays" in refusal()
+    assert "not an .npz of plain arrays" in refusal()
     path.write_text('{"mu": 0}')
     assert refusal().endswith("its first bytes are those of another format")
     with open(path, "wb") as file:
@@ -132,10 +132,10 @@ def test_files_that_do_not_fit(tmp_path):
     begin = whole.index(b"mu.npy") + len("mu.npy") + int.from_bytes(whole[28:30], "little")
     whole[begin] ^= 0xFF  # the first byte of the compressed stream
     path.write_bytes(whole)
-    assert "is truncated or no .npz" in refusal()
+    assert "is truncated or not an .npz" in refusal()
     for sigma in (-np.eye(5), np.eye(5) + np.triu(np.ones((5, 5)))):
         np.savez(path, mu=np.zeros(5), sigma=sigma)
-        assert "sigma is no covariance" in refusal()
+        assert "sigma is not a covariance" in refusal()
     with pytest.raises(UserError, match="must end in .npz"):
         write_reference(moments(), Path("x.npy"), {})
 

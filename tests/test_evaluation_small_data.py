@@ -202,7 +202,7 @@ def test_generated_images_that_cannot_be_judged(digits, judge):
         judge.judge(images[:, :, :16, :16], labels)
     with pytest.raises(UserError, match="600 integers"):
         judge.judge(images, labels[:-1])
-    with pytest.raises(UserError, match="600 integers, one an image, got torch.float32"):
+    with pytest.raises(UserError, match="600 integers, one per image, got torch.float32"):
         judge.judge(images, labels.float())
 
 

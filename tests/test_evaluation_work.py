@@ -79,7 +79,7 @@ def test_memory_that_ends_halves_what_is_made_and_goes_on(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "out of memory at 8 images, going on with 4" in printed and "going on with 2" in printed
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 2, "the pieces stay as they were"
-    with pytest.raises(UserError, match="runs out of memory on images one at a time"):
+    with pytest.raises(UserError, match="out of memory even on images one at a time"):
         Patience().make(Maker(largest=0), 0, 4)
 
 

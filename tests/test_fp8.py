@@ -248,7 +248,7 @@ def test_what_it_lacks_is_said(monkeypatch):
     for capability in ((8, 0), (8, 9), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         fp8.check_fp8(digits_config(), cuda)
-        with pytest.raises(UserError, match="bfloat16 around it: set train.precision to auto, or train.fp8 to false"):
+        with pytest.raises(UserError, match="needs bfloat16 autocast: set train.precision to auto"):
             fp8.check_fp8(digits_config(fp8=True, precision="fp32"), cuda)
         if capability > (8, 0):
             fp8.check_fp8(config, cuda)

@@ -139,7 +139,7 @@ def test_heads_as_given(tmp_path, capsys):
     path = _checkpoint_file(tmp_path / "c.pt")
     assert read_published(path, heads=2, decoder_heads=4).config.decoder.heads == 4
     base = ["import", path, "--out", tmp_path / "out"]
-    assert "--heads 4 contradicts the q norm's width, which says 2 heads" in mistake(capsys, *base, "--heads", 4)
+    assert "--heads 4 contradicts the q norm's width, which implies 2 heads" in mistake(capsys, *base, "--heads", 4)
     assert "decoder width 16 is not divisible by its 3 heads" in mistake(capsys, *base, "--decoder-heads", 3)
     says = mistake(capsys, *base, "--context-start", 9)
     assert "context_start 9 is not below depth" in says and "set --context-start, or model.context_start of" in says
@@ -265,7 +265,7 @@ def test_fixed_tables_of_a_published_file():
 def test_what_the_published_naming_cannot_hold(tmp_path, capsys):
     save_toy(tmp_path / "model", config=CONFIG.model_copy(update={"registers": 8}))
     base = ["export", tmp_path / "model", "--published"]
-    assert "needs one register a patch" in mistake(capsys, *base, tmp_path / "p.pt")
+    assert "needs one register per patch" in mistake(capsys, *base, tmp_path / "p.pt")
     for changed in ({"register_noise": False}, {"latent_norm": "rms"}):
         save_toy(tmp_path / "other", config=CONFIG.model_copy(update=changed))
         says = mistake(capsys, "export", tmp_path / "other", "--published", tmp_path / "p.pt")

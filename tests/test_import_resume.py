@@ -114,7 +114,7 @@ def test_training_goes_on_as_if_it_had_never_left(folder, trained, file, capsys)
 def test_nothing_left_to_train_is_said_before_anything_is_written(folder, file):
     assert _import(folder, file, "ended", f"train.steps={STEPS}") == 0
     before = sorted(path.name for path in (folder / "runs" / "ended").iterdir())
-    with pytest.raises(UserError, match=f"is of step {STEPS} and the run ends at step {STEPS}: nothing is left to train"):
+    with pytest.raises(UserError, match=f"is at step {STEPS} and the run ends at step {STEPS}: nothing is left"):
         train(config(folder, name="ended", train={"steps": STEPS}), resume=True)
     assert sorted(path.name for path in (folder / "runs" / "ended").iterdir() if path.name != ".lock") == before
 
@@ -238,7 +238,7 @@ def _first(content, key):
     [
         (lambda c: c.pop("optimizer_muon"), "it holds no `optimizer_muon`; `unite-fast import FILE --out DIR` takes"),
         (lambda c: (c.pop("ema"), c.pop("optimizer")), "it holds no `ema` and no `optimizer`"),
-        (lambda c: c.update(optimizer={}), "no optimizer state of one parameter group: it has no groups"),
+        (lambda c: c.update(optimizer={}), "not an optimizer state of one parameter group: it has no groups"),
         (lambda c: c["optimizer"]["param_groups"].append({"params": []}), "it has 2 groups"),
         (lambda c: c["optimizer"]["param_groups"][0].pop("params"), "does not list its parameters"),
         (lambda c: _positions(c, "optimizer_muon").pop(), "`optimizer_muon` holds 20 parameters, this model has 21"),
@@ -246,11 +246,11 @@ def _first(content, key):
         (lambda c: c["optimizer"]["state"].pop(3), "`optimizer` holds no state for parameter 3"),
         (lambda c: _first(c, "optimizer").update(max_exp_avg_sq=torch.zeros(1)), "keeps max_exp_avg_sq for"),
         (lambda c: _first(c, "optimizer_muon").pop("momentum_buffer"), "`optimizer_muon` momentum_buffer of"),
-        (lambda c: _positions(c, "optimizer_muon").reverse(), "list their parameters in another order"),
+        (lambda c: _positions(c, "optimizer_muon").reverse(), "list their parameters in a different order"),
         (lambda c: _first(c, "optimizer").update(exp_avg=torch.zeros(2)), "has shape [2] where the parameter has"),
         (lambda c: _first(c, "optimizer")["exp_avg_sq"].fill_(float("nan")), "holds NaN or infinite values"),
-        (lambda c: _first(c, "optimizer").update(step=torch.tensor(3.0)), "no common number of steps: [3.0, 6.0]"),
-        (lambda c: [e.pop("step") for e in c["optimizer"]["state"].values()], "no common number of steps: []"),
+        (lambda c: _first(c, "optimizer").update(step=torch.tensor(3.0)), "no common step count: [3.0, 6.0]"),
+        (lambda c: [e.pop("step") for e in c["optimizer"]["state"].values()], "no common step count: []"),
         (lambda c: c["ema"].pop("latent_tokens"), "'latent_tokens' is missing"),
         (lambda c: c["model"].update({"encoder_layer_norm.bias": torch.full((4,), torch.nan)}), "1 entries hold NaN"),
     ],
@@ -289,7 +289,7 @@ def test_an_optimizer_that_leaves_the_unused_parameter_out(folder, trained, file
         ({"model": {"register_noise": False}}, "model.register_noise is False, there True"),
         ({"model": {"latent_norm": "none"}}, "model.latent_norm is none, there layer"),
         ({"optimizer": {"kind": "adamw"}}, "continues under optimizer.kind muon"),
-        ({"optimizer": {"ema_decays": [0.5]}}, "holds one average: take out optimizer.ema_decays"),
+        ({"optimizer": {"ema_decays": [0.5]}}, "holds one EMA: remove optimizer.ema_decays"),
         ({"name": "first", "runs": None}, "already holds a run: choose another name"),
     ],
 )
@@ -304,7 +304,7 @@ def test_configurations_that_do_not_fit(sections, says, folder, file, tmp_path, 
 def test_mistakes_of_the_command_line(folder, trained, file, tmp_path, capsys):
     assert mistake(capsys, "import", file).startswith("nothing to write: give --out DIR")
     says = mistake(capsys, "export", trained, "--out", tmp_path / "m", "--with-optimizer")
-    assert says == "--with-optimizer belongs to --published FILE"
+    assert says == "--with-optimizer needs --published FILE"
     base = ["export", trained, "--with-optimizer", "--published"]
     assert "must end in .pt or .pth" in mistake(capsys, *base, tmp_path / "a.safetensors")
     shutil.copytree(trained / "export", tmp_path / "model")

@@ -236,9 +236,9 @@ def test_labels_of_any_integer_type_are_taken(kind):
     [
         (dict(solver="rk99"), "euler, heun, dopri5"),
         (dict(steps=1), "at least 2"),
-        (dict(guidance=float("nan")), "guidance must be a finite number from 0 on, got nan"),
+        (dict(guidance=float("nan")), "guidance must be a finite number of at least 0, got nan"),
         (dict(guidance=-1.0), "guidance must be"),
-        (dict(interval=(0.9, 0.1)), "interval must not fall"),
+        (dict(interval=(0.9, 0.1)), "interval must not decrease"),
         (dict(time_shift=0.0), "time_shift must be a finite number above 0"),
         (dict(noise=torch.zeros(1, 2, 3)), r"\[1, 16, 4\]"),
         (dict(labels=torch.tensor([9])), r"0\.\.3"),

@@ -72,7 +72,7 @@ def test_one_compressed_file(tmp_path, opener, kind):
     whole = path.with_name("a").read_bytes()
     for content in (whole[: len(whole) - 20], whole[:12], whole[:20] + b"?" * 40 + whole[60:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"a.{kind}.gz is cut off or damaged where it is compressed: download"):
+        with pytest.raises(UserError, match=rf"a.{kind}.gz is a truncated or damaged compressed file: download"):
             load_molecules(path)
 
 

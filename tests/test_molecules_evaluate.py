@@ -244,10 +244,10 @@ def test_two_ranks_make_the_same_numbers(finished, again):
         (("--unnormalised",), "--unnormalised: not for molecules"),
         (("--solver", "dopri5"), "euler or heun"),
         (("--guidance", "inf"), "--guidance must be a finite number"),
-        (("--interval", "1"), "--interval '1' is not two numbers"),
+        (("--interval", "1"), "--interval '1' must be two numbers"),
         (("--data", "nowhere"), "nowhere"),
-        (("--name", "../x"), "--name '../x' must be the name of a file"),
-        (("--ema-decay", "0.7"), "holds no average of decay 0.7"),
+        (("--name", "../x"), "--name '../x' must be a file name without"),
+        (("--ema-decay", "0.7"), "holds no EMA of decay 0.7"),
         (("--samples", "0"), "samples"),
     ],
 )

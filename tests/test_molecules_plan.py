@@ -148,7 +148,7 @@ def test_molecules_are_counted_where_they_are_there(tmp_path):
     found = modality_of(made).population(made)
     assert found.samples == len(counts) == 26 and found.mean_length == pytest.approx(counts.mean())
     assert found.mean(1).pairs == round((counts.astype(float) ** 2).mean())
-    assert "26 molecules an epoch" in found.source and "counted: molecules of the tests" in found.source
+    assert "26 molecules per epoch" in found.source and "counted: molecules of the tests" in found.source
 
 
 def test_without_molecules_the_sizes_are_those_of_qm9(tmp_path):
@@ -210,7 +210,7 @@ def test_the_command_prints_tables_and_draws(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for words in (
         "molecules", "/s", "64×1×8", "epoch", "GPU-h, 8,000 epochs", "3\u00a0adamw", "Scaling breaks at",
-        "100,000 molecules an epoch, 18.0 atoms each, at most 29 (sizes as in QM9's training part: there are no data",
+        "100,000 molecules per epoch, 18.0 atoms each, at most 29 (sizes as in QM9's training part: there are no data",
     ):  # fmt: skip
         assert words in printed
     assert "images" not in printed

@@ -139,8 +139,8 @@ def test_uncharacterized_molecules_are_left_out_even_under_strict(tmp_path, mole
 
 
 CUTS = {
-    "count": (lambda lines: ["five", *lines[1:]], "line 1: here the number of atoms should stand, found 'five'"),
-    "digits": (lambda lines: ["9" * 5000, *lines[1:]], "line 1: here the number of atoms should stand, found '999"),
+    "count": (lambda lines: ["five", *lines[1:]], "line 1: expected the number of atoms, found 'five'"),
+    "digits": (lambda lines: ["9" * 5000, *lines[1:]], "line 1: expected the number of atoms, found '999"),
     "empty": (lambda lines: ["", " "], "line 1: the file is empty"),
     "no tail": (lambda lines: lines[:-1], "cut off: line 1 announces 3 atoms, and QM9 three lines"),
     "no atoms": (lambda lines: lines[:3], "line 3: cut off"),
@@ -188,7 +188,7 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
             r"line 5: '0.39x0' is not a number \(record 1, titled 'a', lines 1 to 11\)",
         ),
         (lambda lines: [*lines[:14], "", *lines[15:]], r"line 15: .* found nothing \(record 2, titled 'b', lines 12 to 22\)"),
-        (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: here the number of atoms should stand"),
+        (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: expected the number of atoms"),
         (lambda lines: [*lines[:3], lines[3].replace("V2000", "V3000"), *lines[4:]], "line 4: a V3000 record"),
     ],
 )

@@ -214,7 +214,7 @@ def test_latent_statistics_look_at_real_atoms_only():
         ({"modality": "molecule"}, ["modality", "did you mean 'molecules'"]),
         ({"data": {"flip": True}}, ["data.flip: unknown key"]),
         ({"model": {"num_classes": 4}}, ["num_classes 4", "data.condition"]),
-        ({"data": {"condition": "gap"}}, ["'gap' in one bin", "model.num_classes"]),
+        ({"data": {"condition": "gap"}}, ["'gap' has only one bin", "model.num_classes"]),
         ({"model": {"heads": 5}}, ["width 32", "5 heads"]),
         ({"sampling": {"solver": "dopri5"}}, ["sampling.solver"]),
         ({"optimizer": {"kind": "muon"}, "train": {"zero_stage": 3}}, ["Muon", "ZeRO 3"]),
@@ -328,7 +328,7 @@ def test_reconstruct_and_tokenize_take_sdf_and_xyz(finished, tmp_path, capsys):
 def test_export_writes_a_folder_that_commands_read_and_describes_it(finished, tmp_path, capsys):
     assert run("export", finished, "--out", tmp_path / "model") == 0
     described = capsys.readouterr().out
-    assert all(words in described for words in ("at most 29 atoms each", "8 channels an atom")), described
+    assert all(words in described for words in ("at most 29 atoms each", "8 channels per atom")), described
     assert run("sample", "--run", tmp_path / "model", "--count", 2, "--out", tmp_path / "samples") == 0
 
 
@@ -370,7 +370,7 @@ def test_models_of_aligned_molecules_take_any_order_and_pose(tmp_path, capsys):
         (("sample", "--atoms", "30"), "within 1 and 29"),
         (("sample", "--atoms", "many"), "--atoms 'many'"),
         (("sample", "--classes", "1"), "--classes is for images"),
-        (("sample", "--unnormalised"), "--unnormalised is for images"),
+        (("sample", "--unnormalised"), "--unnormalised is for image models only"),
         (("sample", "--property", "nan"), "--property must be a finite number"),
         (("sample", "--solver", "dopri5"), "euler or heun"),
         (("reconstruct", "missing.sdf"), "missing.sdf"),

@@ -215,7 +215,7 @@ def test_the_command_prints_tables_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in (
         "ZeRO", "GPU-h", "3\u00a0adamw", "simul.", "Scaling breaks at", "it does among 8; ", "240 epochs",
-        "0.75 of the floor that these rates set (assumed, ", "400 Gbit/s a GPU between nodes",
+        "0.75 of the floor that these rates set (assumed, ", "400 Gbit/s per GPU between nodes",
     ):  # fmt: skip
         assert words in printed
     with Image.open(picture) as image:
@@ -263,7 +263,7 @@ def test_tables_and_json_are_the_prediction_for_the_options(length, stage, epoch
 
     assert run("plan", *arguments, "--set", *overrides) == 0
     printed = capsys.readouterr().out
-    assert "0.5 of the floor that these rates set (given)" in printed and "100 Gbit/s a GPU between nodes" in printed
+    assert "0.5 of the floor that these rates set (given)" in printed and "100 Gbit/s per GPU between nodes" in printed
     cells = [[cell for cell in line.split(" ") if cell] for line in printed.splitlines()]
     unit = "steps" if length.startswith("train.epochs") else "epochs"
     assert ["min", "GPU-h,", called, unit] in [row[-4:] for row in cells]

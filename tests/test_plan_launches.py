@@ -113,14 +113,14 @@ def test_the_command_says_where_the_host_limits(capsys, monkeypatch):
     options = ["plan", "--preset", "B", "--set", "objective.flow_draws=3"]
     assert run(*options) == 0
     printed = capsys.readouterr().out
-    assert "launches a step at 20 µs each (assumed, 10 to 30" in printed
+    assert "launches per step at 20 µs each (assumed, 10 to 30" in printed
     assert "it limits 128, 256, 512, 1024 GPUs" in printed and "not counted" not in printed
     assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8") == 0
     assert "it limits all of these steps" in capsys.readouterr().out
     assert run(*options, "--set", "train.compile=true") == 0
     printed = capsys.readouterr().out
     assert "under train.compile launches are fewer and not counted" in printed
-    assert re.search(r"ZeRO.3 refuses that and is planned without: [\d,]+ launches a .*it limits no step of", printed)
+    assert re.search(r"ZeRO.3 refuses that and is planned without: [\d,]+ launches per .*it limits no step of", printed)
 
     def planned(*more):
         assert run("plan", "--config", "configs/qm9_s.json", "--gpus", "8", "--json", *more) == 0
@@ -132,4 +132,4 @@ def test_the_command_says_where_the_host_limits(capsys, monkeypatch):
     slower = planned("--launch-us", "40")
     assert [one["host"] for one in slower] == pytest.approx([2 * seconds["host"], 2 * scaled["host"]])
     assert run(*options, "--launch-us", "12.5") == 0
-    assert "launches a step at 12.5 µs each (given; without those" in capsys.readouterr().out
+    assert "launches per step at 12.5 µs each (given; without those" in capsys.readouterr().out

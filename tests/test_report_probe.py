@@ -180,4 +180,4 @@ def test_what_stops_the_model_is_one_sentence(folder, monkeypatch, capsys):
     assert mistake(capsys, "report", folder) == f"cannot run the model of {folder}: width 3"
     assert not (folder / "report.html").exists()
     (folder / "config.json").write_text('{"evaluation": 3}')
-    assert mistake(capsys, "report", folder).endswith("is no run's configuration: its evaluation must be an object")
+    assert mistake(capsys, "report", folder).endswith("is not a run's configuration: its evaluation must be an object")

@@ -226,7 +226,7 @@ def test_two_trainers_do_not_share_a_run_folder(folder):
     worker = int(holder.stdout.readline())
     try:
         for resume in (True, False):
-            with pytest.raises(UserError, match=rf"run is being trained in by process {holder.pid} on .*: wait"):
+            with pytest.raises(UserError, match=rf"run is in use by a trainer, process {holder.pid} on .*: wait"):
                 train(config(folder), resume=resume)
         assert all(path.stat().st_mtime_ns == at for path, at in written.items())
         holder.kill()
@@ -305,13 +305,13 @@ def test_a_step_whose_gradients_are_not_finite_is_not_saved(folder, monkeypatch)
     run = Run(settings := config(folder, train={"checkpoint_every": 5}), init_world(settings), resume=False)
     healthy = run.engine.step
     monkeypatch.setattr(run.engine, "step", lambda: healthy() + (math.inf if run.engine.step_count == 10 else 0))
-    with pytest.raises(UserError, match="^grad_norm became not finite .* and 10; the last good .*step_00000005"):
+    with pytest.raises(UserError, match="^grad_norm became NaN or infinite .* and 10; the last good .*step_00000005"):
         run.go()
     assert latest_step(folder / "runs" / "run") == 5
 
 
 def test_a_learning_rate_that_explodes_is_reported_as_such(folder):
-    with pytest.raises(UserError, match="not finite.*no checkpoint had been saved yet.*optimizer.lr"):
+    with pytest.raises(UserError, match="became NaN or infinite.*no checkpoint had been saved yet.*optimizer.lr"):
         train(config(folder, optimizer={"lr": 1e30}))
 
 

@@ -144,7 +144,7 @@ def test_averages_can_be_exported_by_choice(trained, tmp_path, capsys):
     kept = load_file(checkpoint.latest(trained) / "ema_0.5.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in load(tmp_path / "out").state_dict().items())
     assert json.loads((tmp_path / "out" / "model.json").read_text())["made_by"]["ema_decay"] == 0.5
-    assert "holds no average of decay 0.7: it holds 0.9, 0.5" in mistake(
+    assert "holds no EMA of decay 0.7: it holds 0.9, 0.5" in mistake(
         capsys, "export", trained, "--out", tmp_path / "x", "--ema-decay", 0.7
     )
     assert "choose one" in mistake(

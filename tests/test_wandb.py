@@ -78,7 +78,7 @@ def test_nothing_is_sent_unless_asked(folder, recorder):
 
 def test_a_missing_package_is_said_before_anything_else(folder, monkeypatch):
     monkeypatch.setattr("unite_fast.engine.monitor.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"wandb is not installed: pip install 'unite_fast\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb, which is not installed: pip install 'unite_fast\[wandb\]'"):
         train(config(folder, data={"path": "nowhere"}, train={"wandb": "unite"}))
     assert not (folder / "runs").exists()
 

@@ -20,14 +20,14 @@ HEAD = """# Configuration reference
 Every key of a configuration file, from the classes in `unite_fast/config.py` and `unite_fast/molecules/config.py`
 (`python -m unite_fast.config_reference docs/configuration.md` writes this page). Any key can be overridden on the
 command line: `--set data.path=/data/imagenet/train train.global_batch=256`. A `preset` given there replaces the sizes
-that the file's own preset stands for (without one: the defaults), also those of a run's `config.json`, which states
-them all; other sizes of the file stay. In paths `~` at the beginning stands for your home folder.
+of the file's own preset (without one: the defaults), also in a run's `config.json`, which lists all sizes; other sizes
+of the file stay. A leading `~` in a path is your home folder.
 """
 
 MOLECULES = """
 # Molecules
 
-With `"modality": "molecules"` these sections take the place of those of the same name; the others stay.
+With `"modality": "molecules"` these sections replace those of the same name; the others stay.
 """
 
 ABLATIONS = """
@@ -39,16 +39,16 @@ ABLATIONS = """
 | gradients of the flow loss into the tokenizer | `objective.stop_gradient` |
 | flow draws S | `objective.flow_draws` |
 | latent channels D, number of registers K | `model.latent_dim`, `model.registers` |
-| norm behind the encoder | `model.latent_norm` |
-| registers from noise, or learned ones alone | `model.register_noise` |
+| norm after the encoder | `model.latent_norm` |
+| registers from noise, or learned positions only | `model.register_noise` |
 | noise before the decoder | `objective.decoder_noise` |
-| law of flow times, weighting of the flow loss | `objective.time_law`, `objective.weighting` |
+| distribution of flow times, weighting of the flow loss | `objective.time_law`, `objective.weighting` |
 | solver, guidance and its interval | `sampling.solver`, `sampling.guidance`, `sampling.interval` |
 | class balance in evaluation | `evaluation.label_sampling` |
 
-What is not the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
-number of patches) trains, samples and is evaluated like it, and cannot be exported under the published names. Not here:
-adversarial fine-tuning of the decoder. The paper's analyses of trained models are [`unite-fast analyze`](analysis.md).
+Variants of the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
+number of patches) train, sample and are evaluated like it, but cannot be exported under the published names. Adversarial
+fine-tuning of the decoder is not implemented. [`unite-fast analyze`](analysis.md) runs the paper's analyses.
 """
 
 

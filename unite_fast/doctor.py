@@ -306,7 +306,7 @@ PARTS = (
     Part(
         "DALI",
         _dali,
-        "images are decoded by Pillow in worker processes: many CPU cores a GPU are needed",
+        "images are decoded by Pillow in worker processes: many CPU cores per GPU are needed",
         "pip install nvidia-dali-cuda130 (or the package of your CUDA version)",
     ),
     Part(

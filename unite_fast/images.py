@@ -80,7 +80,7 @@ class Images:
         return Inputs(images, labels, self._latents(config, size), 1.0, self.largest(config, size))
 
     def population(self, config: Config) -> Population:
-        return Population((1,), IMAGENET_IMAGES, f"ImageNet's {IMAGENET_IMAGES:,} images an epoch")
+        return Population((1,), IMAGENET_IMAGES, f"ImageNet's {IMAGENET_IMAGES:,} images per epoch")
 
     def largest(self, config: Config, size: int) -> Extent:
         return Extent(size)

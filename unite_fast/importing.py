@@ -283,7 +283,7 @@ def find_checkpoint(folder: Path) -> Path:
     """
     found = folder if (folder / checkpoint.STATE).is_file() else checkpoint.latest(folder)
     if found is None:
-        raise UserError(f"{folder} holds no checkpoint: averages of several decays are in RUN/checkpoints/step_… only")
+        raise UserError(f"{folder} holds no checkpoint: EMAs of several decays are in RUN/checkpoints/step_… only")
     return found
 
 
@@ -295,7 +295,7 @@ def _from_checkpoint(folder: Path, weights: Which, ema_decay: float | None = Non
         name = checkpoint.ema_file(ema_decay)
         if name not in state["files"]:
             kept = ", ".join(map(str, checkpoint.ema_decays(state)))
-            raise UserError(f"{folder} holds no average of decay {ema_decay}: it holds {kept} (optimizer.ema_decays)")
+            raise UserError(f"{folder} holds no EMA of decay {ema_decay}: it holds {kept} (optimizer.ema_decays)")
     file = folder / name
     try:
         tensors = read_tensors(file)

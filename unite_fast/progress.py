@@ -35,7 +35,7 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
         if done and now - last >= LOG_EVERY:
             last = now
             rate = done / (now - start)
-            line = f"{what}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+            line = f"{what}: {done} of {total}, {rate:.1f} per second, {(total - done) / rate:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
     yield advance

@@ -71,7 +71,7 @@ def import_training(path: str | Path, config: Config) -> Continued:
     if config.optimizer.kind != "muon":
         raise UserError("a published checkpoint continues under optimizer.kind muon, which it was trained with")
     if config.optimizer.ema_decays:
-        raise UserError("a published checkpoint holds one average: take out optimizer.ema_decays to train on from it")
+        raise UserError("a published checkpoint holds one EMA: remove optimizer.ema_decays to continue from it")
     content = read_explained(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
@@ -97,7 +97,7 @@ def import_training(path: str | Path, config: Config) -> Continued:
         if key == "optimizer":
             steps = counted
     if len(steps) != 1 or not float(max(steps)).is_integer() or max(steps) < 1:
-        raise UserError(f"{path}: its `optimizer` counts no common number of steps: {sorted(steps)[:3]}")
+        raise UserError(f"{path}: the parameters in its `optimizer` have no common step count: {sorted(steps)[:3]}")
     step = int(max(steps))
     tensors[checkpoint.OPTIMIZER] = moments
     batch = _global_batch(config)
@@ -198,7 +198,7 @@ def _read_moments(
     groups, entries = optimizer.get("param_groups"), optimizer.get("state")
     if not isinstance(entries, dict) or not isinstance(groups, list) or len(groups) != 1:
         count = len(groups) if isinstance(groups, list) else "no"
-        raise UserError(f"{path}: `{key}` is no optimizer state of one parameter group: it has {count} groups")
+        raise UserError(f"{path}: `{key}` is not an optimizer state of one parameter group: it has {count} groups")
     positions = groups[0].get("params") if isinstance(groups[0], dict) else None
     if not isinstance(positions, list) or len(set(map(str, positions))) != len(positions):
         raise UserError(f"{path}: the parameter group of `{key}` does not list its parameters")
@@ -234,7 +234,7 @@ def _tensor(value: Any, what: str, shape: tuple[int, ...], path: Path) -> Tensor
     if tuple(value.shape) != shape:
         raise UserError(
             f"{path}: {what} has shape {list(value.shape)} where the parameter has {list(shape)}: "
-            f"its optimizers list their parameters in another order than its weights"
+            f"its optimizers list their parameters in a different order than its weights"
         )
     # A stride of 0 lets a few bytes claim any shape.
     if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():

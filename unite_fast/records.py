@@ -168,7 +168,7 @@ def open_run(path: str | Path) -> RunFolder:
     kinds = {"modality": (str, "text")} | dict.fromkeys(("train", "model", "evaluation"), (dict, "an object"))
     for key, (kind, what) in kinds.items():
         if not isinstance(config.get(key, kind()), kind):
-            raise UserError(f"{folder / CONFIG} is no run's configuration: its {key} must be {what}")
+            raise UserError(f"{folder / CONFIG} is not a run's configuration: its {key} must be {what}")
     metrics = []
     if (folder / METRICS).is_file():
         try:

@@ -25,7 +25,7 @@ class Section(BaseModel):
         if plain & {int, float} and bool not in plain:
             for part in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(part, bool):
-                    raise ValueError(f"{str(part).lower()} is no number")
+                    raise ValueError(f"{str(part).lower()} is not a number")
         return value
 
     @classmethod

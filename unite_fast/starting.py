@@ -82,7 +82,7 @@ def _check_sizes(trained: Trained, config: Config) -> None:
     ]
     if problems:
         raise UserError(
-            f"train.start_from: the model of {trained.origin} is another: {'; '.join(problems[:3])}. Set model as it "
+            f"train.start_from: the model of {trained.origin} differs: {'; '.join(problems[:3])}. Set model as it "
             f"is there; model.num_classes alone may differ"
         )
 

@@ -56,8 +56,8 @@ def check_named_hash(path: str | Path) -> str:
     found, named = file_hash(path), _NAMED_HASH.search(Path(path).name)
     if named and not found.startswith(named[1]):
         raise UserError(
-            f"{path} is damaged: the SHA-256 of the file it is named after begins with {named[1]}, its own with "
-            f"{found[:8]} ({Path(path).stat().st_size} bytes); fetch it again"
+            f"{path} is damaged: by its name its SHA-256 should begin with {named[1]}, but it begins with "
+            f"{found[:8]} ({Path(path).stat().st_size} bytes); download it again"
         )
     return found
 

@@ -111,7 +111,7 @@ def _throughput(
     if broken:
         axes.axvline(broken[0].ranks, color="#dc2626", linewidth=1, linestyle="--")
         early = broken[0].ranks**2 < ranks[0] * ranks[-1]  # the curve is below, the legend on the left
-        axes.text(broken[0].ranks, 0.72 if early else 0.02, f"below {BROKEN:.0%} a GPU", fontsize=8, color="#dc2626",
+        axes.text(broken[0].ranks, 0.72 if early else 0.02, f"below {BROKEN:.0%} per GPU", fontsize=8, color="#dc2626",
                   rotation=90, va="top" if early else "bottom", ha="left" if early else "right",
                   transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -119,7 +119,7 @@ def _throughput(
     axes.set_xticks(ranks, [str(n) for n in ranks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("GPUs", fontsize=9, color="#555555")
-    _style(axes, f"{unit.capitalize()} a second")
+    _style(axes, f"{unit.capitalize()} per second")
     axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=8, loc="upper left")
 
 

@@ -26,7 +26,7 @@ from unite_fast.pictures import spread
 
 TRAJECTORY_ROWS = 8
 DEFINITIONS = {
-    "compared": "of block l the mean of its register tokens, one vector an image, residual stream behind the closing "
+    "compared": "of block l the mean of its register tokens, one vector per image, residual stream behind the closing "
     "norm; tokenization and denoising both without a label",
     "cka": "linear CKA by image, unbiased HSIC: 1 equal up to rotation, shift and factor, about 0 independent",
     "cknna": f"CKNNA of unit-length features, k = {NEIGHBOURS}: 1 equal neighbourhoods, about k/(n − 1) independent",

@@ -29,7 +29,7 @@ UsageError = typer.BadParameter.__base__
 app = typer.Typer(
     name="unite-fast",
     help="Train UNITE, one network that tokenizes and generates images, and use what was trained.\n\n"
-    "Begin with `unite-fast doctor`, which shows what this machine offers, then train a configuration of "
+    "Begin with `unite-fast doctor`, which shows what this machine offers, then train a configuration from "
     "the folder configs/. Each command explains itself: `unite-fast sample --help`.",
     no_args_is_help=True,
     add_completion=False,
@@ -60,7 +60,7 @@ def train(
     config: Annotated[Path, typer.Option(help="JSON configuration, see the folder configs/.", metavar="FILE")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override keys of the configuration; takes several.", metavar="KEY=VALUE …"),
+        typer.Option("--set", help="Override one or more keys of the configuration.", metavar="KEY=VALUE …"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the run's newest checkpoint, if any.")
@@ -68,7 +68,7 @@ def train(
 ) -> None:
     """Train a model on class folders of images, or on molecules.
 
-    Everything goes into RUNS/NAME of the configuration: checkpoints, records, pictures, the exported model.
+    Everything is written to RUNS/NAME of the configuration: checkpoints, records, pictures, the exported model.
     Ctrl-C saves and ends; `--resume` continues. On several GPUs start `unite_fast/train.py` with
     deepspeed or torchrun instead; it takes the same options.
 
@@ -90,7 +90,7 @@ def doctor(
 ) -> None:
     """Show which accelerations are active here, what each missing one costs, and how to get it.
 
-    Looks only: nothing is built or installed.
+    Nothing is built or installed.
     """
     from rich.table import Table
 

@@ -33,35 +33,45 @@ def analyze(
     run: Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")],
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder to write; its former analysis is replaced. Default: analysis/ in the run.",
-                     metavar="DIR"),
+        typer.Option(
+            "--out",
+            help="Output folder; an earlier analysis in it is replaced. Default: analysis/ in the run.",
+            metavar="DIR",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of images to analyze. Default: the run's held-out ones, else its training ones.",
-                     metavar="DIR"),
+        typer.Option(
+            help="Folder of images to analyze. Default: the run's held-out images, or else its training images.",
+            metavar="DIR",
+        ),
     ] = None,
     count: Annotated[
-        int, typer.Option(help="How many of them, evenly spread; memory grows with the square.", min=11, max=2048)
+        int, typer.Option(help="Number of these images, evenly spread; memory grows with its square.", min=11, max=2048)
     ] = 512,
     train: Annotated[
-        Path | None, typer.Option(help="Class folders that probes are fitted to. Default: the run's.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            help="Class folders that probes are fitted on. Default: the run's training images.", metavar="DIR"
+        ),
     ] = None,
     train_count: Annotated[int, typer.Option(help="How many of them, evenly spread.", min=2)] = 2048,
     times: Annotated[
-        str, typer.Option(help="Times to noise latents at, rising from 0 (noise) to 1 (clean).", metavar="T,T,…")
+        str, typer.Option(help="Increasing times to noise latents at, from 0 (noise) to 1 (clean).", metavar="T,T,…")
     ] = TIMES,
-    weights: Annotated[Which, typer.Option(help="ema, or model: as trained, which only checkpoints hold.")] = Which.ema,
-    ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
+    weights: Annotated[
+        Which, typer.Option(help="ema, or model: weights without averaging, only in checkpoints.")
+    ] = Which.ema,
+    ema_decay: Annotated[float | None, typer.Option(help="EMA to use: one of the run's optimizer.ema_decays.")] = None,
     seed: SeedOption = 0,
     batch: BatchOption = 64,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Look into a trained image model as the paper does: RUN/analysis/analysis.json and pictures.
+    """Analyze a trained image model as the paper does: writes RUN/analysis/analysis.json and pictures.
 
-    How alike tokenization and denoising are block by block (CKA, CKNNA), how near predicted latents come to z0 at each
+    Similarity of tokenization and denoising block by block (CKA, CKNNA), how near predicted latents come to z0 at each
     t, the entropy of the weights, decoded predictions along the sampler's path, what linear probes read from latents
-    and blocks. The record says what made each number.
+    and blocks. The record states what each number depends on.
 
     Example: `unite-fast analyze --run runs/quickstart`
     """
@@ -80,7 +90,7 @@ def analyze(
     trained = open_trained(run, weights=weights.value, ema_decay=ema_decay)
     if trained.config.modality != "images":
         raise UserError(
-            f"{run} is a model of {trained.config.modality}, and these analyses are of image models: "
+            f"{run} is a model of {trained.config.modality}, and analyze supports image models only: "
             f"`unite-fast evaluate` measures it"
         )
     folder = out_dir or run_folder(run) / FOLDER
@@ -111,7 +121,7 @@ def _times(text: str) -> tuple[float, ...]:
         found = ()
     rising = all(a < b for a, b in zip(found, found[1:], strict=False))
     if not found or not rising or not 0 <= found[0] or not found[-1] <= 1:
-        raise UserError(f"--times {text!r} are not numbers that rise within 0 and 1, such as 0.2,0.5,0.8")
+        raise UserError(f"--times {text!r} must be increasing numbers between 0 and 1, such as 0.2,0.5,0.8")
     return found
 
 
@@ -125,7 +135,7 @@ def _selections(
     of_run = DataConfig(path="") if config is None else config.data
     known = None if config is None else Path(of_run.val_path or of_run.path)
     if data is None and known is None:
-        raise UserError(f"nothing says which images to analyze {trained.origin} on: give --data DIR")
+        raise UserError(f"{trained.origin} does not name images to analyze it on: give --data DIR")
     place = data or known
     try:
         images = Images.open(place, of_run, trained.config, trained.class_names, count)

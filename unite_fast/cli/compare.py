@@ -22,10 +22,10 @@ class Crop(StrEnum):
 
 
 def reference(
-    images: Annotated[Path, typer.Argument(help="Folder that is searched for images.", metavar="IMAGES")],
+    images: Annotated[Path, typer.Argument(help="Folder to search for images.", metavar="IMAGES")],
     out_file: Annotated[Path, typer.Option("--out", help="The file to write, ending in .npz.", metavar="FILE")],
     inception: Annotated[
-        Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")
+        Path | None, typer.Option(help="Inception-v3 weights in the FID layout.", metavar="FILE")
     ] = None,
     size: Annotated[int, typer.Option(help="Side of the model's images.", min=1)] = 256,
     crop: Annotated[
@@ -36,7 +36,7 @@ def reference(
 ) -> None:
     """Compute the mu/sigma statistics that gfid compares with, from a folder of images (the training set, usually).
 
-    The file says how it was made: images, crop, size, extractor weights. Unreadable images are skipped and counted.
+    The file records how it was made: images, crop, size, extractor weights. Unreadable images are skipped and counted.
     Several GPUs share the work: `torchrun --nproc-per-node 8 -m unite_fast reference …`.
 
     Example: `unite-fast reference data/imagenet/train --out imagenet256.npz --inception weights/pt_inception-….pth`
@@ -75,16 +75,16 @@ def reference(
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Runs, or records of evaluations (RUN/evaluations/NAME.json).", metavar="RUN…")
+        list[Path], typer.Argument(help="Runs, or evaluation records (RUN/evaluations/NAME.json).", metavar="RUN…")
     ],
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Mark the best value even where protocols differ, and say so.")
+        bool, typer.Option("--anyway", help="Mark the best value even where protocols differ, with a note.")
     ] = False,
 ) -> None:
-    """Table the evaluations of several runs. The best value of a metric is marked where all were made alike.
+    """Tabulate the evaluations of several runs, with the best value of a metric marked where the protocols agree.
 
     Numbers of different protocols (images, guidance, solver, seed, reference, held-out images, …) are shown beside
-    each other and not ranked; what differs stands below the table.
+    each other but not ranked; the differences are listed below the table.
 
     Example: `unite-fast compare runs/quickstart runs/other`
     """

@@ -24,7 +24,7 @@ MOLECULES = re.compile(r".*\.(xyz|extxyz|sdf|mol|npz|parquet)(\.tar)?(\.(gz|bz2|
 app = typer.Typer(no_args_is_help=True, help="Prepare and check data sets.", rich_markup_mode="markdown")
 
 JobsOption = Annotated[
-    int | None, typer.Option(help="Processes; by default one a core. More help where reading waits.", min=1)
+    int | None, typer.Option(help="Number of processes; by default one per core. More help with slow storage.", min=1)
 ]
 
 
@@ -33,24 +33,27 @@ def prepare(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Class folders, a tar of class tars, or a folder of class tars.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Output folder.")],
     size: Annotated[
         int | None,
-        typer.Option(help="Crop to this size now, as training would; by default the original bytes are packed.", min=1),
+        typer.Option(help="Crop to this size now, as training would; by default the original files are packed.", min=1),
     ] = None,
     shard_images: Annotated[
-        int | None, typer.Option(help="Images a shard, at most; by default 8,192, about 0.9 GB of ImageNet.", min=1)
+        int | None,
+        typer.Option(help="Maximum number of images per shard; by default 8,192, about 0.9 GB of ImageNet.", min=1),
     ] = None,
     devkit: Annotated[
         Path | None,
-        typer.Option(help="ILSVRC2012_devkit_t12.tar.gz; says the classes of the validation archive.", metavar="FILE"),
+        typer.Option(
+            help="ILSVRC2012_devkit_t12.tar.gz, which lists the classes of the validation archive.", metavar="FILE"
+        ),
     ] = None,
     jobs: JobsOption = None,
 ) -> None:
     """Pack images into shards: a few large files with an index, for network file systems.
 
-    Training reads the folder in place of class folders, in the same order: set data.path or data.val_path to it.
-    Shards are WebDataset tar files. Started again after an interruption, the same command goes on where it stopped.
+    Training reads this folder instead of class folders, in the same order: set data.path or data.val_path to it.
+    Shards are WebDataset tar files. After an interruption, the same command continues where it stopped.
     Images on the skip list of `unite-fast data check` are left out.
 
     Example: `unite-fast data prepare data/imagenet/train /lustre/imagenet/train`
@@ -86,12 +89,12 @@ def prepare(
 @app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Class folders, prepared shards, or molecules.")],
-    size: Annotated[int, typer.Option(help="Image size of the runs to come.", min=1)] = 256,
+    size: Annotated[int, typer.Option(help="Image size of future runs.", min=1)] = 256,
     jobs: JobsOption = None,
 ) -> None:
-    """Look at every image, and list what training is to leave out.
+    """Check every image, and list those that training must leave out.
 
-    The list is written into the folder itself, as unite_fast_check.json; every run on that folder then leaves the
+    The list is written to unite_fast_check.json in the folder itself; every run on that folder then leaves the
     unusable images out from the start. Images that are converted (CMYK, 16-bit, …) or whose extension or class is in
     doubt are reported and kept. For shards all checksums are verified. The exit code is 1 if something is unusable.
 

@@ -54,14 +54,15 @@ def evaluate(
         typer.Option(
             "--count",
             "--samples",
-            help="Generated images, a multiple of the classes, or molecules. Default: the configuration's, or 50,000.",
+            help="Number of generated images (a multiple of the number of classes) or molecules. Default: the "
+            "configuration's, or 50,000.",
             min=1,
         ),
     ] = None,
     label_sampling: Annotated[
         LabelSampling | None,
         typer.Option(
-            help="balanced: exactly as many images of each class; random: classes drawn uniformly, any --count. "
+            help="balanced: the same number of images of each class; random: classes drawn uniformly, any --count. "
             "Default: the configuration's, or balanced."
         ),
     ] = None,
@@ -69,24 +70,26 @@ def evaluate(
         Path | None, typer.Option(help="mu/sigma file of the training images, for gfid.", metavar="FILE")
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(help="Inception-v3 weights of the FID layout.", metavar="FILE")
+        Path | None, typer.Option(help="Inception-v3 weights in the FID layout.", metavar="FILE")
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of held-out images. Molecules: the set trained on, which is divided as in training.",
+            help="Folder of held-out images. Molecules: the whole data set, which is split as in training.",
             metavar="PATH",
         ),
     ] = None,
     data_count: Annotated[
         int | None,
-        typer.Option(help="How many held-out ones, images evenly spread. Default: the configuration's, or all.", min=1),
+        typer.Option(
+            help="Number of held-out images (evenly spread) or molecules. Default: the configuration's, or all.", min=1
+        ),
     ] = None,
     train: Annotated[Path | None, typer.Option(help="Folder of training images, for small.", metavar="DIR")] = None,
     vgg: Annotated[Path | None, typer.Option(help="VGG16 weights, for lpips.", metavar="FILE")] = None,
     linear: Annotated[Path | None, typer.Option(help="LPIPS linear layers, for lpips.", metavar="FILE")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength w of guidance; 1 turns it off.", min=0)] = None,
-    interval: Annotated[str | None, typer.Option(help="Times between which it acts.", metavar="LOW,HIGH")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale w; 1 turns guidance off.", min=0)] = None,
+    interval: Annotated[str | None, typer.Option(help="Times between which guidance acts.", metavar="LOW,HIGH")] = None,
     solver: Annotated[Solver | None, typer.Option(help="euler, heun or dopri5.")] = None,
     steps: Annotated[int | None, typer.Option(help="Time points of the solver.", min=2)] = None,
     unnormalised: UnnormalisedOption = False,
@@ -98,23 +101,28 @@ def evaluate(
         ),
     ] = None,
     search_count: Annotated[
-        int | None, typer.Option(help=f"Images of one point of a search. Default: {SEARCH_COUNT:,}.", min=1)
+        int | None, typer.Option(help=f"Images per point of a search. Default: {SEARCH_COUNT:,}.", min=1)
     ] = None,
     search_values: Annotated[
-        str | None, typer.Option(help="Sweep over these w in place of the adaptive search.", metavar="W,W,…")
+        str | None, typer.Option(help="Sweep over these values of w instead of the adaptive search.", metavar="W,W,…")
     ] = None,
-    weights: Annotated[Which, typer.Option(help="ema, or model: as trained, which only checkpoints hold.")] = Which.ema,
-    ema_decay: Annotated[float | None, typer.Option(help="One of the run's optimizer.ema_decays.")] = None,
+    weights: Annotated[
+        Which, typer.Option(help="ema, or model: weights without averaging, only in checkpoints.")
+    ] = Which.ema,
+    ema_decay: Annotated[float | None, typer.Option(help="EMA to use: one of the run's optimizer.ema_decays.")] = None,
     seed: Annotated[
         int,
-        typer.Option(help="Seed of noise, shuffles, subsets. Default of molecules: the run's.", min=0, max=2**31 - 1),
+        typer.Option(
+            help="Seed of noise, shuffles and subsets. Default for molecules: the run's.", min=0, max=2**31 - 1
+        ),
     ] = 0,
     batch: Annotated[int | None, typer.Option(help="Images at a time; halved if memory runs out.", min=1)] = None,
     precision: Annotated[
         Precision, typer.Option(help="auto: as trained; without a record bf16 on CUDA, fp32 elsewhere.")
     ] = Precision.auto,
     save_images: Annotated[
-        Path | None, typer.Option(
+        Path | None,
+        typer.Option(
             help="Also keep the generated images, as PNG files; those of another evaluation in DIR are deleted.",
             metavar="DIR",
         ),
@@ -122,15 +130,16 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="Name of the record. Default: step and protocol.")] = None,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Measure a trained model and write RUN/evaluations/NAME.json: every number with all that made it.
+    """Measure a trained model and write RUN/evaluations/NAME.json: every number and everything it depends on.
 
-    Options that are left out come from the run's configuration. Images depend on the seed and their number alone; a
-    killed evaluation that is started again goes on where it stopped. Several GPUs share the work:
+    Options that are left out come from the run's configuration. Each image depends only on the seed and its number; a
+    killed evaluation continues where it stopped when started again. Several GPUs share the work:
     `torchrun --nproc-per-node 8 -m unite_fast evaluate RUN …`.
 
-    Molecules are measured by every metric, each beside what held-out real ones score; drawings, histograms, 3-D views,
-    SDF and XYZ go into RUN/evaluations/NAME. They take --count (or --samples), --data, --data-count, --guidance,
-    --interval, --solver, --steps, --weights, --ema-decay, --seed, --batch, --name and --device.
+    For molecules every metric is measured, beside its value for held-out real molecules; drawings, histograms, 3-D
+    views, SDF and XYZ are written to RUN/evaluations/NAME. Their options are --count (or --samples), --data,
+    --data-count, --guidance, --interval, --solver, --steps, --weights, --ema-decay, --seed, --batch, --name and
+    --device.
 
     Example: `unite-fast evaluate runs/b_h100 --metrics gfid,is --reference imagenet256.npz --search guidance`
     """
@@ -140,15 +149,15 @@ def evaluate(
     searches = _searches(search)
     strengths = None if search_values is None else _numbers(search_values)
     if name is not None and (name.startswith(".") or Path(name).name != name):
-        raise UserError(f"--name {name!r} must be the name of a file without its folder, and begin with no dot")
+        raise UserError(f"--name {name!r} must be a file name without a folder that does not begin with a dot")
     if strengths and Search.guidance not in searches:
-        raise UserError("--search-values are strengths for --search guidance: add that")
+        raise UserError("--search-values needs --search guidance")
     if search_count is not None and not searches:
-        raise UserError("--search-count says how many images a point of a search has: add --search guidance or ema")
+        raise UserError("--search-count needs --search guidance or --search ema")
     if Search.ema in searches and (ema_decay is not None or weights is Which.model):
-        raise UserError("--search ema chooses among the averages: leave out --ema-decay and --weights model")
+        raise UserError("--search ema chooses among the EMAs: leave out --ema-decay and --weights model")
     if set(searches) == {Search.guidance} and guidance is not None:
-        raise UserError("--search guidance finds the strength: leave out --guidance")
+        raise UserError("--search guidance finds w: leave out --guidance")
     if Search.guidance in searches and unnormalised:
         raise UserError("--unnormalised is the published sampler without guidance: leave out --search guidance")
 
@@ -241,5 +250,5 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or any(not 0 <= value < float("inf") for value in found):
-        raise UserError(f"--search-values {text!r} are not non-negative numbers with commas between, such as 1,1.5,2")
+        raise UserError(f"--search-values {text!r} must be non-negative numbers separated by commas, such as 1,1.5,2")
     return found

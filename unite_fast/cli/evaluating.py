@@ -96,7 +96,7 @@ class Session:
             found += ["psnr", "ssim", "l1", *(("rfid",) if self.plan.inception else ())]
         if not found:
             raise UserError(
-                f"nothing says what to measure of {trained.origin}: give --metrics, or files that metrics need "
+                f"no metrics are chosen for {trained.origin}: give --metrics, or the files that metrics need "
                 f"(--inception and --reference, --data)"
             )
         return replace(self.plan, metrics=tuple(found))
@@ -126,7 +126,7 @@ class Session:
 
         plan = self.evaluator.plan
         if not {"gfid", "small"}.intersection(plan.metrics):
-            raise UserError("--search needs a score: put gfid (or small) among --metrics")
+            raise UserError("--search needs a score: add gfid (or small) to --metrics")
         check_count(plan, count, self.evaluator.sizes.num_classes, self._scored(), "--search-count")
 
     def _score(self, model, about, sampling, count: int) -> float:
@@ -139,7 +139,7 @@ class Session:
 
         decays = checkpoint.ema_decays(checkpoint.read_state(find_checkpoint(self.run)))
         if len(decays) < 2:
-            raise UserError(f"{self.run} keeps one average only: optimizer.ema_decays keeps several to choose from")
+            raise UserError(f"{self.run} keeps one EMA only: train with optimizer.ema_decays to choose from several")
         rows = self.tables["ema"] = []
         for decay in decays:
             model, about = self._build(self._open(decay))
@@ -150,9 +150,7 @@ class Session:
     def _best_guidance(self, model, about, sampling, count: int, strengths: list[float] | None) -> dict[str, Any]:
         from unite_fast.evaluation.search import GuidanceSearch
 
-        search = GuidanceSearch(
-            lambda settings: self._score(model, about, settings, count), sampling, told=self._tell
-        )
+        search = GuidanceSearch(lambda settings: self._score(model, about, settings, count), sampling, told=self._tell)
         self.tables["guidance"] = search.rows
         return search.sweep(strengths) if strengths else search.adapt()
 
@@ -176,7 +174,7 @@ def _show(metrics: dict[str, Any], protocol: dict[str, Any], tables: dict[str, A
     out().print(table)
     if generation:
         low, high = generation["interval"]
-        a_class = f"{generation['per_class']} a class" if "per_class" in generation else "of classes drawn at random"
+        a_class = f"{generation['per_class']} per class" if "per_class" in generation else "of classes drawn at random"
         out().print(
             f"{generation['count']} images, {a_class}; {generation['solver']}, "
             f"{generation['steps']} steps, guidance {generation['guidance']:g} between {low:g} and {high:g}, seed "

@@ -34,7 +34,7 @@ LONGEST_STEM = 50  # characters of a file's name, of up to four bytes, that its 
 RunOption = Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")]
 ImagesArgument = Annotated[
     list[Path],
-    typer.Argument(help="Image files, or folders that are searched for images; or molecules.", metavar="IMAGES…"),
+    typer.Argument(help="Image files, or folders to search for images; or molecule files.", metavar="IMAGES…"),
 ]
 
 
@@ -109,7 +109,7 @@ def reconstruct(
     images: ImagesArgument,
     out_dir: Annotated[
         Path,
-        typer.Option("--out", help="Folder for the pictures; those of a former call are replaced.", metavar="DIR"),
+        typer.Option("--out", help="Folder for the pictures; those of an earlier call are replaced.", metavar="DIR"),
     ],
     seed: SeedOption = 0,
     batch: BatchOption = 64,
@@ -118,7 +118,7 @@ def reconstruct(
     """Encode images and decode them again: side-by-side pictures, PSNR of each, and the mean.
 
     Images of another size are resized and centre-cropped exactly as in training. Files that cannot be read are
-    skipped and named. The numbers are also in reconstructions.json. A model of molecules takes files of molecules:
+    skipped and named. The numbers are also in reconstructions.json. A model of molecules takes molecule files:
     RMSD of each, a sheet, reconstructions.sdf and .xyz.
 
     Example: `unite-fast reconstruct --run runs/quickstart data/digits/val/3 --out reconstructions`
@@ -198,8 +198,8 @@ def tokenize(
     """Encode images into latents and write them as safetensors.
 
     The file holds **latents**, float32 of shape images × registers × channels; its metadata lists the image
-    files in the same order under **files**, as JSON. Images are prepared as by reconstruct. A model of molecules takes
-    files of molecules, and writes their **counts** of atoms and **order** beside the latents.
+    files in the same order under **files**, as JSON. Images are prepared as in reconstruct. A model of molecules takes
+    molecule files, and writes their atom **counts** and **order** beside the latents.
 
     Example: `unite-fast tokenize --run runs/quickstart data/digits/val/3 --out latents.safetensors`
     """
@@ -272,7 +272,7 @@ def find_images(given: list[Path], leave_out: Path | None = None) -> list[Path]:
             if leave_out is not None:
                 inside = [file for file in inside if not file.resolve().is_relative_to(leave_out.resolve())]
             if not inside:
-                raise UserError(f"no image below {path} but those in {leave_out}, where the results go")
+                raise UserError(f"no image below {path} except those in {leave_out}, the output folder")
             found += inside
         elif path.is_file():
             found.append(path)

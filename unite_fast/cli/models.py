@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 def import_(
     file: Annotated[Path, typer.Argument(help="A published checkpoint: .pt, .pth or .safetensors.", metavar="FILE")],
-    out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the model, for use.", metavar="DIR")
-    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder for the model.", metavar="DIR")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Make the run of this configuration, ready for train --resume.", metavar="FILE"),
+        typer.Option(help="Create the run of this configuration, ready for train --resume.", metavar="FILE"),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override keys of --config.", metavar="KEY=VALUE …")
@@ -32,17 +30,17 @@ def import_(
         typer.Option(help="Attention heads of the decoder. Default: those of the published size of its width.", min=1),
     ] = None,
     context_start: Annotated[
-        int, typer.Option(help="Block before which the context joins. 4 in the published models.", min=0)
+        int, typer.Option(help="Block before which the context tokens are added; 4 in the published models.", min=0)
     ] = 4,
     weights: Annotated[
-        Which | None, typer.Option(help="Which set of the checkpoint. Default: EMA weights where it has them.")
+        Which | None, typer.Option(help="Which weights of the checkpoint. Default: EMA weights if it has them.")
     ] = None,
 ) -> None:
-    """Turn a published checkpoint into a folder that every other command and unite_fast.load read.
+    """Convert a published checkpoint to a folder that all other commands and unite_fast.load can read.
 
-    Sizes are inferred from the shapes of the weights. The file is read without running code from it: one that holds
-    Python objects beside its tensors is refused, with advice. With --config a training checkpoint, whose EMA and
-    optimizer states come along, becomes the run of that configuration, which train --resume continues.
+    Sizes are inferred from the shapes of the weights. The file is read without running code from it: a file that holds
+    Python objects besides tensors is refused, with advice. With --config a training checkpoint, including its EMA and
+    optimizer states, becomes the run of that configuration, which train --resume continues.
 
     Example: `unite-fast import unite_b.pt --out models/unite_b`, or
     `unite-fast import unite_b.pt --config configs/b_h100.json --set name=b_on`
@@ -98,35 +96,36 @@ def export(
         Path | None, typer.Option("--out", help="Folder for model.safetensors and model.json.", metavar="DIR")
     ] = None,
     weights: Annotated[
-        Which, typer.Option(help="ema: averaged, for use; model: as trained, which only checkpoints hold.")
+        Which,
+        typer.Option(help="ema: averaged weights, for use; model: weights without averaging, only in checkpoints."),
     ] = Which.ema,
     ema_decay: Annotated[
-        float | None, typer.Option(help="One of the run's optimizer.ema_decays. Default: the main one.")
+        float | None, typer.Option(help="EMA to use: one of the run's optimizer.ema_decays. Default: ema_decay.")
     ] = None,
     published: Annotated[
         Path | None,
         typer.Option(
-            help="Also, or only, write the published naming: a .pt, .pth or .safetensors file.", metavar="FILE"
+            help="Write the weights under the published names: a .pt, .pth or .safetensors file.", metavar="FILE"
         ),
     ] = None,
     with_optimizer: Annotated[
         bool,
         typer.Option(
             "--with-optimizer",
-            help="Into --published: the whole training checkpoint, both sets of weights and optimizer states.",
+            help="Write a whole training checkpoint to --published: both sets of weights and optimizer states.",
         ),
     ] = False,
 ) -> None:
     """Write a trained model as safetensors and JSON, which unite_fast.load reads, or under the published names.
 
-    Of a run the newest weights are taken, also while it is still training.
+    For a run the newest weights are used, even while it is still training.
 
     Example: `unite-fast export runs/l_h100/checkpoints/step_00050000 --out models/l --published l.pt`
     """
     if out_dir is None and published is None:
         raise UserError("nothing to write: give --out DIR, --published FILE, or both")
     if with_optimizer and published is None:
-        raise UserError("--with-optimizer belongs to --published FILE")
+        raise UserError("--with-optimizer needs --published FILE")
     from unite_fast.importing import open_trained, unpublished_settings, write_published
 
     trained = open_trained(source, weights=weights.value, ema_decay=ema_decay)

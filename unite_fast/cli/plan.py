@@ -28,41 +28,51 @@ TOO_LARGE = "too large"
 def plan(
     preset: Annotated[str | None, typer.Option(help="B, M, L or XL with the published recipe.", metavar="NAME")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A configuration in place of a preset, as for molecules.", metavar="FILE")
+        Path | None,
+        typer.Option(help="A configuration instead of a preset, for example for molecules.", metavar="FILE"),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE")
+        list[str] | None, typer.Option("--set", help="Override one or more keys.", metavar="KEY=VALUE")
     ] = None,
-    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)] = 8,
-    gpu: Annotated[str, typer.Option(help="Their kind; an unknown one lists them.", metavar="NAME")] = "h100-80",
-    per_node: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 8,
+    gpus: Annotated[int, typer.Option(help="Total number of GPUs.", min=1)] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="GPU model; an unknown name lists the known ones.", metavar="NAME")
+    ] = "h100-80",
+    per_node: Annotated[int, typer.Option(help="GPUs per node.", min=1)] = 8,
     network: Annotated[
-        float, typer.Option(help="Network adapter of each GPU, Gbit/s; 400 is InfiniBand NDR.", min=1)
+        float, typer.Option(help="Network bandwidth per GPU, Gbit/s; 400 is InfiniBand NDR.", min=1)
     ] = 400.0,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Share of the counted floor that compute reaches; `profile` measures it.", min=0.01, max=1),
+        typer.Option(
+            help="Least possible compute time over the real one, 0 to 1; `profile` measures it.", min=0.01, max=1
+        ),
     ] = None,
     launch_us: Annotated[
         float | None,
-        typer.Option(help="What a launch takes the host, µs; `profile` measures it on one GPU.", min=0.1, max=1000),
+        typer.Option(
+            help="The host's time per kernel launch, µs; `profile` measures it on one GPU.", min=0.1, max=1000
+        ),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            "--images", "--molecules", metavar="COUNT", min=1,
-            help="Of an epoch. Default: ImageNet's 1,281,167 images; molecules as in the data, without them as in QM9.",
+            "--images",
+            "--molecules",
+            metavar="COUNT",
+            min=1,
+            help="Samples per epoch. Default: ImageNet's 1,281,167 images; molecules as in the data, or as in QM9.",
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option("--out", help="Also draw memory and scaling into this PNG.", metavar="FILE")
+        Path | None, typer.Option("--out", help="Also plot memory and scaling to this PNG.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Predict memory, micro-batch, flow draws a chunk, times, GPU-hours and communication, for each ZeRO stage.
+    """Predict memory, micro-batch, flow draws per chunk, times, GPU-hours and communication, for each ZeRO stage.
 
-    From counted operations, bytes and launches, a device's rates and stated link speeds; what is an assumption is named
-    below the tables. Then the same run on 8 to 1,024 GPUs, by formula and by a simulation, and where scaling breaks and
+    Based on counted operations, bytes and launches, a device's rates and stated link speeds; assumptions are listed
+    below the tables. Then the same run on 8 to 1,024 GPUs, by formula and by simulation, and where scaling breaks and
     why.
 
     Example: `unite-fast plan --preset L --gpus 64 --gpu h100-80 --out plan.png`
@@ -83,7 +93,7 @@ def plan(
     modality = modality_of(run)
     unit, population = modality.unit, modality.population(run)
     if samples is not None:
-        population = replace(population, samples=samples, source=f"{samples:,} {unit} an epoch, as given")
+        population = replace(population, samples=samples, source=f"{samples:,} {unit} per epoch, as given")
     options = {"efficiency": share, "launch": launch, "population": population}
     plans = [planning.plan(run, device, links, ranks=gpus, stage=stage, **options) for stage in STAGES]
     stage = min(run.train.zero_stage, 2)  # the simulation plays Muon's exchange, which stage 3 has not
@@ -248,11 +258,9 @@ def _print_chunks(plans: list[Plan], scaled: list[Plan]) -> None:
 
     def listed(found: list[tuple[str, int]]) -> str:
         chunks = dict.fromkeys(chunk for _, chunk in found)
-        return "; ".join(
-            f"{chunk} ({', '.join(name for name, other in found if other == chunk)})" for chunk in chunks
-        )
+        return "; ".join(f"{chunk} ({', '.join(name for name, other in found if other == chunk)})" for chunk in chunks)
 
-    text = "flow draws a chunk: " + listed([(f"ZeRO\u00a0{p.stage}", p.draws_per_chunk) for p in plans])
+    text = "flow draws per chunk: " + listed([(f"ZeRO\u00a0{p.stage}", p.draws_per_chunk) for p in plans])
     if scaled:
         text += "; by GPUs: " + listed([(str(p.ranks), p.draws_per_chunk) for p in scaled])
     out().print(f"· {text}", markup=False, soft_wrap=True)
@@ -272,7 +280,7 @@ def _print_host(plans: list[Plan], scaled: list[Plan], run: Config, launch: floa
     none = "no step of that" if run.train.compile else "none of these steps"
     low, high = (f"{seconds * 1e6:g}" for seconds in HOST_SECONDS)
     text = (
-        f"{' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches a step at "
+        f"{' to '.join(f'{n:,}' for n in dict.fromkeys((launches[0], launches[-1])))} launches per step at "
         f"{launch * 1e6:g} µs each ({f'assumed, {low} to {high}' if assumed else 'given'}; "
         "without those of ZeRO and collectives); "
         f"it limits {' and '.join(filter(None, where)) or none}"
@@ -309,14 +317,14 @@ def _print_assumptions(
         ),
         f"efficiency: {efficiency:g} of the floor that these rates set"
         + (
-            " (assumed, what the project's goals on an H200 ask for: no step has been timed on a GPU yet; "
+            " (assumed, this project's goal on an H200: no step has been timed on a GPU yet; "
             "`unite-fast profile` measures yours)"
             if assumed
             else " (given)"
         ),
-        f"links, as stated: {links.node_link / 1e9:.0f} GB/s a GPU inside a node of {links.per_node}, "
-        f"{links.link * 8 / 1e9:.0f} Gbit/s a GPU between nodes; assumed: {links.share:.0%} of that is reached, "
-        f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs a hop",
+        f"links, as stated: {links.node_link / 1e9:.0f} GB/s per GPU inside a node of {links.per_node}, "
+        f"{links.link * 8 / 1e9:.0f} Gbit/s per GPU between nodes; assumed: {links.share:.0%} of that is reached, "
+        f"{links.node_latency * 1e6:g} and {links.latency * 1e6:g} µs per hop",
         "memory: bf16 compute with float32 weights and the fused operators, on the largest micro-batch that a long run "
         "draws; at most 92 % of the device (assumed)",
         "ZeRO 2 does what ZeRO 1 does: gradients are whole until the last backward of a step reduces them; ZeRO 3 "

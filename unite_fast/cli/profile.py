@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def profile(
     config: Annotated[Path, typer.Option(help="JSON configuration, see the folder configs/.", metavar="FILE")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override keys; takes several.", metavar="KEY=VALUE …")
+        list[str] | None, typer.Option("--set", help="Override one or more keys.", metavar="KEY=VALUE …")
     ] = None,
     micro_batch: Annotated[
         int | None,
         typer.Option(
-            help="Images (molecules) a backward. Default: the configuration's; of auto what is predicted to fit.",
+            help="Images (molecules) per backward. Default: the configuration's; for auto, what is predicted to fit.",
             min=1,
         ),
     ] = None,
@@ -32,12 +32,12 @@ def profile(
     ] = Path("profile_trace.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Measure where a training step's time and memory go, and how far each part is from its floor.
+    """Measure where a training step's time and memory go, and how far each part is from its least possible time.
 
     First the device's rates (large matrix product, large copy), then each part alone forward and backward, then
-    whole steps with the run's data (made-up images, or molecules of 29 atoms, where it is absent), then a trace.
+    whole steps with the run's data (without them: synthetic images, or molecules of 29 atoms), then a trace.
     Molecules differ in size, so their parts are measured and counted on the run's first micro-batch. Nothing is written
-    into the run's folder. For several ranks: `torchrun --nproc-per-node 2 --no-python unite-fast profile …`
+    to the run's folder. For several ranks: `torchrun --nproc-per-node 2 --no-python unite-fast profile …`
 
     Example: `unite-fast profile --config configs/quickstart.json`
     """

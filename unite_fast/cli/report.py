@@ -15,14 +15,16 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder, finished or i
 def report(
     run: RunArgument,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="The page. Default: report.html in the run.", metavar="FILE")
+        Path | None, typer.Option("--out", help="The file to write. Default: report.html in the run.", metavar="FILE")
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Do not run the model: curves, results, configuration, and sheets on disk."),
+        typer.Option(
+            "--quick", help="Do not run the model: show only curves, results, configuration, and sheets on disk."
+        ),
     ] = False,
     held_out: Annotated[
-        int, typer.Option(help="Held-out images that latent statistics are measured on, at most.", min=2)
+        int, typer.Option(help="Maximum number of held-out images for latent statistics.", min=2)
     ] = 256,
     seed: SeedOption = 0,
     batch: Annotated[
@@ -32,9 +34,8 @@ def report(
 ) -> None:
     """Write one HTML page about a run: samples, reconstructions, curves, results with their protocol.
 
-    Also the configuration and the environment; of images a denoising trajectory, the nearest training images of samples
-    and latent statistics. The page is one file that fetches nothing. What the run does not hold yet is named in its
-    place.
+    Also the configuration and the environment; for images a denoising trajectory, the training images nearest to
+    samples, and latent statistics. The page is one self-contained file. It states what the run does not have yet.
 
     Example: `unite-fast report runs/quickstart`
     """

@@ -30,8 +30,8 @@ UnnormalisedOption = Annotated[
     bool,
     typer.Option(
         "--unnormalised",
-        help="Leave the latent norm out of every prediction, as the published sampler does without guidance, whose "
-        "numbers at w = 1 this reproduces; for --guidance 1 alone.",
+        help="Leave the latent norm out of every prediction, as the published sampler does without guidance, to "
+        "reproduce its numbers at w = 1; only with --guidance 1.",
     ),
 ]
 RECORD, SHEET = "samples.json", "sheet.png"
@@ -44,7 +44,9 @@ def sample(
     run: Annotated[Path, typer.Option(help="A run, one of its checkpoints, or an exported folder.", metavar="DIR")],
     classes: Annotated[
         str | None,
-        typer.Option(help="Class names or indices, separated by commas; a name comes before an index. Default: all."),
+        typer.Option(
+            help="Class names or indices, separated by commas; a name takes precedence over an index. Default: all."
+        ),
     ] = None,
     atoms: Annotated[
         str | None,
@@ -52,13 +54,16 @@ def sample(
     ] = None,
     value: Annotated[
         float | None,
-        typer.Option("--property", help="Molecules: value of the property trained under, such as a gap in eV."),
+        typer.Option(
+            "--property",
+            help="Molecules: value of the property that the model was conditioned on, such as a gap in eV.",
+        ),
     ] = None,
     count: Annotated[
-        int, typer.Option(help="Images in all, dealt out to the classes in turn.", min=1, max=2**31 - 1)
+        int, typer.Option(help="Total number of images, distributed over the classes in turn.", min=1, max=2**31 - 1)
     ] = 64,
     guidance: Annotated[
-        float | None, typer.Option(help="Strength w of classifier-free guidance; 1 turns it off.", min=0)
+        float | None, typer.Option(help="Classifier-free guidance scale w; 1 turns guidance off.", min=0)
     ] = None,
     interval: Annotated[
         str | None,
@@ -77,7 +82,7 @@ def sample(
     out_dir: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder to write; samples it holds are replaced. Default: samples/ in the run.", metavar="DIR"
+            "--out", help="Output folder; samples in it are replaced. Default: samples/ in the run.", metavar="DIR"
         ),
     ] = None,
     batch: BatchOption = 64,
@@ -85,9 +90,9 @@ def sample(
 ) -> None:
     """Generate images, or molecules: samples.sdf, samples.xyz, a sheet, a 3-D page, samples.json.
 
-    Of images: single PNG files, a sheet class by class, and samples.json, which says how they were made.
+    For images: single PNG files, a sheet by class, and samples.json, which records how they were made.
 
-    Options that are left out take the values the model was trained to be sampled with. A run still in training gives
+    Options that are left out come from the run's configuration. A run still in training gives
     its newest checkpoint's averaged (EMA) weights. Image number i depends on the seed and on i alone, not on the
     batch size; a larger --count adds images to those of a smaller one.
 
@@ -111,7 +116,7 @@ def sample(
         if classes is not None:
             raise UserError("--classes is for images; molecules take --atoms and --property")
         if unnormalised:
-            raise UserError("--unnormalised is for images, whose published sampler it is")
+            raise UserError("--unnormalised is for image models only")
         special.sample(
             trained, out_dir or run_folder(run) / "samples", atoms=atoms, value=value, count=count, guidance=guidance,
             interval=window, solver=None if solver is None else solver.value, steps=steps, seed=seed, batch=batch,
@@ -222,9 +227,9 @@ def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--interval {text!r} is not two numbers with a comma between, such as 0.1,1") from None
+        raise UserError(f"--interval {text!r} must be two numbers separated by a comma, such as 0.1,1") from None
     if not 0 <= low < high <= 1:
-        raise UserError(f"--interval {text} must rise within 0 and 1, such as 0.1,1")
+        raise UserError(f"--interval {text} must be two increasing numbers between 0 and 1, such as 0.1,1")
     return low, high
 
 

@@ -38,12 +38,12 @@ STATES = {"finished": "green", "evaluating": "cyan", "training": "cyan", "stoppe
 
 def watch(
     run: RunArgument,
-    once: Annotated[bool, typer.Option("--once", help="Print the state as it is and end.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between looks at the folder.", min=0.2, max=3600)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between updates.", min=0.2, max=3600)] = 2.0,
 ) -> None:
-    """Watch a run: progress, losses, images a second, waiting for data, time left, warnings.
+    """Watch a run: progress, losses, images per second, waiting for data, time left, warnings.
 
-    Reads the run's folder only, from this machine or another, and changes nothing. Ends when the run has, or with
+    Only reads the run's folder, from this machine or another, and changes nothing. Ends when the run ends, or with
     Ctrl-C.
 
     Example: `unite-fast watch runs/l_h100`
@@ -194,4 +194,3 @@ def _median(values: Sequence[float]) -> float:
 
 def _value(key: str, value: Any) -> str:
     return f"{100 * value:.1f} %" if key == "data_wait" else f"{value:.4g}"
-

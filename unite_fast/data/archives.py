@@ -78,8 +78,8 @@ def open_archives(
     elif flat:
         if devkit is None:
             raise UserError(
-                f"{path} holds images without classes, as the validation archive does: name the development kit that "
-                f"says their classes, --devkit ILSVRC2012_devkit_t12.tar.gz"
+                f"{path} holds images without classes, as the validation archive does: give the development kit "
+                f"that lists their classes, --devkit ILSVRC2012_devkit_t12.tar.gz"
             )
         members = _with_classes(flat, devkit)
     else:
@@ -174,7 +174,7 @@ def _tar(path: Path, inside: tarfile.TarInfo | None = None, mode: str = "r:"):
             raise UserError(f"{which} is not a whole, uncompressed tar file: {error}") from None
         # The words of an error may be many lines here, one for each compression that was tried.
         raise UserError(
-            f"{which} is not a whole tar file, compressed or not: name ILSVRC2012_devkit_t12.tar.gz as it was fetched"
+            f"{which} is not a whole tar file, compressed or not: give ILSVRC2012_devkit_t12.tar.gz as downloaded"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None

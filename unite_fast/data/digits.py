@@ -101,7 +101,7 @@ def _umask() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m unite_fast.data.digits", description="Write the digits tree.")
-    parser.add_argument("folder", help="folder to make; train/ and val/ appear in it")
+    parser.add_argument("folder", help="output folder; train/ and val/ are created in it")
     try:
         folder = write_digits(parser.parse_args(arguments).folder)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Class-folder image trees: one sub-folder a class, sorted names are labels 0, 1, 2, …"""
+"""Class-folder image trees: one subfolder per class, sorted names are labels 0, 1, 2, …"""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Names:
 class ImageFolder:
     """The images of a class-folder tree, ordered by class and then by path inside the class.
 
-    Hidden files and folders (leading dot) are ignored, sub-folders of a class belong to it, symbolic links are
+    Hidden files and folders (leading dot) are ignored, subfolders of a class belong to it, symbolic links are
     followed. Images on the tree's skip list are left out.
 
     Attributes: see `unite_fast.data.source.ImageSource`.
@@ -201,11 +201,11 @@ def _class_names(root: Path, num_classes: int | None, expected: Sequence[str] | 
     entries = _listing(root)
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not entries:
-        raise UserError(f"data folder {root} is empty: put one sub-folder a class into it")
+        raise UserError(f"data folder {root} is empty: put one subfolder per class into it")
     if not names:
         raise UserError(
             f"data folder {root} holds no class folders, only files such as {entries[0].name}: "
-            f"put the images of each class into a sub-folder of their own"
+            f"put the images of each class into a subfolder of its own"
         )
     hint = ""
     if set(map(str.lower, names)) <= SPLIT_NAMES:

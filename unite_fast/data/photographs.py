@@ -23,7 +23,7 @@ _PHOTOGRAPH = 4  # first word of the hash, apart from the sampler's own
 
 
 def write_photographs(folder: str | Path, count: int) -> Path:
-    """Write FOLDER/china/*.jpg and FOLDER/flower/*.jpg, `count` files in all, the same ones every time.
+    """Write FOLDER/china/*.jpg and FOLDER/flower/*.jpg, `count` total number of files, the same ones every time.
 
     Returns:
         The folder.
@@ -67,8 +67,8 @@ def _version(original: Image.Image, number: int) -> Image.Image:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m unite_fast.data.photographs", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="folder to make; china/ and flower/ appear in it")
-    parser.add_argument("--count", type=int, default=256, help="files in all")
+    parser.add_argument("folder", help="output folder; china/ and flower/ are created in it")
+    parser.add_argument("--count", type=int, default=256, help="total number of files")
     options = parser.parse_args(arguments)
     try:
         write_photographs(options.folder, options.count)

@@ -120,7 +120,7 @@ def prepare(
         _clean(destination)
     except OSError as error:
         raise UserError(
-            f"cannot write {destination}: {error.strerror or error}; the same command continues once that is mended"
+            f"cannot write {destination}: {error.strerror or error}; the same command continues once that is fixed"
         ) from None
     unreadable = {names[image]: reason for image, reason in index.unreadable.items()}
     return Prepared(len(source), count, found, int(index.arrays["shard_size"].sum()), unreadable)

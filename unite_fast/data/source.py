@@ -81,8 +81,8 @@ def open_source(
     source = kind(path, num_classes, skip=skip, expected=expected)
     if None not in (image_size, source.prepared_size) and image_size != source.prepared_size:
         raise UserError(
-            f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and to crop "
-            f"twice gives other pixels: prepare it with --size {image_size} or without --size"
+            f"{path} was prepared with --size {source.prepared_size} but model.image_size is {image_size}, and "
+            f"cropping twice would change the pixels: prepare it with --size {image_size} or without --size"
         )
     if remark:
         _remark_skipped(source)

@@ -1,5 +1,5 @@
-"""What all ranks must find alike before they train together: configuration, how they round, checkpoint to go on from or
-weights to begin with, and data."""
+"""Checks that all ranks agree before training: configuration, rounding, the checkpoint to resume from or the weights to
+start from, and data."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PLACES = {
 
 
 def require_same_config(config: Config, world: World) -> None:
-    """Refuse ranks with other configurations, as where each node reads a file of its own. Collective.
+    """Refuse ranks with different configurations, which happens if each node reads its own file. Collective.
 
-    Each would step its weights, or its share of them, by another learning rate, say, without a word.
+    Each would silently step its weights, or its share of them, by a different learning rate, for example.
 
     Raises:
-        UserError: the first key that a rank has otherwise than rank 0.
+        UserError: names the first key that differs between a rank and rank 0.
     """
     found = world.collect(config.model_dump(mode="json"))
     for rank, other in enumerate(found):
@@ -47,14 +47,14 @@ def require_same_config(config: Config, world: World) -> None:
 
 
 def check_same_rounding(config: Config, world: World) -> str | None:
-    """A warning where ranks may round otherwise and their weights part by it; None elsewhere. Collective.
+    """A warning if ranks may round differently, so that their weights would drift apart; None otherwise. Collective.
 
-    Under ZeRO 0 every rank updates all weights by itself, and nothing brings them together again. AdamW's float32 steps
-    differ in their last bits; Newton–Schulz, in bfloat16 on a GPU, hands on what its products round otherwise, so Muon
-    is refused. Under ZeRO 1 to 3 each weight is updated on one rank and sent to all: those may be of any kind.
+    Under ZeRO 0 every rank updates all weights by itself, and nothing synchronizes them again. AdamW's float32 steps
+    differ in their last bits; Newton–Schulz, in bfloat16 on a GPU, amplifies such differences, so Muon is refused.
+    Under ZeRO 1 to 3 each weight is updated on one rank and sent to all, so ranks may be of different kinds.
 
     Raises:
-        UserError: the first rank that is of another kind, under ZeRO 0 with Muon.
+        UserError: names the first rank of a different kind, under ZeRO 0 with Muon.
     """
     if config.train.zero_stage:
         return None
@@ -63,7 +63,7 @@ def check_same_rounding(config: Config, world: World) -> str | None:
         return None
     rank, other = odd
     what = (
-        "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round otherwise drift "
+        "under train.zero_stage 0 every rank updates the weights by itself, and ranks that round differently drift "
         f"apart: rank 0 is {found[0]}, rank {rank} {other}. Set train.zero_stage to 1, or start all ranks on devices "
         f"of one kind with one version of torch"
     )
@@ -73,7 +73,7 @@ def check_same_rounding(config: Config, world: World) -> str | None:
 
 
 def rounds_as(device: torch.device) -> str:
-    """What the same operations round by: a GPU's model, a CPU's maker and vectors, and PyTorch's version."""
+    """What the rounding of an operation depends on: GPU model, or CPU maker and vector width, and PyTorch version."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         kind = f"{properties.name} of compute capability {properties.major}.{properties.minor}"
@@ -83,7 +83,7 @@ def rounds_as(device: torch.device) -> str:
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:
-    """The newest checkpoint of a run, or None, once all ranks find it, as from others weights would part. Collective.
+    """The newest checkpoint of a run, or None, once all ranks find the same, or weights would differ. Collective.
 
     Raises:
         UserError: ranks that still find different ones after SETTLED looks.
@@ -105,10 +105,10 @@ def newest_checkpoint(folder: Path, world: World) -> Path | None:
 
 
 def require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> None:
-    """Refuse ranks with other training data. Collective.
+    """Refuse ranks with different training data. Collective.
 
-    Each would follow a schedule of its own, and their weights would part without a word. Behind the memory trial, since
-    the data are opened for its batch.
+    Each would follow its own schedule, and their weights would silently drift apart. Called after the memory trial,
+    because the data are opened for the batch that it finds.
 
     Args:
         samples: count and digest of this rank's, as `Modality.samples` gives them.
@@ -129,9 +129,9 @@ def require_same_data(samples: Mapping[str, Any], world: World, unit: str) -> No
 
 
 def require_same_start(trained: Trained, world: World) -> None:
-    """Refuse ranks that read other weights to begin with. Collective.
+    """Refuse ranks that start from different weights. Collective.
 
-    Each reads them by itself, from a folder of its own node perhaps, or of a run that saves in between.
+    Each reads them by itself, possibly from a folder on its own node, or from a run that saves in between.
 
     Raises:
         UserError: the first rank whose weights are not rank 0's.

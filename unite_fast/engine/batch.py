@@ -1,4 +1,4 @@
-"""Global batch, micro-batch and accumulation: two given, the third follows; `auto` measures what fits."""
+"""Global batch, micro-batch and accumulation: any two fix the third; `auto` measures the micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -154,8 +154,11 @@ def find_largest(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory ran out: PyTorch's allocator says so in a class of its own, what allocates beside it
-    (a kernel that Triton loads, a library's handle) and the allocator of a CPU in the words of a RuntimeError."""
+    """Whether an error means that a device's memory ran out.
+
+    PyTorch's CUDA allocator raises a class of its own; other allocations (a kernel that Triton loads, a library's
+    handle) and the CPU allocator raise a RuntimeError that says so.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

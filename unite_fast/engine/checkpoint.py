@@ -1,9 +1,10 @@
-"""Checkpoints that know nothing of ranks, ZeRO stages or pickles.
+"""Checkpoints, independent of the number of ranks and the ZeRO stage, and without pickles.
 
 `run/checkpoints/step_00001000/` holds model.safetensors (float32 weights and buffers), ema.safetensors (and
 ema_0.9999.safetensors … for each of optimizer.ema_decays), optimizer.safetensors ("exp_avg/<parameter>",
-"exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json (step, configuration, versions, shapes, and the size of each file, so that a truncated one is noticed before it is
-used). The folder is written under a hidden name, flushed, and renamed: it exists whole or not at all.
+"exp_avg_sq/<parameter>", "momentum_buffer/<parameter>") and state.json (step, configuration, versions, shapes, and the
+size of each file, so that a truncated one is noticed before it is used). The folder is written under a hidden name,
+flushed, and renamed: it exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -177,8 +178,8 @@ def load(engine: Engine, directory: str | Path) -> dict[str, Any]:
     for decay in engine.ema.extra:
         if decay not in held:
             raise UserError(
-                f"checkpoint {directory} holds no average of decay {decay}, which optimizer.ema_decays asks for: an "
-                f"average begins with the run, take it out"
+                f"checkpoint {directory} holds no EMA of decay {decay}, which optimizer.ema_decays asks for: an EMA "
+                f"starts with the run, so remove this decay"
             )
     with contextlib.ExitStack() as stack:
         # All files are checked against the model before the first value is copied.
@@ -208,14 +209,14 @@ def samples_seen(state: Mapping[str, Any], global_batch: int) -> int:
     """Images or molecules behind a checkpoint of this `read_state`.
 
     Args:
-        global_batch: what its steps are taken to have been of where it does not say, as not every imported one does.
+        global_batch: the batch size to assume where the checkpoint does not record it, as some imported ones do not.
     """
     images = state["extra"].get("images")
     return images if isinstance(images, int) and images > 0 else state["step"] * global_batch
 
 
 def changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys of JSON values that both have and that differ, each with both values."""
+    """Dotted keys that both JSON objects have with different values, each with both values."""
     if isinstance(here, dict) and isinstance(there, dict):
         for name in [name for name in here if name in there]:  # one alone has what another version added
             yield from changes(here[name], there[name], f"{key}.{name}" if key else name)
@@ -224,7 +225,7 @@ def changes(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, An
 
 
 def changed_keys(state: Mapping[str, Any], config: Config) -> list[str]:
-    """The keys of the configuration that are not as in a checkpoint of this `read_state`, each with both values."""
+    """The keys whose values differ between the configuration and a checkpoint's `read_state`, each with both values."""
     now = config.model_dump(mode="json")
     return [f"{key} {here!r} (was {there!r})" for key, here, there in changes(now, state["config"])]
 
@@ -349,7 +350,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
-    """None, or what the file system objected to; the caller still owes the other ranks its collectives."""
+    """None, or the file system's error; returned because the caller must still take part in the ranks' collectives."""
     try:
         action()
     except (OSError, SafetensorError) as error:

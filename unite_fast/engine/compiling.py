@@ -1,4 +1,4 @@
-"""torch.compile around the training passes, and FP8 products inside of them: what they need, and what they take."""
+"""torch.compile around the training passes: its requirements, and the compiled passes themselves."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
 
 @contextmanager
 def watched(*pauses: Callable[[], AbstractContextManager[None]], say: Callable[[str], None]) -> Iterator[None]:
-    """While inside, compilations run within all `pauses`, which keep their time out of rates; `say` announces the first.
+    """Context in which compilations run inside all `pauses`, which keep them out of rates; `say` announces the first.
 
-    They come in the middle of a step, at the first call and at the first backward for each kind of input.
+    They happen in the middle of a step, at the first call and the first backward for each kind of input.
     """
     from torch._dynamo.callback import callback_handler
 

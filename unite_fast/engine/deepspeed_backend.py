@@ -1,4 +1,4 @@
-"""The engine on DeepSpeed: data parallelism with ZeRO 0 to 3, gradients averaged once an optimizer step."""
+"""The engine on DeepSpeed: data parallelism with ZeRO 0 to 3, gradients averaged once per optimizer step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_in_bf16(model: nn.Module, groups: Groups, autocast: torch.dtype | None,
 
 
 def bucket_elements(ranks: int, elements: int) -> int:
-    """Elements of a buffer through which so many ranks average gradients of so many in all."""
+    """Elements of the buffer through which this number of ranks averages this number of gradient elements in total."""
     return max(BUCKET_ELEMENTS, min(BUCKET_ELEMENTS * ranks // BUCKET_RANKS, elements // MAX_STAGES))
 
 
@@ -71,18 +71,18 @@ def import_deepspeed(device: torch.device) -> Any:
 class DeepSpeedBackend:
     """DeepSpeed with our optimizer under it.
 
-    DeepSpeed's own Muon is another algorithm (other scale, clipping behind the orthogonalisation), so `MuonAdamW` is
-    handed to it as a client optimizer; under ZeRO 1 and 2 it sees one flat slice a group and puts matrices together
+    DeepSpeed's own Muon is a different algorithm (another scale, clipping after the orthogonalisation), so `MuonAdamW`
+    is passed to it as a client optimizer; under ZeRO 1 and 2 it sees one flat slice per group and assembles matrices
     through a `MatrixExchange`.
 
-    A step's backward passes add gradients locally. The last one averages them, once, and under ZeRO 0 to 2 while it
-    runs: a `GradientMean` does it, as DeepSpeed's hooks would miss parameters that only earlier passes use, and as
-    DeepSpeed 0.19 has no reduce-scatter under ZeRO 1 and 2: whatever `reduce_scatter` says, it all-reduces every bucket
-    (twice the traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one owner after the other (n times
-    n - 1 hops; B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
+    A step's backward passes add gradients locally. The last one averages them, once; under ZeRO 0 to 2 this overlaps
+    with the backward and is done by a `GradientMean`, for two reasons. DeepSpeed's hooks would miss parameters that
+    only earlier passes use. And DeepSpeed 0.19 has no reduce-scatter under ZeRO 1 and 2: whatever `reduce_scatter`
+    says, it all-reduces every bucket (twice the traffic) or, with `use_multi_rank_bucket_allreduce` off, reduces to one
+    owner after the other (n times n - 1 hops; B on 32 GPUs: slower than the all-reduce, by the plan's model of NCCL).
 
-    For updated weights DeepSpeed would wait at the end of its step. Under ZeRO 1 and 2 a `WeightGather` brings them
-    while the next forward runs, and of DeepSpeed's step its counters alone are used.
+    DeepSpeed would wait for the updated weights at the end of its step. Under ZeRO 1 and 2 a `WeightGather` gathers
+    them while the next forward runs, and only the counters of DeepSpeed's step are used.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class DeepSpeedBackend:
         return fragments
 
     def _check_layout(self) -> None:
-        """What DeepSpeed laid out must be what we computed; a future version may order otherwise."""
+        """Check that DeepSpeed's layout is the one computed here; a future version may use another order."""
         for fragment in self.layout.fragments:
             parameter = self._parameters[fragment.name]
             held = self.layout.masters[fragment.master].detach()[fragment.offset : fragment.offset + fragment.length]
@@ -274,7 +274,7 @@ class DeepSpeedBackend:
 def deepspeed_config(stage: int, clip_norm: float | None, elements: int) -> dict[str, Any]:
     """DeepSpeed's configuration dictionary.
 
-    Batch keys only feed its own counters: accumulation, scaling and data are ours, so a step is one unit to it.
+    Batch keys only feed its own counters: accumulation, scaling and data are ours, so it sees one unit per step.
 
     Args:
         stage: ZeRO stage.

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, each rank averaging what its optimizer updates."""
+"""Exponential moving averages of the weights; each rank averages the weights that its optimizer updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ema:
     Args:
         layout: whose masters are averaged; under ZeRO 1 to 3 each rank holds its share alone.
         decay: 0.9978 in the published runs.
-        extra: further decays averaged beside it, to choose from after the run.
+        extra: decays of additional averages, to choose from after the run.
     """
 
     def __init__(self, layout: Layout, decay: float, extra: Sequence[float] = ()):
@@ -41,9 +41,9 @@ class Ema:
         return self._shadows[self.decay if decay is None else decay][self._index[id(master)]]
 
     def take(self, masters: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The averages of these masters by each of `decays`, for an optimizer that takes this step's weights in.
+        """The averages of these masters by each of `decays`, for an optimizer that updates them in this step itself.
 
-        The next `update` passes them over.
+        The next `update` skips them.
         """
         indices = [self._index[id(master)] for master in masters]
         self._taken.update(indices)
@@ -59,7 +59,7 @@ class Ema:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages in place; twice is nothing. Storage addresses stay."""
+        """Swap weights and averages in place; a second call undoes the first. Storage addresses do not change."""
         for master, shadow in zip(self.layout.masters, self.shadows):
             kept = master.detach().clone()
             master.copy_(shadow)

@@ -21,7 +21,7 @@ from unite_fast.engine.world import World
 
 
 class Engine:
-    """Trains a model whose `forward(phase, **inputs)` is called several times an optimizer step.
+    """Trains a model whose `forward(phase, **inputs)` is called several times per optimizer step.
 
     A step is: for each pass `outputs = engine(phase, …)`, `engine.backward(loss, last=…)`, then `engine.step()`. A
     loss is the mean over this rank's micro-batch divided by the number of accumulated micro-batches; gradients are
@@ -41,7 +41,7 @@ class Engine:
     Attributes:
         model: the module that was given, for evaluation inside `weights()`.
         step_count: optimizer steps taken.
-        samples_seen: images or molecules that they were of, over all ranks.
+        samples_seen: images or molecules in these steps, over all ranks.
         last_lr: learning rate of the latest of them.
 
     Raises:
@@ -113,15 +113,15 @@ class Engine:
 
     @property
     def progress(self) -> float:
-        """What was seen, in optimizer steps of today's batch: `step_count` unless the batch was another once."""
+        """Samples seen, in steps of the current batch size: `step_count` unless the batch size has changed."""
         return self.samples_seen / self.global_batch
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
         """The model with its EMA weights, whole on every rank, in evaluation mode, no gradients.
 
-        FP8 products are off in it. Collective under ZeRO; training goes on unchanged afterwards, but not behind an
-        exception: other ranks may be elsewhere, so nothing collective follows it, and the model keeps what it has.
+        FP8 products are off inside. Collective under ZeRO. Training continues unchanged afterwards, except after an
+        exception: other ranks may be elsewhere, so nothing collective follows, and a sharded model keeps the EMA's.
         """
         training = self.model.training
         self.ema.swap()

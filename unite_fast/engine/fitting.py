@@ -1,4 +1,4 @@
-"""What fits into memory, measured before a run begins: the micro-batch, and the flow pass's chunk beside it."""
+"""The micro-batch and the flow chunk that fit into memory, measured before a run begins."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from unite_fast.objective.two_pass import TwoPassObjective, two_pass_step
 def fit(
     config: Config, world: World, largest: Callable[[int], Extent], try_step: Callable[[Config, int], None]
 ) -> tuple[Batch, Config]:
-    """The batch numbers, and the run with a number of draws a chunk.
+    """The batch numbers, and the configuration with a fixed number of draws per chunk.
 
-    A micro-batch of `auto` is searched for with its neutral chunks, which cost no memory. What it leaves, as where the
-    global batch has limited it or where it was given, goes to the largest chunk that fits. That is measured on CUDA
-    alone: on a CPU, whose free memory changes, a resumed run would round differently.
+    The search for an `auto` micro-batch uses chunks that cost no memory. If memory is left, because the global batch
+    limits the micro-batch or it was given, the largest chunk that fits is used. It is measured on CUDA only: on a CPU,
+    whose free memory varies, a resumed run would round differently.
 
     Args:
         config: the run.
@@ -94,9 +94,10 @@ class Trial:
         two_pass_step(self._probe, self._objective, inputs.data, inputs.labels, draws, shape=inputs.shape)
 
     def close(self) -> None:
-        """Let the model and the memory that steps were tried with go.
+        """Free the model and the memory of the tried steps.
 
-        On a GPU back to the driver, as NCCL and decoders allocate beside PyTorch, and no part of the run's peak.
+        On a GPU it goes back to the driver, because NCCL and decoders allocate outside PyTorch; the run's peak does not
+        count it.
         """
         self.__dict__.pop("_probe", None)
         if self._device.type == "cuda":
@@ -107,9 +108,9 @@ class Trial:
 class Probe:
     """A throw-away model that runs passes and gradients as the engine will, to measure memory.
 
-    It also holds what the engine will hold beside weights and gradients: at most two moments, the EMA of each decay,
-    and ZeRO's master copy, each the size of the float32 weights. On a GPU it spares the share that a plan does, too:
-    NCCL, a decoder on the device and micro-batches read ahead come after it, and fragmentation with time.
+    It also allocates what the engine will hold besides weights and gradients: at most two moments, the EMA of each
+    decay, and ZeRO's master copy, each the size of the float32 weights. On a GPU it keeps the same share of memory free
+    as a plan: NCCL, a decoder on the device and prefetched micro-batches come later, and fragmentation grows with time.
     """
 
     def __init__(self, modality: Modality, config: Config, device: torch.device):

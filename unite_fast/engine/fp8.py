@@ -48,7 +48,7 @@ def check_fp8(config: Config, device: torch.device) -> None:
         return
     capability = torch.cuda.get_device_capability(device)
     if autocast_dtype(config, device) is None:
-        raise UserError("train.fp8 goes with bfloat16 around it: set train.precision to auto, or train.fp8 to false")
+        raise UserError("train.fp8 needs bfloat16 autocast: set train.precision to auto, or train.fp8 to false")
     if capability < MIN_CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         raise UserError(
@@ -58,9 +58,9 @@ def check_fp8(config: Config, device: torch.device) -> None:
 
 
 def takes(linear: str, inputs: int, outputs: int) -> bool:
-    """Whether a block's Linear of that name and those sizes computes in FP8: sizes that are `aligned` do.
+    """Whether a block's Linear of that name and size computes in FP8: its sizes must be `aligned`.
 
-    An MLP's hidden width may be any, see `swiglu_mlp`.
+    Only an MLP's hidden width is free, see `swiglu_mlp`.
     """
     sizes = {"mlp_in": [inputs], "mlp_out": [outputs]}.get(linear, [inputs, outputs])
     return linear in LINEARS and all(aligned(size) == size for size in sizes)
@@ -72,9 +72,9 @@ def eligible(name: str, linear: nn.Linear) -> bool:
 
 
 def use_fp8(model: nn.Module) -> None:
-    """Let the eligible Linears of a model compute in FP8; on a CPU with numbers rounded to it.
+    """Convert the eligible Linears of a model to FP8; on a CPU it is emulated by rounding.
 
-    Parameters stay the same objects under the same names. What is converted already stays as it is.
+    Parameters stay the same objects under the same names. Linears that are already converted are left alone.
     """
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -84,7 +84,7 @@ def use_fp8(model: nn.Module) -> None:
 
 @contextmanager
 def without_fp8(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as one that was never converted, with the same parameters."""
+    """Context in which the model computes as if never converted, with the same parameters."""
     swapped = [
         (parent, name, child)
         for parent in model.modules()

@@ -1,9 +1,9 @@
-"""Updated weights of ZeRO 1 and 2 gathered while the next forward runs, as bfloat16 where it computes in that.
+"""The all-gather of ZeRO 1's and 2's updated weights, overlapped with the next forward, in bfloat16 where possible.
 
-Each rank updates a slice of every flat group; the next forward reads whole weights, the first ones first. So all groups
-are sent when the update ends, in the order of reading, and a module waits only for those that it reads. A matrix that
-the passes read as autocast's bfloat16 copy alone travels as that copy, half the bytes for the same products bit for
-bit; what the optimizer updates, the averages and the checkpoints stay float32.
+Each rank updates a slice of every flat group; the next forward reads whole weights in a known order. So all groups are
+sent in that order when the update ends, and a module waits only for those that it reads. A matrix that the passes read
+only as autocast's bfloat16 copy is sent as that copy: half the bytes, and the same products bit for bit. The
+optimizer's weights, the averages and the checkpoints stay float32.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class FlatGroup(NamedTuple):
 
 
 class WeightGather:
-    """Brings the ranks' updated slices together by the time that a forward reads them.
+    """Gathers the ranks' updated slices before a forward reads them.
 
     Args:
-        model: what reads them, a matrix of a HELD_BACK module in that module's forward alone.
-        groups: those that a forward reads first are last.
-        rounded: names of the parameters that travel as bfloat16, all of their group with them; others in such a group
-            are sent in float32 besides.
-        lazily: False where hooks would be in the way, as in a compiled forward, which then waits for everything.
+        model: reads the weights; a HELD_BACK module's matrices are read only in that module's forward.
+        groups: in reverse order of reading, those that a forward reads first are last.
+        rounded: names of the parameters that are sent as bfloat16, together with their whole group; the other
+            parameters of such a group are also sent in float32.
+        lazily: False where hooks cannot be used, as in a compiled forward, which then waits for all groups.
         rank, ranks: of this process.
     """
 
@@ -82,7 +82,7 @@ class WeightGather:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def begin(self) -> None:
-        """Send this rank's slices and ask for the others', for the next forward. Collective."""
+        """Start sending this rank's slices and receiving the others', for the next forward. Collective."""
         self._send(self._narrow)
         if not self._flying:
             return
@@ -148,9 +148,9 @@ class WeightGather:
                 self._parameters[fragment.name].copy_(self._exact_values.pop(fragment.name))
 
     def _send_exact(self) -> None:
-        """Parameters of float32 in groups of bfloat16: every rank adds its pieces to zeros, which is exact.
+        """The float32 parameters in bfloat16 groups, by an all-reduce of each rank's pieces padded with zeros: exact.
 
-        They lie in some ranks' slices alone, so that a gather, of equal shares, would send far more.
+        They lie in only a few ranks' slices, so a gather, of equal shares, would send far more.
         """
         if not self._exact:
             return
@@ -163,9 +163,9 @@ class WeightGather:
 
 
 def readers(model: nn.Module, groups: Sequence[Collection[str]]) -> tuple[dict[nn.Module, list[int]], set[int]]:
-    """Before which modules' forward a group of parameters must be there.
+    """The modules before whose forward each group of parameters must have arrived.
 
-    An element of an nn.ModuleList stands for all that is inside of it, as a hook costs the host some microseconds.
+    An element of an nn.ModuleList stands for all modules inside it, because a hook costs the host some microseconds.
 
     Args:
         model: has the parameters.

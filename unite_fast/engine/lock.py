@@ -1,4 +1,4 @@
-"""One trainer a run folder: two that write the same records and checkpoints would leave neither's."""
+"""One trainer per run folder: two that write the same records and checkpoints would corrupt both."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _hold(folder: Path) -> tuple[int, list[Path]]:
         os.close(file)
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(
-                f"{folder} is being trained in by {holder or 'another process'}: wait for its end or stop it "
+                f"{folder} is in use by a trainer, {holder or 'another process'}: wait for its end or stop it "
                 f"(Ctrl-C saves), or choose another name (--set name=…)"
             ) from None
         raise UserError(f"cannot lock {path}: {error.strerror or error}") from None

@@ -64,7 +64,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
             raise
         raise UserError(
             f"{world.device.type} memory ran out ({str(error).splitlines()[0]}): set train.micro_batch to auto or to a "
-            f"smaller number, or model.checkpoint_activations to true; what was saved continues with --resume"
+            f"smaller number, or model.checkpoint_activations to true; --resume continues from the last checkpoint"
         ) from None
     finally:
         leave_world()
@@ -142,8 +142,8 @@ class Run:
         self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch + other))
         if self.first_step >= self.total and not (self.folder / METRICS).is_file():
             raise UserError(
-                f"{latest} is of step {self.first_step} and the run ends at step {self.total}: nothing is left to train, "
-                "and nothing was trained here; set train.steps or train.epochs higher"
+                f"{latest} is at step {self.first_step} and the run ends at step {self.total}: nothing is left to "
+                "train, and nothing was trained here; set train.steps or train.epochs higher"
             )
         if world.is_main:
             write_text(config.to_json(), self.folder / "config.json")
@@ -278,7 +278,7 @@ class Run:
             f"{self.config.name}: {self.engine.parameter_count / 1e6:.1f} M parameters, {self.total} steps of "
             f"{self.batch.global_batch} {self.modality.unit} ({self.world.size} × {self.batch.micro_batch} × "
             f"{self.batch.accumulation}), {objective.flow_draws} flow draws in chunks of {objective.chunk}, "
-            f"{self.stream.steps_per_epoch:.1f} steps an epoch, on "
+            f"{self.stream.steps_per_epoch:.1f} steps per epoch, on "
             f"{self.world.device.type} -> {self.folder}"
         )
         if self.first_step:
@@ -315,7 +315,7 @@ class Run:
             return
         kept = checkpoint.latest(self.folder)
         raise UserError(
-            f"{' and '.join(bad)} became not finite (NaN or infinite) between steps "
+            f"{' and '.join(bad)} became NaN or infinite between steps "
             f"{max(self.first_step, record['step'] - self.config.train.log_every)} and {record['step']}; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet")
             + "; lower optimizer.lr or optimizer.clip_norm"

@@ -1,4 +1,4 @@
-"""What a run tells the world while it trains: records, TensorBoard, the progress line, the collapse watch."""
+"""What a run reports while it trains: records, TensorBoard, the progress line, the collapse warning."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class CollapseWatch:
 
 
 def check_wandb(project: str | None) -> None:
-    """Say at once that Weights & Biases is asked for and not installed.
+    """Refuse a run that asks for Weights & Biases where it is not installed.
 
     Raises:
-        UserError: so it is.
+        UserError: the package is missing.
     """
     if project is not None and find_spec("wandb") is None:
         raise UserError(
-            "train.wandb names a Weights & Biases project and the package wandb is not installed: "
+            "train.wandb needs the package wandb, which is not installed: "
             "pip install 'unite_fast[wandb]', or set train.wandb to null (TensorBoard events are written anyway)"
         )
 
@@ -115,8 +115,8 @@ class Records:
             yield
         except OSError as error:  # TensorBoard's is that of its writing thread, some records ago
             raise UserError(
-                f"cannot write records into {self._path.parent}: {error.strerror or error}; what was saved continues "
-                f"with --resume"
+                f"cannot write records into {self._path.parent}: {error.strerror or error}; --resume continues "
+                f"from the last checkpoint"
             ) from None
 
     def _keep_before(self, first_step: int) -> None:

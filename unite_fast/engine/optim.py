@@ -53,10 +53,10 @@ def parameter_groups(model: nn.Module, kind: str) -> dict[str, dict[str, nn.Para
 
 
 def stages(sizes: Sequence[int]) -> list[list[int]]:
-    """Indices of a group's parameters, cut where ZeRO 1 and 2 cut the group into flat ones, last parameter first.
+    """Indices of a group's parameters, split into the flat groups of ZeRO 1 and 2, last parameter first.
 
-    A backward finishes gradients last parameter first, and each rank owns a slice of each flat group: so the first
-    group can be reduced, by all ranks' links at once, while the backward is still at the others.
+    A backward finishes the last parameter's gradient first, and each rank owns a slice of each flat group. So the first
+    group can be reduced, over all ranks' links at once, while the backward still computes the others.
 
     Args:
         sizes: elements of the parameters in the order in which the model reads them.
@@ -116,7 +116,7 @@ def lr_factor(step: float, steps_per_epoch: float, config: OptimizerConfig) -> f
 
 
 def schedule_doubt(total: int, steps_per_epoch: float, config: OptimizerConfig) -> str | None:
-    """What looks like a schedule of other data: its keys count epochs, and a run's length often steps.
+    """A warning if the schedule seems made for other data: its keys count epochs, but a run's length often steps.
 
     Args:
         total: optimizer steps of the whole run.
@@ -147,8 +147,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan 2024, scaled as in Liu et al. 2025, arXiv 2502.16982): the momentum m follows the gradient g,
     m += (1 − μ)(g − m); the Nesterov mean g + μ(m − g) is orthogonalised by Newton–Schulz steps; the parameter moves
     by −lr · 0.2 √max(rows, columns) times that, after decoupled decay. The arithmetic is torch.optim.Muon's with
-    adjust_lr_fn="match_rms_adamw". Clipping rides on the sweep that makes the mean, and the moving averages on the one
-    that moves the parameters.
+    adjust_lr_fn="match_rms_adamw". Clipping is part of the sweep that makes the mean, and the moving averages are part
+    of the one that updates the parameters.
 
     AdamW is Apex's FusedAdam on CUDA where NVIDIA's Apex is installed, torch's fused AdamW otherwise.
 
@@ -158,9 +158,9 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate until `set_lr`.
 
     Attributes:
-        exchanges: what puts matrices together that ZeRO 1 and 2 cut, by this rank's slice of their flat group.
-        clip_coefficient: 0-dim, on the device; the next step takes gradients times this. None for as they are.
-        ema: averages that a step takes Muon's weights into, of those with a gradient.
+        exchanges: by this rank's slice of a flat group, the exchange that assembles matrices cut by ZeRO 1 and 2.
+        clip_coefficient: 0-dim, on the device; the next step multiplies gradients by this. None for no clipping.
+        ema: averages that a step updates for Muon's weights, those with a gradient.
     """
 
     def __init__(self, groups: Groups, config: OptimizerConfig, lr: float):

@@ -1,8 +1,8 @@
-"""Gradients averaged over the ranks while the last backward of an optimizer step still runs.
+"""The gradients' average over the ranks, overlapped with the last backward of an optimizer step.
 
-A step's backward passes add gradients locally; only in the last one does each become final, most in the reverse order
-of the forward. So the gradients travel in windows, each as soon as its last parameter is final, in the same order on
-every rank (Li et al. 2020, arXiv 2006.15704, for whole gradients).
+A step's backward passes add gradients locally; they become final only in the last one, mostly in the reverse order of
+the forward. So gradients are sent in windows, each as soon as its last parameter is final, in the same order on every
+rank (Li et al. 2020, arXiv 2006.15704, for whole gradients).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IN_FLIGHT = 2
 
 
 class Window(NamedTuple):
-    """What one collective carries.
+    """The piece of a flat group that one collective reduces.
 
     Attributes:
         group: index of the flat group.
@@ -81,7 +81,7 @@ def in_order_of_sending(
     ranks: int,
     bucket: int,
 ) -> tuple[list[Window], list[set[int]]]:
-    """The windows of all groups, those first whose gradients are final first, and the parameters that each needs.
+    """The windows of all groups, in the order in which their gradients become final, and the parameters of each.
 
     Args:
         sizes: elements of each group's parameters in flat order.
@@ -186,7 +186,7 @@ class GradientMean:
             self._missing[number] -= 1
 
     def _send(self) -> None:
-        """Launch all windows that are complete and have none before them that is not."""
+        """Launch the windows that are complete, in order, up to the first that is not."""
         while self._next < len(self._windows) and not self._missing[self._next]:
             self._launch()
 

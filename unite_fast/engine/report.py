@@ -1,4 +1,4 @@
-"""What a run leaves for people: pictures on the way, and at the end metrics, sheets, curves and the exported model."""
+"""A run's results: pictures during training, and at the end metrics, sheets, curves and the exported model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Due = Literal["pictures", "metrics"]  # what a run may owe after a step that is 
 
 
 def absent_of_evaluation(config: Config, device: torch.device) -> list[str]:
-    """What to do about each file of a run's own metrics that is not given or not there, a sentence each."""
+    """One sentence for each file of a run's own metrics that is not given or does not exist: what to do about it."""
     return [f"{line}; {ASKED}" for line in absent_files(plan_of(config, device))]
 
 
 def files_of_evaluation(config: Config, device: torch.device) -> tuple[Plan, Files]:
-    """What a run on images measures of itself, and the files which that needs, read.
+    """The metrics of a run on images, and the files that they need, read.
 
     Raises:
         UserError: a file that is not given, missing, damaged or of something else.
@@ -56,8 +56,8 @@ def files_of_evaluation(config: Config, device: torch.device) -> tuple[Plan, Fil
 class Report:
     """Pictures and metrics of one run: pictures on the main rank while the others wait, metrics on all ranks.
 
-    Everything that can be wrong with the held-out data and with the files of metrics is said when the run starts. This
-    is the report on images; another modality's replaces what is loaded, drawn and measured.
+    Anything wrong with the held-out data or with the metrics' files is reported when the run starts. This is the report
+    on images; another modality replaces what is loaded, drawn and measured.
 
     Attributes:
         shown: metrics of the final table.

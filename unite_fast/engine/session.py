@@ -1,4 +1,4 @@
-"""What a run runs on: one line of sessions.jsonl for each time it is started or resumed."""
+"""The environment of a run: one line in sessions.jsonl for each time it is started or resumed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which piece of which parameter this rank's optimizer updates, and how whole tensors come together again.
+"""Which piece of which parameter this rank's optimizer updates, and how whole tensors are reassembled.
 
 Plain PyTorch and ZeRO 0 update whole parameters. ZeRO 1 and 2 concatenate a parameter group into one flat tensor and
 give each rank an equal slice of it; ZeRO 3 cuts every parameter into equal pieces. `Layout` describes all three, so
-that checkpoints, EMA and Muon do not care.
+that checkpoints, EMA and Muon need not distinguish them.
 """
 
 from __future__ import annotations
@@ -114,16 +114,15 @@ def flat_fragments(parameters: Mapping[str, torch.Size], master: int, partition:
 class MatrixExchange:
     """Applies a function of whole matrices to a flat group that is cut into equal partitions.
 
-    Each matrix is worked on by exactly one rank: by its holder if one partition contains it, else by the least loaded
-    of the ranks that hold a part. Only those straddling matrices, at most ranks − 1 of them where matrices are smaller
-    than a partition, travel: their pieces to the owner, the result's pieces back.
+    Each matrix is processed by exactly one rank: by its holder if one partition contains it, else by the least loaded
+    of the ranks that hold a part. Only those straddling matrices (at most ranks − 1 of them if matrices are smaller
+    than a partition) are communicated: their pieces to the owner, the result's pieces back.
 
     Args:
         shapes: [rows, columns] of the group's matrices in flat order.
         partition: elements of a rank's slice.
         rank, size: of the process group that shares the flat group.
-        load: operations that other groups' matrices have brought each rank already, none if None; this group's are
-            added in place.
+        load: operations per rank for other groups' matrices, zero if None; this group's are added in place.
     """
 
     def __init__(

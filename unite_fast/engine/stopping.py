@@ -1,4 +1,4 @@
-"""A clean end before the last step: SIGTERM and Ctrl-C on any rank, agreed on by all."""
+"""A clean stop before the last step: SIGTERM or Ctrl-C on any rank, agreed on by all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IMPATIENT_SECONDS = 2.0
 
 
 class Interrupted(BaseException):
-    """A signal where nothing is left to save; no Exception, lest what recovers from errors recover from it."""
+    """A signal when nothing is left to save; not an Exception, so that error recovery does not swallow it."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT are taken down while it is entered, and what they stop is agreed on.
+    """Context that records SIGTERM and SIGINT, and lets all ranks agree on when to stop.
 
     The first asks for a stop. A later SIGINT raises KeyboardInterrupt, without waiting for the step and the save; a
     later SIGTERM changes nothing, as launchers repeat it.
@@ -47,10 +47,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def told(self) -> bool:
-        """Whether to stop before the next step; every rank asks before each and hears the same.
+        """Whether to stop before the next step; every rank asks before each step and gets the same answer.
 
-        Among several GPUs the answer is to what was asked a step ago: it is there by now, and no host waits for the
-        step that its device works on.
+        With several GPUs the answer is to the question of the step before: it has arrived by now, so that no host waits
+        for its device.
         """
         if self._world.size == 1:
             return self.received is not None
@@ -66,9 +66,9 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Around what may be broken off, everything being saved: a signal raises Interrupted there.
+        """Context around work that may be aborted because everything is saved: a signal raises Interrupted inside.
 
-        So does one that came before, on any rank. Collective.
+        So does an earlier signal, on any rank. Collective.
         """
         if self.told_now():
             raise Interrupted

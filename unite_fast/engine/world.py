@@ -1,4 +1,4 @@
-"""Which process this is, on which device, and how the processes of a run talk."""
+"""Rank and device of this process, and communication between the processes of a run."""
 
 from __future__ import annotations
 
@@ -176,9 +176,9 @@ def join_world(wanted: str = "auto", *, always_group: bool = False) -> World:
 def leave_world() -> None:
     """Leave the process group, where there is one, so that the process can end. For a `finally`.
 
-    With NCCL and other ranks not where an exception is on its way: leaving waits for the node's others, which wait in a
-    collective for this one. The process then ends without it, so that its launcher ends theirs. (So not to be called
-    inside of an `except` either.)
+    With NCCL and several ranks nothing is done while an exception propagates: leaving would wait for the node's other
+    ranks, which wait in a collective for this one. The process then ends without leaving, and its launcher ends the
+    others. (So do not call it inside an `except` either.)
 
     A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
     interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an

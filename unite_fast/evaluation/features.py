@@ -27,7 +27,7 @@ def score_splits(count: int) -> str:
     """
     if count < SPLITS:
         raise UserError(
-            f"the Inception Score needs at least {SPLITS} images, one a split, got {count} (--count, evaluation.count)"
+            f"the Inception Score needs at least {SPLITS} images, got {count} (--count, evaluation.count)"
         )
     size = -(-count // SPLITS)
     return f"{-(-count // size)} shuffled splits" + (f" of at most {size} images" if count % SPLITS else "")
@@ -61,7 +61,7 @@ def check_sides(metrics: Collection[str], real: int, generated: int) -> None:
     if "kid" in metrics and min(real, generated) < 2:
         raise UserError(f"KID needs at least 2 real and 2 generated images, {got}")
     if {"precision", "recall"}.intersection(metrics) and min(real, generated) <= NEIGHBOURS:
-        raise UserError(f"precision and recall need more than {NEIGHBOURS} real and as many generated images, {got}")
+        raise UserError(f"precision and recall need more than {NEIGHBOURS} real and generated images each, {got}")
 
 
 def kernel_distance(real: Tensor, generated: Tensor, *, seed: int) -> dict[str, float]:

@@ -276,7 +276,7 @@ def _convolution(inputs: int, link: Conv) -> nn.Conv2d:
 
 def _entry(state: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
     if name not in state:
-        raise UserError(f"{name!r} is missing: this is no Inception-v3 of the FID layout")
+        raise UserError(f"{name!r} is missing: this is not an Inception-v3 in the FID layout")
     if state[name].shape != shape:
         raise UserError(f"{name!r} has shape {list(state[name].shape)}, expected {list(shape)}")
     return state[name].double()

@@ -117,12 +117,12 @@ def check_count(
     if plan.label_sampling == "balanced" and (count < classes or count % classes):
         below, above = count // classes * classes, -(-count // classes) * classes
         near = f"{below} or {above}" if below else str(above)
-        raise UserError(f"{count} images do not balance {classes} classes: take {near} ({option})")
+        raise UserError(f"{count} images cannot be balanced over {classes} classes: take {near} ({option})")
     if "small" in metrics:
         counts = torch.bincount(plan.labels(0, count, classes), minlength=classes)
         if counts.min() < FEWEST_GENERATED:
             raise UserError(
-                f"small-data metrics need at least {FEWEST_GENERATED} generated images a class, and {count} images "
+                f"small-data metrics need at least {FEWEST_GENERATED} generated images per class, and {count} images "
                 f"give class {int(counts.argmin())} only {int(counts.min())}: take more ({option})"
             )
     if "is" in metrics:

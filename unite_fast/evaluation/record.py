@@ -82,7 +82,7 @@ def read_records(source: Path) -> list[Row]:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file} is no record of an evaluation") from None
+            raise UserError(f"{file} is not an evaluation record") from None
         name = file.stem if source.is_file() else f"{source.absolute().name}/{file.stem}"
         rows.append(Row(name, metrics, protocol))
     return rows

@@ -131,7 +131,7 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
                      if name in file.files}  # fmt: skip
             names = file.files
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise UserError(f"{path} is truncated or no .npz of plain arrays: {str(error) or 'it is empty'}") from None
+        raise UserError(f"{path} is truncated or not an .npz of plain arrays: {str(error) or 'it is empty'}") from None
     if "mu" not in found or "sigma" not in found:
         raise UserError(f"{path} must hold mu and sigma, it holds {', '.join(names) or 'nothing'}")
     mu, sigma = found["mu"], found["sigma"]
@@ -141,10 +141,10 @@ def read_reference(path: str | Path, *, image_size: int, inception: str, feature
             f"need [{features}] and [{features}, {features}]"
         )
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds values that are no finite numbers: make it again")
+        raise UserError(f"{path} holds NaN or infinite values: make it again")
     slack = 1e-3 * np.abs(sigma).max()  # far above the rounding of float16
     if np.abs(sigma - sigma.T).max() > slack or sigma.diagonal().min() < -slack:
-        raise UserError(f"{path}: sigma is no covariance: it is not symmetric or has negative variances")
+        raise UserError(f"{path}: sigma is not a covariance: it is not symmetric or has negative variances")
     about = {"file": path.name, "sha256": file_hash(path)}
     about |= {
         name: found[name].item() for name in ("count", "crop", "image_size", "inception")

@@ -202,7 +202,7 @@ class SmallDataJudge:
         labels = torch.as_tensor(labels).cpu()
         if labels.is_floating_point() or labels.shape != (len(pixels),):
             raise UserError(
-                f"{what}: labels must be {len(pixels)} integers, one an image, "
+                f"{what}: labels must be {len(pixels)} integers, one per image, "
                 f"got {labels.dtype} of shape {list(labels.shape)}"
             )
         side = min(FEATURE_SIDE, *self.image_shape[1:])
@@ -221,7 +221,7 @@ class SmallDataJudge:
         if counts.min() < count:
             raise UserError(
                 f"too few {what}: class {classes[counts.argmin()]} has {counts.min()}, "
-                f"small-data metrics need at least {count} a class"
+                f"small-data metrics need at least {count} per class"
             )
 
 

@@ -186,7 +186,7 @@ class Patience:
             if part is None:
                 if size == 1:
                     raise UserError(
-                        f"the device runs out of memory on {self._unit} one at a time: take a larger one or a CPU"
+                        f"out of memory even on {self._unit} one at a time: use a larger device or a CPU"
                     )
                 self.limit = size // 2
                 if torch.cuda.is_available():

@@ -89,9 +89,9 @@ def check_options(
     if steps < 2:
         raise ValueError(f"steps counts time points from 0 to 1 and must be at least 2, got {steps}")
     if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance must be a finite number from 0 on, got {guidance}")
+        raise ValueError(f"guidance must be a finite number of at least 0, got {guidance}")
     if not interval[0] <= interval[1]:
-        raise ValueError(f"interval must not fall, or guidance never acts, got {interval}")
+        raise ValueError(f"interval must not decrease, or guidance never acts, got {interval}")
     if not 0 < time_shift < math.inf:
         raise ValueError(f"time_shift must be a finite number above 0, got {time_shift}")
 

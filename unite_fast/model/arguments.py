@@ -1,4 +1,4 @@
-"""What a model's public methods and the samplers ask of their arguments."""
+"""Argument checks of a model's public methods and of the samplers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ INDICES = (torch.int32, torch.int64)  # what an embedding takes
 
 
 def kind_of(value: Any) -> str:
-    """What an argument is, for the message that refuses it."""
+    """Description of an argument, for the error message that refuses it."""
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_tensor(name: str, value: Any, *shape: int | str, integer: bool = False) -> None:
-    """Refuse what is no tensor of that shape, in floating point or, `integer`, of int32 or int64. Waits for no device.
+    """Refuse all but a tensor of that shape, floating-point or, if `integer`, int32 or int64. Waits for no device.
 
     Args:
         shape: sizes; a letter stands for any size.
@@ -33,7 +33,7 @@ def check_tensor(name: str, value: Any, *shape: int | str, integer: bool = False
 
 
 def check_labels(labels: Any, batch: int, null_label: int) -> None:
-    """Refuse what is no integer tensor [batch], and on the CPU, where looking waits for nothing, labels out of range.
+    """Refuse all but an integer tensor [batch]; on the CPU, where reading waits for nothing, also labels out of range.
 
     Raises:
         ValueError: see `check_tensor` and `check_integers`.
@@ -44,7 +44,7 @@ def check_labels(labels: Any, batch: int, null_label: int) -> None:
 
 
 def check_integers(name: str, values: Any, low: int, high: int, *, size: int | str = "B") -> None:
-    """Refuse what is no integer tensor [size], or holds integers outside of low … high. Waits for its device.
+    """Refuse all but an integer tensor [size] with values in low … high. Waits for its device.
 
     Raises:
         ValueError: with the name, and what was expected and found.

@@ -55,11 +55,11 @@ def _flash2() -> Flash:
 
 @functools.cache
 def flash_backend() -> Flash | None:
-    """The FlashAttention that imports and serves the current CUDA device best; None where PyTorch's attention does.
+    """The installed FlashAttention that is best on the current CUDA device; None where PyTorch's attention is better.
 
-    FlashAttention 3 needs compute capability 9.0, FlashAttention 2 needs 8.0. On Hopper the third is 1.5 to 2 times as
-    fast as the second, and cuDNN, which PyTorch takes there, near it (arXiv 2407.08608, figures 5 and 6): the second is
-    left aside then.
+    FlashAttention 3 needs compute capability 9.0, FlashAttention 2 needs 8.0. On Hopper version 3 is 1.5 to 2 times as
+    fast as version 2, and cuDNN, which PyTorch uses there, comes near it (arXiv 2407.08608, figures 5 and 6), so
+    version 2 is not used then.
     """
     if not torch.cuda.is_available():
         return None
@@ -75,11 +75,11 @@ def flash_backend() -> Flash | None:
 
 
 def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v over all tokens of a sample. Under torch.compile on CUDA by PyTorch's own attention alone.
+    """softmax(q kᵀ / √d) v over all tokens of a sample. Under torch.compile on CUDA always PyTorch's own attention.
 
     Args:
         qkv: [B, N, 3, H, d], packed queries, keys and values.
-        spans: qkv is [1, T, 3, H, d], samples of different lengths behind one another.
+        spans: if given, qkv is [1, T, 3, H, d], samples of different lengths concatenated.
 
     Returns:
         [B, N, H·d], the heads side by side.
@@ -96,7 +96,7 @@ def attend(qkv: Tensor, spans: Spans | None = None) -> Tensor:
 
 
 def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: Spans | None = None) -> Tensor:
-    """`attend` of queries, keys and values that are [B, N, H, d] each, whose gradients then stay apart, too."""
+    """`attend` of separate queries, keys and values [B, N, H, d], whose gradients then stay separate as well."""
     if spans is not None:
         # Without their first dimension by a view, whose gradient is one: indexing's is copied into zeros.
         return _attend_spans(query.squeeze(0), key.squeeze(0), value.squeeze(0), spans)[None].flatten(2)
@@ -107,8 +107,8 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: Spans | None 
 
 
 def _suits_flash(x: Tensor) -> bool:
-    """Whether every FlashAttention takes heads of this width and dtype: PyTorch's own packed form and the third refuse
-    widths that are no multiple of 8, which its `scaled_dot_product_attention` fills up."""
+    """Whether every FlashAttention supports heads of this width and dtype: PyTorch's own packed form and version 3
+    refuse widths that are not a multiple of 8, which `scaled_dot_product_attention` pads."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
 
 

@@ -1,8 +1,8 @@
-"""The transformer block of the Generative Encoder, cut where its fused operators meet.
+"""The transformer block of the Generative Encoder, split at the boundaries of its fused operators.
 
-The paper's block k reads x += gate1·Attention(norm1(x)), x += gate2·SwiGLU(norm2(x)), x = norm3(x), each inner norm
-modulated. Its last line and norm1 of block k+1 touch the same rows, so one operator does both: a block here runs
-from its own modulated input h to the *next* block's modulated input and owns that norm's weight.
+The paper's block k is x += gate1·Attention(norm1(x)), x += gate2·SwiGLU(norm2(x)), x = norm3(x), with norm1 and norm2
+modulated. norm3 and norm1 of block k+1 read the same rows, so one operator computes both: a block here goes from its
+own modulated input h to the *next* block's modulated input and owns that norm's weight.
 Shapes: B batch, N tokens, C width, H heads, d head width.
 """
 
@@ -101,11 +101,11 @@ class Block(nn.Module):
             modulation: this block's terms.
             next_shift, next_scale: [B, C] opening modulation of what follows.
             rotary: tables for the N tokens.
-            keep: tokens that anything after this block reads, a slice or their indices [N'] int64; the rest is dropped
-                as soon as attention has used it.
-            prepend: [B, M, C] context tokens that join in front after this block.
-            spans: x and h are [1, T, C], samples of different lengths behind one another.
-            kept_spans: the samples after `keep`, which makes them shorter.
+            keep: tokens needed after this block, a slice or indices [N'] int64; the others are dropped as soon as
+                attention has used them.
+            prepend: [B, M, C] context tokens to prepend after this block.
+            spans: if given, x and h are [1, T, C], samples of different lengths concatenated.
+            kept_spans: the spans after `keep`, which makes samples shorter.
 
         Returns:
             The next residual stream and its modulated norm, each [B, N', C].

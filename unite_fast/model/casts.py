@@ -1,8 +1,9 @@
-"""Linears of a training step: weights cast once for all passes, and under autocast gradients added up in products.
+"""Linears of a training step: weights are cast once for all passes, and matrix products accumulate their gradients.
 
-PyTorch's autocast casts the product that is a weight's gradient to float32, and adds that to what other passes have
-given: two launches for each weight and pass, and 20 bytes an element moved. cuBLAS adds a product of bfloat16 matrices
-to a float32 one by itself, which moves 8 and rounds nothing to bfloat16. So these Linears hand autograd the sum itself.
+Under PyTorch's autocast a weight's gradient is computed in bfloat16, cast to float32, and added to that of the other
+passes: two more launches per weight and pass, and 20 bytes moved per element. cuBLAS can add a product of bfloat16
+matrices directly to a float32 matrix, which moves 8 bytes and rounds nothing to bfloat16. So these Linears return the
+accumulated sum to autograd.
 Shapes: x [..., I], weight [O, I], bias [O].
 """
 
@@ -24,17 +25,17 @@ from unite_fast.model.aligned import Zeros, product_dtype, with_zeros, without_z
 
 
 class CastLinear(nn.Linear):
-    """A Linear that `Casts` may serve.
+    """A Linear whose weight `Casts` may keep.
 
     Attributes:
-        cast_with: those whose weights are cast in one launch, itself among them, as all are read soon after.
+        cast_with: Linears, this one included, whose weights are cast in one launch because all are used soon.
     """
 
     cast_with: tuple[CastLinear, ...] = ()
 
 
 def cast_together(*linears: CastLinear) -> None:
-    """Let the weights of all be cast where the first one's is needed."""
+    """Cast the weights of all these Linears together, when the first one is needed."""
     for linear in linears:
         linear.cast_with = linears
 
@@ -64,7 +65,7 @@ class Casts:
         self._eight: dict[tuple[int, Zeros | None], tuple[Tensor, uk.Quantized]] = {}
 
     def close(self) -> None:
-        """Let the copies go; gradients that are asked for from here on are none's sums."""
+        """Drop the copies; gradients computed from here on are not accumulated in place."""
         self.open = False
         self._ready.clear()
         self._made.clear()
@@ -127,13 +128,13 @@ _casts: Casts | None = None
 
 @contextmanager
 def one_micro_batch(device: str) -> Iterator[None]:
-    """Around the passes of a micro-batch and their backwards, in which no weight changes.
+    """Context around the passes of a micro-batch and their backwards, during which no weight changes.
 
-    Autocast forgets the weights that it has cast where its outermost context ends: inside this one, itself off, they
-    serve all passes. Linears keep their own, which a recomputation in autograd's own thread finds as well.
+    Autocast drops its cached casts when its outermost context ends. This context is an outer, disabled autocast, so
+    that they last for all passes. Linears keep their own casts, which recomputation in autograd's thread finds as well.
 
     Args:
-        device: type of device.
+        device: device type.
     """
     global _casts
     before, _casts = _casts, Casts()
@@ -146,7 +147,7 @@ def one_micro_batch(device: str) -> Iterator[None]:
 
 
 def open_casts() -> Casts | None:
-    """Those of the `one_micro_batch` around; None for torch.compile, which places casts itself."""
+    """The casts of the enclosing `one_micro_batch`; None under torch.compile, which places casts itself."""
     return None if torch.compiler.is_compiling() else _casts
 
 
@@ -185,7 +186,7 @@ _refusing = once_differentiable(_gradients)
 
 
 def _weight_gradient(ready: _Ready, left: Tensor, right: Tensor) -> Tensor:
-    """left [O, R] · right [R, I], float32, added to the parameter's `grad` where that is a sum already."""
+    """left [O, R] · right [R, I], float32, added to the parameter's `grad` if that exists already."""
     parameter, zeros = ready.parameter, ready.zeros
     total = parameter.grad if ready.casts.open else None
     if total is not None:
@@ -217,7 +218,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 @functools.cache
 def adds_products(device: torch.device) -> bool:
-    """Whether `add_product` works there, by a trial: PyTorch refuses it with ROCm, and with TunableOp in part."""
+    """Whether `add_product` works on a device, by trial: PyTorch refuses it with ROCm, and partly with TunableOp."""
     if device.type != "cuda":
         return True
     try:

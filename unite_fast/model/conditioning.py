@@ -1,4 +1,4 @@
-"""What tells a block where it is: time, label, context slots, rotary tables and fixed positions.
+"""Conditioning and positions: time embedding, rotary tables and fixed sin-cos positions.
 
 Shapes: B batch, N tokens, C width, d head width.
 """

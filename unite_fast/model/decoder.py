@@ -68,8 +68,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, K, D] -> pixel tokens [B, P, p·p·3], channels ordered (row, column, colour).
 
-    With K = P (the published form) register i becomes patch i. With any other K, P copies of a learned query stand
-    behind the registers and read them; their outputs become the patches.
+    With K = P (the published form) register i becomes patch i. With any other K, P copies of a learned query are
+    appended to the registers and attend to them; their outputs become the patches.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,6 +1,6 @@
 """The Generative Encoder: one transformer, two modes (UNITE, arXiv 2603.22283).
 
-With patch tokens it tokenizes (registers read the image); without, it denoises (registers alone, under a label).
+With patch tokens it tokenizes (registers attend to the image); without, it denoises (registers alone, with a label).
 Shapes: B batch, K registers, D latent channels, P patches, C width, M context tokens, T tokens of a packed batch.
 """
 
@@ -139,8 +139,8 @@ class GenerativeEncoder(nn.Module):
     def _terms(self, index: int, condition: Tensor) -> tuple[Tensor, ...]:
         """Modulation terms [B, C] of block `index`, or of the final layer behind the last one; shift and scale first.
 
-        Each made right before the block that reads it first, not all in front: so their Linears' gradients, a quarter
-        of all, become final block by block in a backward, and are reduced across ranks while it still runs.
+        They are computed right before the block that uses them, not all at the start, so that their Linears' gradients,
+        a quarter of all, become final block by block in a backward and are reduced across ranks while it still runs.
         """
         linear = self.modulation[index] if index < len(self.modulation) else self.final_modulation
         return linear(condition).split(condition.shape[-1], dim=-1)

@@ -1,4 +1,4 @@
-"""A model on disk: `model.safetensors` beside `model.json` (sizes, and where the weights come from)."""
+"""A model on disk: `model.safetensors` (weights) and `model.json` (sizes, and how the weights were made)."""
 
 from __future__ import annotations
 

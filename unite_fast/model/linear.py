@@ -1,10 +1,10 @@
 """The Linear of every part of the model.
 
-PyTorch's float32 products on x86 CPUs are MKL's, which takes AVX2 on AMD's processors whatever they have. Where those
-have AVX-512, oneDNN, which PyTorch has as well, needs 0.42 to 0.57 of the time forward and for the input's gradient,
-and 0.51 to 0.74 for the weight's (64 to 1,536 rows, widths of 128 to 768). It copies operands that lie turned: by
-kernels/cpu.c these gradients take 0.77 to 1.07 and 0.48 to 1.0 of its time (16 to 3,600 rows, widths of 96 to 4,096),
-and the forward product 0.97 to 1.4. All on one core of an EPYC 9005.
+PyTorch's float32 products on x86 CPUs are MKL's, which uses only AVX2 on AMD processors. On those with AVX-512, oneDNN,
+which PyTorch also includes, needs 0.42 to 0.57 of the time for the forward and the input's gradient, and 0.51 to 0.74
+for the weight's (64 to 1,536 rows, widths of 128 to 768). It copies transposed operands: with kernels/cpu.c these
+gradients take 0.77 to 1.07 and 0.48 to 1.0 of oneDNN's time (16 to 3,600 rows, widths of 96 to 4,096), and the forward
+product 0.97 to 1.4. All on one core of an EPYC 9005.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unite_kernels.dispatch import transformed
 
 
 class Linear(CastLinear):
-    """x Wᵀ + b, on CPUs by the fastest library; under autocast in a training step as `Casts.linear` says."""
+    """x Wᵀ + b, on CPUs by the fastest library; under autocast in a training step see `Casts.linear`."""
 
     def forward(self, x: Tensor, zeros: Zeros | None = None, *, biased: bool = True) -> Tensor:
         """x Wᵀ, and b where `biased`; with `zeros` in the weight, x or the result have more columns."""
@@ -40,7 +40,7 @@ class Linear(CastLinear):
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether this is a CPU of AMD with AVX-512, and PyTorch has oneDNN's product for tensors in its own layout."""
+    """Whether this is an AMD CPU with AVX-512 and PyTorch has oneDNN's product for tensors in PyTorch's own layout."""
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

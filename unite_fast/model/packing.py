@@ -1,4 +1,4 @@
-"""Sequences of different lengths without padding: all tokens behind one another, and what an operator needs to know.
+"""Sequences of different lengths without padding: all tokens concatenated, with the bounds that operators need.
 
 Shapes: B sequences, N padded length, T real tokens in all.
 """
@@ -32,7 +32,7 @@ class once:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where the real tokens of a padded batch [B, N, …] stand, made on the device without asking it anything.
+    """Positions of the real tokens of a padded batch [B, N, …], computed on the device without waiting for it.
 
     Attributes:
         counts: [B] int64 on the device, tokens of each sequence, from 1 to `length`.
@@ -116,7 +116,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sequences that hold two tokens for each one: all first ones, then all second ones.
+    """Sequences with two tokens in place of each one: all first tokens, then all second tokens.
 
     Attributes:
         spans: of the 2T tokens.

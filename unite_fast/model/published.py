@@ -1,7 +1,7 @@
-"""Names of the published checkpoints' weights and ours, both ways.
+"""Weight names of the published checkpoints and ours, both ways.
 
-Ours cut a block where the fused operators meet (see blocks.py): the norm that opens block k+1 lives in block k, the
-one that opens block 0 in the encoder, the final layer's in the last block.
+Our blocks are split at the boundaries of the fused operators (see blocks.py): the norm that opens block k+1 belongs to
+block k, the one that opens block 0 to the encoder, the final layer's to the last block.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """Our state dict under the published names, the entries we do not need recomputed (fixed positions, rotary tables, zeros).
 
     Raises:
-        UserError: a model that is none of the published form (separate weights, registers other than patches or without
+        UserError: a model that is not of the published form (separate weights, registers other than patches or without
             noise, another latent norm).
     """
     if not config.shared:
@@ -153,7 +153,7 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
         )
     if config.registers != config.patches:
         raise UserError(
-            f"the published naming needs one register a patch; this model has {config.registers} registers and "
+            f"the published naming needs one register per patch; this model has {config.registers} registers and "
             f"{config.patches} patches"
         )
     back = {ours: theirs for theirs, ours in published_names(config).items()}
@@ -220,7 +220,7 @@ def _infer_sizes(
     context = weights.get("encoder.in_context_posemb")
     from_norm = width // shape("encoder.blocks.0.attn.q_norm.weight")[0]
     if heads is not None and heads != from_norm:
-        raise UserError(f"--heads {heads} contradicts the q norm's width, which says {from_norm} heads")
+        raise UserError(f"--heads {heads} contradicts the q norm's width, which implies {from_norm} heads")
     known = {sizes["width"]: sizes["heads"] for sizes in DECODER_PRESETS.values()}
     return ModelConfig(
         depth=count(r"encoder\.blocks\.(\d+)\."),

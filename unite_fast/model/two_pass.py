@@ -1,6 +1,6 @@
-"""What every modality's network shares: the Generative Encoder, the latent norm, and the denoising pass.
+"""The network parts that all modalities share: the Generative Encoder, the latent norm, and the denoising pass.
 
-A modality adds how its data become patch tokens, its decoder, and the tokenization pass with its losses.
+A modality adds its patch embedding, its decoder, and the tokenization pass with its losses.
 Shapes: B batch, K registers, D latent channels, S flow draws.
 """
 
@@ -27,7 +27,7 @@ class LatentNorm(nn.Module):
 
     Args:
         latent_dim: D.
-        kind: LayerNorm as published, whose noise and loss are fused operators, or in plain PyTorch RMSNorm or nothing.
+        kind: "layer", as published, with noise and loss in fused operators; "rms" or "none" in plain PyTorch.
     """
 
     def __init__(self, latent_dim: int, kind: LatentNormKind = "layer"):

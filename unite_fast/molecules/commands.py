@@ -212,8 +212,8 @@ def evaluate(trained: Trained, run: Path, world: World, given: dict[str, Any]) -
     useless = [f"--{name.replace('_', '-')}" for name in given if name not in EVALUATE_OPTIONS]
     if useless:
         raise UserError(
-            f"{', '.join(useless)}: not for molecules, which are measured by every metric in fp32 without further "
-            f"files; unite-fast evaluate --help names the options they take"
+            f"{', '.join(useless)}: not for molecules, for which every metric is measured in fp32 without further "
+            f"files; unite-fast evaluate --help lists their options"
         )
     data, evaluation, seed = _measured_on(trained, run, given.get("data"))
     settings = _settings(trained, **{name: given.get(name) for name in ("guidance", "interval", "solver", "steps")})
@@ -251,7 +251,7 @@ def _measured_on(
         return config.data, config.evaluation, config.train.seed
     if data is None:
         raise UserError(
-            f"{run} does not say what it was trained on, which metrics compare with: give --data PATH, the data.path "
+            f"{run} does not record its training data, which metrics compare with: give --data PATH, the data.path "
             f"of its run"
         )
     return MoleculeDataConfig(**given), MoleculeEvaluationConfig(), 0

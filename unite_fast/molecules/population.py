@@ -49,5 +49,5 @@ def _as_qm9(samples: int, why: str) -> Population:
 
 def _population(histogram: tuple[int, ...], samples: int, source: str) -> Population:
     made = Population(histogram, samples, source)
-    about = f"{samples:,} molecules an epoch, {made.mean_length:.1f} atoms each, at most {made.longest}"
+    about = f"{samples:,} molecules per epoch, {made.mean_length:.1f} atoms each, at most {made.longest}"
     return replace(made, source=f"{about} ({source})")

@@ -1,7 +1,7 @@
-"""The random draws of a training step: from (seed, step, rank), on the device.
+"""The random numbers of a training step, made on the device from (seed, step, rank).
 
-Every draw has an address (seed, optimizer step, stream, flow draw, element), so resuming reproduces it, splitting S
-draws into chunks changes nothing, and no generator state needs saving.
+Every number is a function of its address (seed, optimizer step, stream, flow draw, element), so resuming reproduces it,
+splitting S draws into chunks changes nothing, and no generator state needs saving.
 Shapes: B batch, K registers, D latent channels, S flow draws, s draws of one chunk.
 """
 
@@ -35,7 +35,7 @@ class FlowDraws(NamedTuple):
 
 
 class Draws(Protocol):
-    """Where a step takes its randomness from."""
+    """Source of a step's random numbers."""
 
     def tokenize(self, shape: torch.Size) -> TokenizeDraws:
         """Draws for latents of shape [B, K, D]."""
@@ -44,10 +44,10 @@ class Draws(Protocol):
         """Draws `first` … `first + count − 1` on clean latents z1 [B, K, D]; differentiable in z1."""
 
     def seed_generators(self) -> None:
-        """Begin PyTorch's own generators anew, for dropout, which takes its numbers from nowhere else."""
+        """Seed PyTorch's own generators, for dropout, which can use no others."""
 
 
-# Streams of one (rank, micro-batch); each law draws from its own.
+# Streams of one (rank, micro-batch), one for each kind of number.
 _NOISE, _TOKENIZE_T, _MIX_MASK, _MIX_T, _DECODER_NOISE, _FLOW, _DROP, _STREAMS = range(8)
 _GENERATORS = 31  # first word of the hash that seeds PyTorch's generators
 
@@ -56,10 +56,10 @@ class SeededDraws:
     """Draws made on the device by counter-based Philox from (seed, step, stream, draw, element).
 
     Args:
-        config: laws and ranges.
+        config: distributions and ranges.
         seed: of the run.
         step: optimizer step, an int or a 0-dim int64 tensor on the device.
-        stream: number of this rank's micro-batch among all of the step's: rank · accumulation + micro-batch.
+        stream: index of this micro-batch among those of all ranks in the step: rank · accumulation + micro-batch.
         device: where the numbers are made.
     """
 
@@ -102,5 +102,5 @@ class SeededDraws:
         return FlowDraws(z_t, t, drop)
 
     def seed_generators(self) -> None:
-        """From (seed, step, stream), so that ranks differ and a resumed run repeats; waits for a step on a device."""
+        """From (seed, step, stream), so that ranks differ and a resumed run repeats; waits for a step on the device."""
         torch.manual_seed(int(counter_hash(_GENERATORS, *map(int, self._address))[0]))

@@ -1,7 +1,7 @@
 """LPIPS on VGG16 features (Zhang et al. 2018), the perceptual term of the reconstruction loss.
 
-The network is ours, its weights are files: torchvision's VGG16 state dict (`features.N.weight`) and the LPIPS 1×1
-layers (`lin0.model.1.weight` …). Images enter in [0, 1] as the published configuration feeds them.
+The network is defined here, its weights are read from files: torchvision's VGG16 state dict (`features.N.weight`) and
+the LPIPS 1×1 layers (`lin0.model.1.weight` …). Images are in [0, 1], as in the published configuration.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class VggFeatures(nn.Module):
             self.convolutions.append(stage)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the filters in autocast's dtype, which casts frozen ones for every pass; they serve under it alone."""
+        """Store the filters in autocast's dtype, to cast them once and not in every pass; for use under autocast."""
         for convolution in self.convolutions.modules():
             if isinstance(convolution, nn.Conv2d):
                 convolution.weight.data = convolution.weight.data.to(dtype)
@@ -137,7 +137,7 @@ class Lpips(nn.Module):
 
 
 def absent_weights(config: LpipsConfig) -> list[str]:
-    """What to do about each of LPIPS's files that is not given or not there, a sentence each."""
+    """One sentence for each of LPIPS's files that is not given or does not exist: what to do about it."""
     absent = []
     for key, path in (("vgg", config.vgg), ("linear", config.linear)):
         if path is None:
@@ -163,15 +163,15 @@ def _rectified_and_pooled(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Te
 
 
 def _relu_(product: Tensor) -> Tensor:
-    """In place, as no backward pass needs what a convolution made: 0.96 of LPIPS's time on a CPU at 64×64 pixels."""
+    """In place, as no backward pass needs a convolution's output: 0.96 of LPIPS's time on a CPU at 64×64 pixels."""
     return F.relu(product, inplace=True)
 
 
 def _product(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution, and the bias that it left to the fused operator that follows.
+    """A convolution, and the bias if the fused operator that follows is to add it.
 
-    cuDNN's writes its result and adds the bias in a pass of its own. A CPU's adds it on the way: left to another
-    operator there, the bias made LPIPS 3 % slower.
+    cuDNN writes a convolution's result and adds the bias in a separate pass. On a CPU the convolution adds it on the
+    way: moving it to another operator there made LPIPS 3 % slower.
     """
     if use_triton(x):
         product = F.conv2d(x, convolution.weight, padding=1)

@@ -1,7 +1,7 @@
 """The training step of UNITE (arXiv 2603.22283, Figure 3): tokenize and reconstruct, then denoise.
 
-The two passes meet only in z0, which the second sees detached. So each runs forward **and backward** on its own and
-drops its graph; gradients add up in place. Peak memory is the larger pass, whatever the number of flow draws S.
+The two passes meet only in z0, which the second pass sees detached. So each runs forward **and backward** on its own
+and drops its graph; gradients add up in place. Peak memory is that of the larger pass, whatever the number S of draws.
 Shapes: B batch, K registers, D latent channels, H×H image, S flow draws.
 """
 
@@ -21,7 +21,7 @@ from unite_fast.objective.perceptual import Lpips
 
 
 class Backend(Protocol):
-    """What a step needs of an engine: the model's training passes and gradient accumulation."""
+    """What a step needs from an engine: the model's training passes and gradient accumulation."""
 
     def __call__(self, phase: str, **inputs: Any) -> Any:
         """Run a training pass of the model."""
@@ -58,7 +58,7 @@ class TwoPassObjective(ABC):
 
     Args:
         config: weights and forms of the losses.
-        null_label: label of no class.
+        null_label: the label that stands for no class.
     """
 
     def __init__(self, config: TwoPassConfig, null_label: int):
@@ -71,11 +71,11 @@ class TwoPassObjective(ABC):
         """Pass one: (weighted loss, its terms by name, z0) of a micro-batch's data; `shape` is that of z0."""
 
     def layout(self, data: Any) -> dict[str, Any]:
-        """What the flow pass must know of the data beside the latents; nothing where all samples are of one size."""
+        """What the flow pass needs from the data besides the latents; nothing if all samples have one size."""
         return {}
 
     def mask(self, data: Any) -> Tensor | None:
-        """[B, K] bool, the latent tokens that are real; None for all."""
+        """[B, K] bool, True for real latent tokens; None if all are."""
         return None
 
     def flow(
@@ -109,7 +109,7 @@ class Objective(TwoPassObjective):
     Args:
         config, null_label: as in `TwoPassObjective`.
         device: where the images are.
-        autocast: dtype that LPIPS's convolutions compute in and its filters are held in; None for float32.
+        autocast: dtype of LPIPS's convolutions and of its stored filters; None for float32.
     """
 
     config: ObjectiveConfig
@@ -130,7 +130,7 @@ class Objective(TwoPassObjective):
     def reconstruction(
         self, run: Callable[..., Any], data: Tensor, draws: Draws, shape: torch.Size
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Pass one on images [B, 3, H, H] in [0, 1]; terms "l1" and, where it is on, "lpips"."""
+        """Pass one on images [B, 3, H, H] in [0, 1]; terms "l1" and, if enabled, "lpips"."""
         noise, t, mix, added_noise = draws.tokenize(shape)
         z0, l1, reconstruction = run("reconstruct", images=data, noise=noise, t=t, mix=mix, added_noise=added_noise)
         loss, terms = self.config.l1_weight * l1, {"l1": l1}
@@ -160,13 +160,13 @@ def two_pass_step(
         engine: runs passes and accumulates gradients.
         data: what the objective's reconstruction reads: images [B, 3, H, H] in [0, 1], or another modality's batch.
         labels: [B] int64.
-        draws: the step's randomness.
+        draws: the step's random numbers.
         shape: [B, K, D] of the latents.
-        weight: of this micro-batch in the optimizer step: one over the number of accumulated ones where all are equal.
+        weight: of this micro-batch in the optimizer step: 1 / accumulation if all micro-batches are equal.
         last: this micro-batch ends the optimizer step.
 
     Returns:
-        Losses before the weight, detached.
+        Losses without the weight, detached.
     """
     config = objective.config
     with one_micro_batch(labels.device.type):

@@ -33,7 +33,7 @@ GLOSSARY: dict[str, tuple[str, str, str, str]] = {
     "coverage": ("coverage", "", "higher", "share of held-out images with a generated one nearby"),
     "coverage_worst": ("coverage, worst class", "", "higher", ""),
     "density": ("density", "", "", "generated images per neighbourhood of real ones"),
-    "spread": ("spread within a class", "", "", "1 as varied as real images, 0 one image a class"),
+    "spread": ("spread within a class", "", "", "1 as varied as real images, 0 one image per class"),
     "nearest_train_ratio": ("distance to training images", "", "", "over that of held-out images; near 0 memorised"),
     "near_copies": ("near copies", "", "lower", "share closer to a training image than 99 % of held-out ones"),
 }

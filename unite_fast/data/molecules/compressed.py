@@ -48,4 +48,4 @@ def explained(path: Path) -> Iterator[None]:
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        raise UserError(f"{path} is cut off or damaged where it is compressed: download or pack it again") from None
+        raise UserError(f"{path} is a truncated or damaged compressed file: download or pack it again") from None

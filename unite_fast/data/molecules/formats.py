@@ -87,7 +87,7 @@ def _count(line: str, file: str, number: int) -> int:
     text = line.strip()
     # isdecimal is true of digits that int() reads and false of signs, dots and superscripts; int() refuses thousands.
     if not text.isdecimal() or len(text) > 9:
-        raise UserError(f"{file}, line {number}: here the number of atoms should stand, found {_shown(text)}")
+        raise UserError(f"{file}, line {number}: expected the number of atoms, found {_shown(text)}")
     return int(text)
 
 

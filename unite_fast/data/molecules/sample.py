@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="NPZ file to write")
     parser.add_argument("--count", type=int, default=COUNT, help=f"molecules (default {COUNT})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, help="worker processes (default: one a core)")
+    parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
