@@ -13,12 +13,14 @@ from runs import config, image_tree
 
 from unite_fast.engine import agreement, checkpoint, loop
 from unite_fast.engine.agreement import (
+    check_precision,
     check_same_rounding,
     newest_checkpoint,
     require_same_config,
     require_same_data,
     rounds_as,
 )
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.report import Report
@@ -63,7 +65,8 @@ def test_other_ranks_write_and_delete_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked", ["require_same_config", "check_same_rounding", "newest_checkpoint", "require_same_data"]
+    "asked",
+    ["require_same_config", "check_same_rounding", "check_precision", "newest_checkpoint", "require_same_data"],
 )
 def test_a_run_asks_before_it_trains(tmp_path, monkeypatch, asked):
     image_tree(tmp_path / "train")
@@ -138,3 +141,23 @@ def test_a_run_with_adamw_says_it_once_and_goes_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(loop, "require_same_data", lambda *_: None)
     loop.train(config(tmp_path, optimizer={"kind": "adamw"}, train={"steps": 1}))
     assert "".join(capsys.readouterr()).count("rank 1 a GPU of another kind") == 1
+
+
+def test_a_gpu_without_bfloat16_trains_in_float32_unless_others_have_it(monkeypatch):
+    old = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == old else (8, 0))
+    lacking = r"bfloat16 needs a GPU of compute capability 8\.0 .* which rank 0 does not have"
+
+    def checked(precision: str, device: torch.device, *others: bool) -> str | None:
+        settings = toy_config()
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"precision": precision})})
+        dtype = autocast_dtype(settings, device)
+        assert (dtype is None) == (precision == "fp32" or (precision == "auto" and device != new))
+        return check_precision(settings, MagicMock(device=device, collect=lambda mine: [mine, *others]))
+
+    new, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert re.search(f"{lacking}: training in float32", checked("auto", old, False))
+    for precision, others in {"auto": (False, True), "bf16": (False,)}.items():
+        with pytest.raises(UserError, match=f"{lacking}: set train.precision to fp32"):
+            checked(precision, old, *others)
+    assert [checked("fp32", old), checked("auto", new, True), checked("bf16", new), checked("auto", cpu)] == [None] * 4

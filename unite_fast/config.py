@@ -265,7 +265,7 @@ class TrainConfig(Section):
     accumulation: PositiveInt | None = Field(None, description="micro-batches per optimizer step; set two of the three batch keys, the third follows")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of weights, data order and every random draw")
     start_from: LocalPath | None = Field(None, description="run, checkpoint, export or imported model whose EMA weights initialise a new run: of the same sizes, but num_classes may differ, and classes with other names get new embeddings; null: random weights")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on CUDA, fp32 elsewhere; GPUs of compute capability below 8.0 need fp32")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast with fp32 masters on GPUs of compute capability 8.0 or newer, fp32 elsewhere")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is one")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="backend of the fused operators; auto: Triton on CUDA, compiled C on a CPU, plain PyTorch elsewhere")
     log_every: PositiveInt = Field(10, description="optimizer steps between log records")

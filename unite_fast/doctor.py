@@ -262,8 +262,7 @@ PARTS = (
     Part(
         "bfloat16",
         _bf16,
-        "training computes in float32 (on a GPU without it train.precision must be fp32): twice the memory traffic, a "
-        "fraction of the matrix speed of a GPU",
+        "training computes in float32: twice the memory traffic, a fraction of the matrix speed of a GPU",
         "a GPU of capability 8.0 or newer (A100, RTX 30, H100 …); train.precision auto uses it by itself",
     ),
     Part(

@@ -26,7 +26,8 @@ from unite_fast.analysis.planning import USABLE_MEMORY
 from unite_fast.analysis.profiled_step import Feed, ProfiledStep, StepMemory, now
 from unite_fast.analysis.update import flow_passes, update_part
 from unite_fast.config import Config
-from unite_fast.engine.backend import autocast_dtype, check_precision
+from unite_fast.engine.agreement import check_precision
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.batch import Batch, is_out_of_memory, micro_batch_candidates, resolve_batch
 from unite_fast.engine.compiling import check_compile, compile_perceptual, compiled
 from unite_fast.engine.fp8 import check_fp8, use_fp8
@@ -177,7 +178,8 @@ def measure(
     if trace is not None and world.is_main:
         require_writable(trace.parent, "the trace", "Give another file: --trace FILE")
     check_compile(config, device)
-    check_precision(config, device)
+    if doubt := check_precision(config, world):
+        say(doubt)
     check_fp8(config, device)
     uk.set_backend(config.train.kernels)
     dtype = autocast_dtype(config, device)

@@ -97,7 +97,9 @@ def pick_device(wanted: Device) -> torch.device:
 
     if wanted is Device.cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device; `unite-fast doctor` says more")
-    return torch.device("cpu" if wanted is Device.cpu or not torch.cuda.is_available() else "cuda")
+    if wanted is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
+from unite_fast.engine.backend import MIN_BF16_CAPABILITY, has_bf16
 from unite_fast.engine.world import SETTLED, World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.protocol import weights_hash
@@ -70,6 +71,26 @@ def check_same_rounding(config: Config, world: World) -> str | None:
     if config.optimizer.kind == "muon":
         raise UserError(what)
     return what
+
+
+def check_precision(config: Config, world: World) -> str | None:
+    """A notice if `train.precision` auto means float32 on a GPU, which has no bfloat16 then; else None. Collective.
+
+    Raises:
+        UserError: bf16 for such a GPU, which would emulate its products (slower than float32's) and has no convolutions
+            and no FlashAttention in it; auto for GPUs of both kinds.
+    """
+    if world.device.type != "cuda" or config.train.precision == "fp32":
+        return None
+    found = world.collect(has_bf16(world.device))
+    if all(found):
+        return None
+    least = ".".join(map(str, MIN_BF16_CAPABILITY))
+    rank = found.index(False)
+    lacking = f"bfloat16 needs a GPU of compute capability {least} (A100, RTX 30) or newer, which rank {rank} does not have"
+    if config.train.precision == "bf16" or any(found):
+        raise UserError(f"{lacking}: set train.precision to fp32")
+    return f"{lacking}: training in float32"
 
 
 def rounds_as(device: torch.device) -> str:

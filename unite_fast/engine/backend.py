@@ -13,7 +13,6 @@ from torch import Tensor
 from unite_fast.config import Config
 from unite_fast.engine.optim import Groups, MuonAdamW
 from unite_fast.engine.sharding import Layout
-from unite_fast.errors import UserError
 
 # On a CPU torch adds a tensor's squares up in float32 one after the other: the norm of so many random elements comes
 # out 2e-6 too small, of ten million 4e-4, of fifty million 4e-3.
@@ -65,26 +64,18 @@ class AutocastForward(nn.Module):
             return (self._compiled or self.model)(phase, **inputs)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has matrix units for bfloat16, which an older GPU only emulates; one without an index stands for
+    a planned GPU, which has."""
+    if device.type != "cuda":
+        return False
+    return device.index is None or torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
+
+
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where `train.precision` asks for it (auto: on CUDA), None for float32."""
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else None
-
-
-def check_precision(config: Config, device: torch.device) -> None:
-    """Raise a UserError where a run would compute in bfloat16 on a GPU that has no such units.
-
-    PyTorch emulates its products there, slower than float32's, and has no convolutions or FlashAttention in it.
-    """
-    if device.type != "cuda" or autocast_dtype(config, device) is None:
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_BF16_CAPABILITY:
-        found, least = (".".join(map(str, version)) for version in (capability, MIN_BF16_CAPABILITY))
-        raise UserError(
-            f"bfloat16 needs a GPU of compute capability {least} (A100, RTX 30), this one has {found}: "
-            "set train.precision to fp32"
-        )
+    """bfloat16 where `train.precision` asks for it (auto: on a GPU that has it), None for float32."""
+    precision = config.train.precision
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and has_bf16(device)) else None
 
 
 class PlainBackend:

@@ -47,14 +47,14 @@ def check_fp8(config: Config, device: torch.device) -> None:
     if not config.train.fp8 or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
-    if autocast_dtype(config, device) is None:
-        raise UserError("train.fp8 needs bfloat16 autocast: set train.precision to auto, or train.fp8 to false")
     if capability < MIN_CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         raise UserError(
             f"train.fp8 needs a GPU of compute capability {least} (RTX 40, H100), this one has {found}: "
             "set train.fp8 to false"
         )
+    if autocast_dtype(config, device) is None:
+        raise UserError("train.fp8 needs bfloat16 autocast: set train.precision to auto, or train.fp8 to false")
 
 
 def takes(linear: str, inputs: int, outputs: int) -> bool:

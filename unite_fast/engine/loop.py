@@ -14,13 +14,14 @@ from unite_fast.analysis.devices import stated_peak
 from unite_fast.config import Config
 from unite_fast.engine import checkpoint
 from unite_fast.engine.agreement import (
+    check_precision,
     check_same_rounding,
     newest_checkpoint,
     require_same_config,
     require_same_data,
 )
 from unite_fast.engine.batch import is_out_of_memory
-from unite_fast.engine.backend import autocast_dtype, check_precision
+from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fitting import Trial, fit
@@ -76,8 +77,8 @@ class Run:
     def __init__(self, config: Config, world: World, *, resume: bool):
         self.config, self.world = config, world
         require_same_config(config, world)
-        rounding = check_same_rounding(config, world)
-        self._notices = [f"warning: {rounding}"] if rounding else []
+        doubts = (check_same_rounding(config, world), check_precision(config, world))
+        self._notices = [f"warning: {doubt}" for doubt in doubts if doubt]
         self.folder = Path(config.runs) / config.name
         latest = newest_checkpoint(self.folder, world)
         if latest is not None and not resume:
@@ -91,7 +92,6 @@ class Run:
             )
         check_wandb(config.train.wandb)
         check_compile(config, world.device)
-        check_precision(config, world.device)
         check_fp8(config, world.device)
         self.modality = modality_of(config)
         _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
