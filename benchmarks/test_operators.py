@@ -20,8 +20,15 @@ import torch
 import torch.nn.functional as F
 from case import BACKWARD, BOTH, FORWARD, ON_GPU, Case, normal, size
 from objective_cases import (
-    centre_crop, flow_noise, latent_norm_flow_loss, latent_norm_mix, lpips_distance, patch_l1, philox_normal, rectified,
-)  # fmt: skip
+    centre_crop,
+    flow_noise,
+    latent_norm_flow_loss,
+    latent_norm_mix,
+    lpips_distance,
+    patch_l1,
+    philox_normal,
+    rectified,
+)
 from optimizer_cases import ema_update_, muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor
 

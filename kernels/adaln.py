@@ -36,8 +36,8 @@ class Spans(NamedTuple):
     """B samples of different lengths behind one another on the token axis of one tensor [1, T, C].
 
     Attributes:
-        offsets: [B + 1] int32 on the tensor's device, rising from 0 to T: sample b has tokens offsets[b] … offsets[b + 1]
-            without the last.
+        offsets: [B + 1] int32 on the tensor's device, rising from 0 to T: sample b has tokens offsets[b] …
+            offsets[b + 1] without the last.
         longest: tokens of the longest sample, which sizes a launch without asking the device.
     """
 
@@ -135,8 +135,9 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(
-    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
-):
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest,
+    eps, layer,
+):  # fmt: skip
     inputs = (x, None if gate is None else branch, gate, shift, scale)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
     vectors = adaln_kernels.vector_count(weight, closing_weight, bias)

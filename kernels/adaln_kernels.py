@@ -23,9 +23,9 @@ class Launch:
     Attributes:
         block: BLOCK_C.
         warps: 8 numbers a thread and row in a 2-byte dtype, one 16-byte access, so that the vectors a program keeps
-            (factor, offset, gate, running sums) cost 8 registers each. Rows of 384 take 2 warps (with 4, and two rows of
-            a tile side by side, the backward pass of the block boundary takes 155 registers instead of 128), of 768 and
-            1024 4 warps, of 1152 8.
+            (factor, offset, gate, running sums) cost 8 registers each. Rows of 384 take 2 warps (with 4, and two rows
+            of a tile side by side, the backward pass of the block boundary takes 155 registers instead of 128), of 768
+            and 1024 4 warps, of 1152 8.
         forward_rows, backward_rows: ROWS of a tile. Forward, 16 numbers a thread and tensor. Backward, 8: four tensors
             and up to four running sums at 16 numbers a thread need 190 registers, which halves the programs that fit.
     """
@@ -305,8 +305,9 @@ def forward(
 
 
 def backward(
-    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest, eps, layer
-):
+    grad_residual, grad_normed, x, branch, gate, closing_weight, weight, bias, shift, scale, offsets, longest,
+    eps, layer,
+):  # fmt: skip
     """Gradients of (x, branch, gate, shift, scale) and, float32 [`vector_count`, C], of the vectors; None for what is
     None.
 

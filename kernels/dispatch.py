@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from .toolchain import AVAILABLE
 
-# Prefix of the operators' names in torch.ops: what this package was imported as. A loader that gives each copy a name of
-# its own, as Hugging Face's kernels does, so gets operators of its own, and two versions live in one process.
+# Prefix of the operators' names in torch.ops: what this package was imported as. A loader that gives each copy a name
+# of its own, as Hugging Face's kernels does, so gets operators of its own, and two versions live in one process.
 NAMESPACE = __package__.replace(".", "_")
 BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

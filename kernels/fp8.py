@@ -40,7 +40,8 @@ TILE, STEPS, WARPS = 1024, 16, 4
 # Rows and columns of a tile that is written both ways: 32 numbers a thread at 8 warps, whole 64-byte lines of either.
 ROWS, COLUMNS, CAST_WARPS = 128, 64, 8
 # Rows of a tile that is summed as well: 16 numbers a thread take 64 registers on sm_90 by Triton 3.6 and 40 by 3.9, 32
-# take 116 and 64. Sums of so many rows, written and read once more, are 2 % of the bytes that a bfloat16 gradient moves.
+# take 116 and 64. Sums of so many rows, written and read once more, are 2 % of the bytes that a bfloat16
+# gradient moves.
 SUM_ROWS = 64
 
 

@@ -67,7 +67,9 @@ def toy_config(*, stage: int = 0, kind: str = "muon", **optimizer: Any) -> Confi
     options |= {"ema_decays": [0.5]}
     return Config.parse(
         {
-            "train": {"steps": 5, "global_batch": GLOBAL_BATCH, "accumulation": 2, "device": "cpu", "zero_stage": stage},
+            "train": {
+                "steps": 5, "global_batch": GLOBAL_BATCH, "accumulation": 2, "device": "cpu", "zero_stage": stage,
+            },  # fmt: skip
             "optimizer": options | optimizer,
             "data": {"path": "unused"},
         }

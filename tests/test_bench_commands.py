@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gate
 import measure
 
+BENCHMARKS = Path(gate.__file__).parent
 pytest_plugins = ("pytester",)
 FAKES = """
 import pytest

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import contest
 import gate
 import history
@@ -22,6 +21,7 @@ import measure
 
 from unite_fast.errors import UserError
 
+BENCHMARKS = Path(gate.__file__).parent
 ROUNDS, BASELINE_RUNS, LATER_RUNS = 11, 5, 10
 TRUE_SECONDS = {"step one": 0.4, "step two": 1.5, "denoise of one": 0.1}
 TRUE_RATIO = 1.25

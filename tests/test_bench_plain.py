@@ -22,7 +22,6 @@ from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World
 from unite_fast.objective.perceptual import Lpips
 from unite_fast.objective.two_pass import Objective, two_pass_step
-
 from unite_kernels.optim import _newton_schulz
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from unite_fast import load
-from unite_fast.evaluation.generation import TOKENIZE_STREAM
 from unite_fast.data.crop import decode
+from unite_fast.evaluation.generation import TOKENIZE_STREAM
 from unite_kernels import philox_normal
 
 
@@ -42,9 +42,9 @@ READABLE = ["a/1.png", "a/2.png", "b/1.png", "b/2.jpg"]
 def _latents(model, paths, seed):
     """z0 and pixels through the library, one image at a time."""
     pixels = torch.stack([torch.tensor(decode(path.read_bytes(), SIDE, "adm")).permute(2, 0, 1) for path in paths])
-    latents = []
+    latents, shape = [], (CONFIG.registers, CONFIG.latent_dim)
     for index, image in enumerate(pixels):
-        noise = philox_normal((CONFIG.registers, CONFIG.latent_dim), seed, 0, TOKENIZE_STREAM, draws=1, first_draw=index)
+        noise = philox_normal(shape, seed, 0, TOKENIZE_STREAM, draws=1, first_draw=index)
         latents.append(model.tokenize(image[None].float() / 255, noise=noise, t=torch.tensor([0.005])))
     return torch.cat(latents), pixels
 
@@ -101,10 +101,8 @@ def test_seed_decides_and_batch_does_not(folder, pictures, tmp_path):
     # Another batch size moves these latents by 2e-6 (rounding), another seed by 3e-3.
     assert torch.allclose(latents[1], latents[0], rtol=0, atol=1e-4)
     assert not torch.allclose(latents[2], latents[0], rtol=0, atol=3e-4)
-    values = [
-        [entry["psnr"] for entry in _reconstruct(folder, tmp_path / f"out{batch}", pictures, "--batch", batch)["images"]]
-        for batch in (1, 64)
-    ]
+    records = [_reconstruct(folder, tmp_path / f"out{batch}", pictures, "--batch", batch) for batch in (1, 64)]
+    values = [[entry["psnr"] for entry in record["images"]] for record in records]
     assert values[0] == pytest.approx(values[1], abs=1e-3)
 
 
@@ -235,7 +233,8 @@ def test_tokenize_asks_for_its_folder_before_the_work(folder, tmp_path, capsys, 
     picture(tmp_path / "x.png", 1)
     (tmp_path / "file").touch()
     monkeypatch.setattr("unite_fast.evaluation.generation.encode", Mock(side_effect=AssertionError("encoded")))
-    says = mistake(capsys, "tokenize", "--run", folder, tmp_path / "x.png", "--out", tmp_path / "file" / "l.safetensors")
+    out = tmp_path / "file" / "l.safetensors"
+    says = mistake(capsys, "tokenize", "--run", folder, tmp_path / "x.png", "--out", out)
     assert says.startswith("cannot write the latents into ") and "Give --out a file" in says
 
 

@@ -184,7 +184,8 @@ def test_compiling_pauses_the_clocks_and_is_announced_once(traced):
 def test_what_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
     broken = config(tmp_path, train={"compile": True})  # its data do not exist
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"train.compile: there is no C\+\+ compiler no-such-compiler: apt install g\+\+"):
+    says = r"train.compile: there is no C\+\+ compiler no-such-compiler: apt install g\+\+"
+    with pytest.raises(UserError, match=says):
         train(broken)
     monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})

@@ -148,7 +148,9 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n
 def test_launchers_are_read():
     assert launch_environment({}) == {}
     assert launch_environment(TORCHRUN | {"HOME": "/"}) == TORCHRUN
-    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "node0"}
+    slurm = {
+        "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "node0",
+    }  # fmt: skip
     assert launch_environment(slurm) == TORCHRUN | {"MASTER_PORT": "29500"}
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
     assert launch_environment(batch_script) == {}, "an sbatch shell is one process, whatever the job's task count"

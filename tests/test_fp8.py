@@ -28,14 +28,16 @@ from unite_kernels import fp8 as kernels
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 STEPS, BATCH = 50, 16
-# Emulated FP8 moved the final loss by 0.05 % and the blocks' gradients by 4.1 % on average (three bits of mantissa behind
-# the leading one round by 2.6 % on average; a product sees two such operands).
+# Emulated FP8 moved the final loss by 0.05 % and the blocks' gradients by 4.1 % on average (three bits of mantissa
+# behind the leading one round by 2.6 % on average; a product sees two such operands).
 LOSS_BAND, GRADIENT_BAND = 0.05, 0.055
 
 
 def digits_config(width: int = 48, **train) -> Config:
     sizes = dict(depth=1, width=width, heads=width // 16)  # a SwiGLU of 128 at 48
-    model = dict(image_size=16, patch_size=4, registers=16, latent_dim=8, num_classes=10, context_len=2, context_start=0)
+    model = dict(
+        image_size=16, patch_size=4, registers=16, latent_dim=8, num_classes=10, context_len=2, context_start=0
+    )
     optimizer = dict(lr=0.01, lr_batch=None, warmup_epochs=1, cosine_until_epoch=5, final_ratio=0.05)
     return Config.parse(
         dict(
@@ -234,8 +236,8 @@ def test_it_works_under_zero(tmp_path):
     alone = unite_engine(compile_config(draws=1, fp8=True, compile=False), ALONE)
     norms = [unite_step(alone, step).item() for step in range(3)]
     (report,) = run_ranks(tmp_path, "fp8", ranks=1, stages=["2"])
-    # What rounds the other way to eight bits moved the third norm by 0.2 % on one kind of CPU; without FP8 they differ by
-    # 3, 5 and 49 %.
+    # What rounds the other way to eight bits moved the third norm by 0.2 % on one kind of CPU; without FP8 they differ
+    # by 3, 5 and 49 %.
     assert report["2"]["norms"] == pytest.approx(norms, rel=0.01)
 
 

@@ -3,8 +3,15 @@
 import pytest
 import torch
 from golden import (
-    FLOW_DRAWS, golden, golden_model, needs_golden, our_name, published_weights, recorded_draws, relative_error,
-)  # fmt: skip
+    FLOW_DRAWS,
+    golden,
+    golden_model,
+    needs_golden,
+    our_name,
+    published_weights,
+    recorded_draws,
+    relative_error,
+)
 
 from unite_fast import generate
 from unite_fast.config import LpipsConfig, ObjectiveConfig

@@ -228,7 +228,10 @@ def given(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[
             lambda: uk.muon_momentum_(given(A), [given(A[::-1])[0].T], given(A), 0.9),
             ValueError, r"gradients\[0\] has strides",
         ),
-        (lambda: uk.muon_momentum_(given(A), given(A), given(A), 0.9, given(B)[0]), ValueError, "must be 0-dim float32"),
+        (
+            lambda: uk.muon_momentum_(given(A), given(A), given(A), 0.9, given(B)[0]),
+            ValueError, "must be 0-dim float32",
+        ),
         (
             lambda: uk.muon_momentum_(given(A), [torch.empty(A, device="meta")], given(A), 0.9),
             ValueError, "gradients.0. is on meta",
@@ -236,7 +239,10 @@ def given(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[
         (lambda: uk.muon_update_(given(A), [], 0.1), ValueError, "updates has 0 tensors and params 1"),
         (lambda: uk.muon_update_(given(A), given(B), 0.1), ValueError, "must have 15 elements"),
         (lambda: uk.muon_update_(given(A), given(A), 0.1, 0.0, [given(A)], []), ValueError, "averages are 1 lists"),
-        (lambda: uk.muon_update_(given(A), given(A), 0.1, 0.0, [[]], [0.5]), ValueError, r"averages\[0\] has 0 tensors"),
+        (
+            lambda: uk.muon_update_(given(A), given(A), 0.1, 0.0, [[]], [0.5]),
+            ValueError, r"averages\[0\] has 0 tensors",
+        ),
         (lambda: uk.muon_update_(given(A), given(A), 0.1, 0.0, [given(B)], [0.5]), ValueError, r"averages\[0\]\[0\]"),
         (lambda: uk.muon_update_(given(A), given(A), 0.1, 0.0, [given(A)], [1.5]), ValueError, r"decays\[0\] is 1.5"),
         (lambda: uk.muon_update_(given(A, dtype=torch.float16), given(A), 0.1), TypeError, r"params\[0\] is"),

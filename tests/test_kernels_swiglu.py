@@ -74,7 +74,9 @@ def test_empty(shape, bias):
 def test_opcheck():
     for bias in (None, normal(10)):
         opcheck(_swiglu_backward.registered, (normal(2, 3, 5), normal(2, 3, 10), bias))
-        opcheck(_swiglu.registered, (normal(2, 3, 10).requires_grad_(), None if bias is None else bias.requires_grad_()))
+        if bias is not None:
+            bias.requires_grad_()
+        opcheck(_swiglu.registered, (normal(2, 3, 10).requires_grad_(), bias))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -48,7 +48,9 @@ def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
 def test_two_ranks_then_one_agree_with_one_process(tmp_path):
     pytest.importorskip("deepspeed")
     image_tree(tmp_path / "train")
-    batch = {"global_batch": 6, "accumulation": 1, "zero_stage": 2, "device": "cpu", "checkpoint_every": 2, "log_every": 1}
+    batch = {
+        "global_batch": 6, "accumulation": 1, "zero_stage": 2, "device": "cpu", "checkpoint_every": 2, "log_every": 1,
+    }  # fmt: skip
     path = config_file(tmp_path, train={**batch, "steps": 4})
     command = [LAUNCHER, "--num_gpus", "2", SCRIPT, "--config", path]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)

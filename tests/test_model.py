@@ -26,7 +26,13 @@ def tiny(**sizes) -> Unite:
 
 @pytest.mark.parametrize(
     ("preset", "decoder", "parameters"),
-    [("B", "B", 217_643_616), ("M", "B", 318_821_456), ("L", "B", 545_528_384), ("L", "L", 763_177_536), ("XL", "B", 762_776_352)],
+    [
+        ("B", "B", 217_643_616),
+        ("M", "B", 318_821_456),
+        ("L", "B", 545_528_384),
+        ("L", "L", 763_177_536),
+        ("XL", "B", 762_776_352),
+    ],
 )
 def test_presets_have_the_published_parameter_counts(preset, decoder, parameters):
     with torch.device("meta"):
@@ -35,8 +41,9 @@ def test_presets_have_the_published_parameter_counts(preset, decoder, parameters
     if preset == "B":
         assert len(model.matrix_parameters()) == 115
         # The published encoder's count leaves the register positions out, the decoder's the first lift.
-        assert sum(p.numel() for p in model.encoder.parameters()) - model.encoder.register_position.numel() == 130_593_056
-        assert sum(p.numel() for p in model.decoder.parameters()) - model.decoder.lift.weight.numel() - 768 == 86_237_952
+        encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder))
+        assert encoder - model.encoder.register_position.numel() == 130_593_056
+        assert decoder - model.decoder.lift.weight.numel() - 768 == 86_237_952
 
 
 def test_presets_are_the_documented_sizes():
@@ -138,7 +145,8 @@ def test_fixed_positions_follow_their_formulas():
     assert torch.allclose(sincos_1d(torch.arange(3), 8), torch.cat([angle.sin(), angle.cos()], 1), atol=1e-6)
     grid = sincos_2d(3, 16).view(3, 3, 16)
     line = sincos_1d(torch.arange(3), 8)
-    assert torch.equal(grid[..., :8], line.expand(3, 3, 8)) and torch.equal(grid[..., 8:], line[:, None].expand(3, 3, 8))
+    assert torch.equal(grid[..., :8], line.expand(3, 3, 8))
+    assert torch.equal(grid[..., 8:], line[:, None].expand(3, 3, 8))
     # The extra token of the decoder has none; registers that are no patches stand on a line before the grid.
     same, other = tiny().decoder.position[0], tiny(registers=5).decoder.position[0]
     assert not same[0].any() and torch.equal(same[1:], sincos_2d(4, 16))
@@ -193,14 +201,20 @@ def test_images_that_are_no_floating_point_tensor_are_refused(images):
     [
         (lambda m: m.tokenize(torch.rand(2, 3, 16, 16), noise=torch.zeros(1, 16, 4)),
          r"noise must be a floating-point tensor \[2, 16, 4\], got torch.float32 of shape \[1, 16, 4\]"),
-        (lambda m: m.tokenize(torch.rand(2, 3, 16, 16), t=0.005), r"t must be a floating-point tensor \[2\], got float"),
-        (lambda m: m.decode(torch.zeros(2, 4, 16)), r"z0 must be .* \[B, 16, 4\], got torch.float32 of shape \[2, 4, 16\]"),
+        (lambda m: m.tokenize(torch.rand(2, 3, 16, 16), t=0.005),
+         r"t must be a floating-point tensor \[2\], got float"),
+        (lambda m: m.decode(torch.zeros(2, 4, 16)),
+         r"z0 must be .* \[B, 16, 4\], got torch.float32 of shape \[2, 4, 16\]"),
         (lambda m: m.decode(torch.zeros(16, 4)), r"z0 must be .* \[B, 16, 4\], got torch.float32 of shape \[16, 4\]"),
-        (lambda m: m.decode(torch.zeros(2, 16, 4, dtype=torch.int64)), "z0 must be a floating-point .* got torch.int64"),
+        (lambda m: m.decode(torch.zeros(2, 16, 4, dtype=torch.int64)),
+         "z0 must be a floating-point .* got torch.int64"),
         (lambda m: m.denoise(torch.zeros(2, 16, 3), torch.zeros(2), torch.zeros(2, dtype=torch.int64)), "z_t must be"),
-        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(()), torch.zeros(2, dtype=torch.int64)), r"t must be .* \[2\]"),
-        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.zeros(2)), "labels must be an int32 or int64"),
-        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.tensor([0, 4])), r"labels must lie in 0\.\.3, got 0\.\.4"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(()), torch.zeros(2, dtype=torch.int64)),
+         r"t must be .* \[2\]"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.zeros(2)),
+         "labels must be an int32 or int64"),
+        (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), torch.tensor([0, 4])),
+         r"labels must lie in 0\.\.3, got 0\.\.4"),
         (lambda m: m.denoise(torch.zeros(2, 16, 4), torch.zeros(2), [0, 1]), r"labels must be .* \[2\], got list"),
     ],
 )  # fmt: skip
@@ -297,5 +311,6 @@ def test_solvers_agree_on_a_smooth_field_and_guidance_one_is_the_class_predictio
     euler = generate(model, labels, noise=noise, solver="euler", steps=200, return_latents=True)[1]
     error = lambda z: float((z - truth).norm() / truth.norm())  # noqa: E731
     assert error(heun) < 0.01 and error(heun) < error(euler) < 0.1
-    outside = generate(model, labels, noise=noise, solver="heun", steps=200, guidance=3.0, interval=(0.4, 0.4), return_latents=True)[1]
+    guided = dict(guidance=3.0, interval=(0.4, 0.4))
+    outside = generate(model, labels, noise=noise, solver="heun", steps=200, return_latents=True, **guided)[1]
     assert torch.equal(outside, heun)

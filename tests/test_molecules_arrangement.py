@@ -13,7 +13,7 @@ from unite_fast.data.molecules.arrangement import aligned, arrange, canonical
 from unite_fast.data.molecules.molecule_set import Molecule, assemble
 from unite_fast.data.molecules.sample import sample_set
 
-H, C, N, O = 1, 2, 3, 4
+H, C, N, O = 1, 2, 3, 4  # noqa: E741, chemical symbols
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_molecules_of_few_atoms(elements, positions):
     assert np.isfinite(found.positions).all()
     assert_allclose(np.linalg.det(axes), 1)
     count = len(elements)
-    distances = [np.linalg.norm(m.positions[0, :count, None] - m.positions[0, None, :count], axis=-1) for m in (found, small)]
+    distances = [
+        np.linalg.norm(m.positions[0, :count, None] - m.positions[0, None, :count], axis=-1) for m in (found, small)
+    ]
     assert_allclose(distances[0], distances[1], atol=1e-5)
     assert_allclose(aligned(turned(small))[0].positions, found.positions, atol=1e-5)
     # x points from one anchor to the next: heavy atoms in their order, then hydrogens.

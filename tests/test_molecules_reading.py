@@ -187,7 +187,10 @@ def test_broken_xyz_names_file_and_line(tmp_path, case):
             lambda lines: [*lines[:4], lines[4].replace("0.3910", "0.39x0"), *lines[5:]],
             r"line 5: '0.39x0' is not a number \(record 1, titled 'a', lines 1 to 11\)",
         ),
-        (lambda lines: [*lines[:14], "", *lines[15:]], r"line 15: .* found nothing \(record 2, titled 'b', lines 12 to 22\)"),
+        (
+            lambda lines: [*lines[:14], "", *lines[15:]],
+            r"line 15: .* found nothing \(record 2, titled 'b', lines 12 to 22\)",
+        ),
         (lambda lines: [*lines[:3], " xx  2  0", *lines[4:]], r"line 4: expected the number of atoms"),
         (lambda lines: [*lines[:3], lines[3].replace("V2000", "V3000"), *lines[4:]], "line 4: a V3000 record"),
     ],
@@ -245,7 +248,8 @@ def test_extended_xyz_columns(tmp_path):
     found = load_molecules(tmp_path / "a.extxyz")
     assert (found.names, found.gap.tolist()) == (("my water",), [8.5])
     assert_array_equal(found.atoms(0)[0], [4, 1, 1])
-    (tmp_path / "a.extxyz").write_text("2\nProperties=pos:R:3:numbers:I:1\n0 0 0 1\n0 0 0.92 9\n")  # of ASE, if asked for
+    # As ASE writes it, if asked for.
+    (tmp_path / "a.extxyz").write_text("2\nProperties=pos:R:3:numbers:I:1\n0 0 0 1\n0 0 0.92 9\n")
     assert load_molecules(tmp_path / "a.extxyz").atoms(0)[0].tolist() == [1, 5]
     (tmp_path / "a.extxyz").write_text("1\nhomo-lumo-gap=0.3 info='gap=2' note=\"a gap=3 b\"\nH 0 0 0\n")
     assert load_molecules(tmp_path / "a.extxyz").gap is None

@@ -1,4 +1,4 @@
-"""LPIPS against a straightforward reading of its definition, on random weights; and what it says when files are wrong."""
+"""LPIPS against a straightforward reading of its definition, on random weights, and what it says of wrong files."""
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ def weights() -> tuple[dict, dict]:
     vgg, inputs = {}, 3
     for indices, channels in zip(STAGES, CHANNELS):
         for index in indices:
-            vgg[f"features.{index}.weight"] = torch.randn(channels, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            scale = (2 / (9 * inputs)) ** 0.5
+            vgg[f"features.{index}.weight"] = torch.randn(channels, inputs, 3, 3, generator=generator) * scale
             vgg[f"features.{index}.bias"] = torch.randn(channels, generator=generator) * 0.1
             inputs = channels
     vgg["classifier.0.weight"] = torch.zeros(1)  # the files carry more than LPIPS reads

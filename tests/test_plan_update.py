@@ -12,8 +12,8 @@ from unite_fast.analysis.update import (
     gathered_weights,
     newton_schulz_op,
     newton_schulz_operations,
-    travelling,
     trained_weights,
+    travelling,
     update_part,
     window_elements,
 )

@@ -158,7 +158,9 @@ def test_a_run_computes_with_the_kernels_that_it_names(folder):
 
 
 # 24 images and a batch of 5: step 10 lies in the middle of an epoch.
-@pytest.mark.parametrize("options", [{}, {"train": {"global_batch": 6, "accumulation": 2}}, {"optimizer": {"kind": "adamw"}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"train": {"global_batch": 6, "accumulation": 2}}, {"optimizer": {"kind": "adamw"}}]
+)
 def test_resume_is_exact_to_the_bit(folder, options):
     def run(name, steps, resume=False):
         sections = {key: dict(value) for key, value in options.items()}
@@ -319,8 +321,9 @@ def test_a_learning_rate_that_explodes_is_reported_as_such(folder):
 def test_signals_save_and_exit_cleanly(folder, number):
     path = config_file(folder, train={"steps": 100_000, "checkpoint_every": 100_000})
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--config", path], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, SCRIPT, "--config", path],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     metrics = folder / "runs" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
@@ -452,5 +455,6 @@ def test_memory_that_ends_while_training_is_one_message(folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of")
 
     monkeypatch.setattr("unite_fast.engine.loop.two_pass_step", step)
-    with pytest.raises(UserError, match=r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB.\): set train"):
+    says = r"memory ran out \(CUDA out of memory. Tried to allocate 2.00 GiB.\): set train"
+    with pytest.raises(UserError, match=says):
         train(config(folder))

@@ -80,7 +80,8 @@ def test_votes_among_gpus_are_cast_beside_the_stream_of_the_step(monkeypatch):
 
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     for owner, name, value in (
-        (torch.cuda, "stream", on), (torch.cuda, "Stream", lambda device: "beside"), (torch.cuda, "Event", lambda: event),
+        (torch.cuda, "stream", on), (torch.cuda, "Stream", lambda device: "beside"),
+        (torch.cuda, "Event", lambda: event),
         (torch.Tensor, "pin_memory", torch.Tensor.clone), (torch.Tensor, "to", lambda x, *_, **__: x.clone()),
         (dist, "all_reduce", vote),
     ):  # fmt: skip

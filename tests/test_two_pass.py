@@ -195,7 +195,8 @@ def test_draws_depend_on_seed_step_and_stream_alone():
     parts = [again.flow(z1, first, 2) for first in (0, 2, 4)]
     assert torch.equal(whole.drop, torch.cat([part.drop for part in parts]))
     for field in ("z_t", "t"):  # vectorised loops round their tails differently: one unit in the last place
-        assert torch.allclose(getattr(whole, field), torch.cat([getattr(part, field) for part in parts]), atol=1e-6), field
+        joined = torch.cat([getattr(part, field) for part in parts])
+        assert torch.allclose(getattr(whole, field), joined, atol=1e-6), field
     on_device = draws(config, step=torch.tensor(5))
     assert torch.equal(on_device.flow(z1, 0, 6).z_t, whole.z_t)
     for other in (draws(config, step=6), draws(config, stream=1), draws(config, seed=2)):
@@ -276,7 +277,9 @@ def test_the_papers_forms():
     _, _, mix, added = draws(additive).tokenize(torch.Size((500, 4, 4)))
     assert mix is None and abs(float(added.std()) - 0.7) < 0.03
     assert draws(ObjectiveConfig(decoder_noise="none")).tokenize(shape)[2:] == (None, None)
-    for options in (dict(decoder_noise="additive"), dict(decoder_noise="none"), dict(time_law="uniform", weighting="none")):
+    for options in (
+        dict(decoder_noise="additive"), dict(decoder_noise="none"), dict(time_law="uniform", weighting="none"),
+    ):  # fmt: skip
         goal = objective(model, flow_draws=2, **options)
         losses = two_pass_step(Accumulating(model), goal, images, labels, draws(goal.config), shape=shape)
         assert torch.isfinite(losses.total)

@@ -47,8 +47,9 @@ ABLATIONS = """
 | class balance in evaluation | `evaluation.label_sampling` |
 
 Variants of the published form (`model.shared` false, another `latent_norm`, no `register_noise`, K other than the
-number of patches) train, sample and are evaluated like it, but cannot be exported under the published names. Adversarial
-fine-tuning of the decoder is not implemented. [`unite-fast analyze`](analysis.md) runs the paper's analyses.
+number of patches) train, sample and are evaluated like it, but cannot be exported under the published names.
+Adversarial fine-tuning of the decoder is not implemented.
+[`unite-fast analyze`](analysis.md) runs the paper's analyses.
 """
 
 
@@ -77,7 +78,10 @@ def _sections(prefix: str, section: type[Section]) -> list[tuple[str, type[Secti
 
 def _section(name: str, section: type[Section]) -> str:
     purpose = (section.__doc__ or "").strip().splitlines()[0]
-    lines = [f"\n## {name or 'top level'}\n\n{purpose}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"]
+    lines = [
+        f"\n## {name or 'top level'}\n\n{purpose}\n\n",
+        "| key | type | default | meaning |\n| --- | --- | --- | --- |\n",
+    ]
     for key, field in section.model_fields.items():
         if section_of(field.annotation) is not None:
             continue

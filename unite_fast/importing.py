@@ -236,7 +236,9 @@ def write_published(trained: Trained, path: str | Path) -> None:
     """
     path = Path(path)
     if trained.config.modality != "images":
-        raise UserError(f"--published: the published naming is that of image models; this one is of {trained.config.modality}")
+        raise UserError(
+            f"--published: the published naming is that of image models; this one is of {trained.config.modality}"
+        )
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise UserError(f"--published {path}: the name must end in .pt, .pth or .safetensors")
     weights = {name: tensor.contiguous() for name, tensor in to_published(trained.state, trained.config).items()}

@@ -51,7 +51,8 @@ def _plain_types(annotation: Any) -> set[Any]:
 def section_of(annotation: Any) -> type[Section] | None:
     """The section class behind a field's annotation, or None where the field is a plain value."""
     for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias) and issubclass(candidate, Section):
+        is_class = isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias)
+        if is_class and issubclass(candidate, Section):
             return candidate
     return None
 

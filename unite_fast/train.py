@@ -26,7 +26,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="override keys, for example --set data.path=/data/imagenet/train train.global_batch=256",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint, if any")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run folder's newest checkpoint, if any"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 

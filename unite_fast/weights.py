@@ -91,7 +91,8 @@ def read_file(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (RuntimeError, EOFError, ValueError, struct.error) as error:
-        raise UserError(f"{path} is truncated or not a PyTorch file: {(str(error) or 'it is empty').splitlines()[0]}") from None
+        reason = (str(error) or "it is empty").splitlines()[0]
+        raise UserError(f"{path} is truncated or not a PyTorch file: {reason}") from None
 
 
 def _with_plain_numbers(content: Any) -> Any:

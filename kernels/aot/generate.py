@@ -90,6 +90,7 @@ def compile_images(entry, capabilities: list[int]) -> dict:
         RuntimeError: the kernel needs what the C function does not provide.
     """
     from triton.runtime.errors import PTXASError
+
     from unite_kernels.specialisation import compile_ahead
 
     arrays, images, scratch, symbols = [], [], set(), set()
@@ -219,6 +220,7 @@ def choose(names: list[str]) -> list[tuple]:
         SystemExit: a name is unknown, or its kernel has no rule yet.
     """
     from launches import RULES, rule_name
+
     from unite_kernels.specialisation import specialisations
 
     entries = {entry.name: entry for entry in specialisations() if rule_name(entry.kernel) in RULES}

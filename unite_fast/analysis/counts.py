@@ -32,8 +32,8 @@ def step_parts(
     Args:
         model, objective: sizes and losses.
         dtype: what matrix products compute in.
-        device: on CUDA unite_kernels computes the decoder's LayerNorms, with the sum before them, and LPIPS's bias, ReLU
-            and pool, which keep no positions of the maxima.
+        device: on CUDA unite_kernels computes the decoder's LayerNorms, with the sum before them, and LPIPS's bias,
+            ReLU and pool, which keep no positions of the maxima.
         fp8: `train.fp8`.
     """
     width = DTYPE_BYTES[dtype]

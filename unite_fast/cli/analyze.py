@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unite_fast.cli.console import (
-    BatchOption, Device, DeviceOption, SeedOption, Which, bar, explain_memory, out, pick_device, plain, warn,
-)  # fmt: skip
+    BatchOption,
+    Device,
+    DeviceOption,
+    SeedOption,
+    Which,
+    bar,
+    explain_memory,
+    out,
+    pick_device,
+    plain,
+    warn,
+)
 from unite_fast.cli.evaluate import run_config
 from unite_fast.cli.sample import run_folder
 from unite_fast.errors import UserError

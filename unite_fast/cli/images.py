@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unite_fast.cli.console import (
-    BatchOption, Device, DeviceOption, SeedOption, explain_memory, out, pick_device, plain, progress, warn,
-)  # fmt: skip
+    BatchOption,
+    Device,
+    DeviceOption,
+    SeedOption,
+    explain_memory,
+    out,
+    pick_device,
+    plain,
+    progress,
+    warn,
+)
 from unite_fast.errors import UserError
 from unite_fast.writable import require_writable
 

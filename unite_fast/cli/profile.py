@@ -89,7 +89,10 @@ def _numbers(measured: Measured) -> dict:
 
 
 def _share(of_step: float) -> str:
-    """Six characters at most, on a busy machine too, where parts alone may take twice a step's time, "other" the less."""
+    """Six characters at most, on a busy machine too.
+
+    There parts alone may take twice a step's time, "other" the less.
+    """
     return f"{of_step:.1%}" if abs(of_step) < 0.9995 else f"{of_step:.0%}"
 
 

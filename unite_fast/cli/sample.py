@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unite_fast.cli.console import (
-    BatchOption, Device, DeviceOption, SeedOption, explain_memory, out, pick_device, progress,
-)  # fmt: skip
+    BatchOption,
+    Device,
+    DeviceOption,
+    SeedOption,
+    explain_memory,
+    out,
+    pick_device,
+    progress,
+)
 from unite_fast.config import SamplingConfig
 from unite_fast.errors import UserError
 

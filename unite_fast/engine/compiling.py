@@ -61,7 +61,8 @@ def compiled_passes(model: nn.Module, config: Config) -> Callable[..., Any]:
 def compile_perceptual(objective: TwoPassObjective) -> None:
     """LPIPS, of an objective that has it, under torch.compile as well, in place.
 
-    Only once the micro-batch is known: every size that `auto` tries would be compiled. On a CPU it takes 0.90 of the time.
+    Only once the micro-batch is known: every size that `auto` tries would be compiled.
+    On a CPU it takes 0.90 of the time.
     """
     lpips = getattr(objective, "lpips", None)
     if lpips is not None:

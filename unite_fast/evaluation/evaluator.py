@@ -22,8 +22,12 @@ from unite_fast.data.source import open_images
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.features import (
-    check_sides, inception_score, kernel_distance, precision_recall, score_splits,
-)  # fmt: skip
+    check_sides,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    score_splits,
+)
 from unite_fast.evaluation.files import INCEPTION_OF_GENERATED, PAIRS, REAL, Files, absent_inputs, check_files
 from unite_fast.evaluation.frechet import FEWEST_ROWS, frechet_caveat, frechet_distance, gaussian_statistics
 from unite_fast.evaluation.generation import Pictures, draw, to_bytes

@@ -125,8 +125,8 @@ class MoleculeJudge:
 
         Returns:
             reconstruction/element_accuracy: share of atoms; reconstruction/elements_exact: share of molecules with
-                every element right; reconstruction/rmsd: mean over molecules of the root-mean-square distance of atoms of the
-                same index after the best proper rotation (Kabsch), in Å, and reconstruction/rmsd_median;
+                every element right; reconstruction/rmsd: mean over molecules of the root-mean-square distance of atoms
+                of the same index after the best proper rotation (Kabsch), in Å, and reconstruction/rmsd_median;
                 reconstruction/match: share with the same elements and the same InChI perceived from the coordinates.
                 reconstruction/match_real: share of originals with an InChI at all, the ceiling.
 

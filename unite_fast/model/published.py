@@ -65,14 +65,16 @@ def published_names(config: ModelConfig) -> dict[str, str]:
     """Prefix of a published name -> prefix of ours, for a model of this depth."""
     names = dict(_FIXED)
     for k in range(config.depth):
-        names |= {f"encoder.blocks.{k}.{theirs}": f"encoder.blocks.{k}.{ours}" for theirs, ours in _ENCODER_BLOCK.items()}
-        names[f"encoder.blocks.{k}.adaLN_modulation.1"] = f"encoder.modulation.{k}"
+        block = f"encoder.blocks.{k}"
+        names |= {f"{block}.{theirs}": f"{block}.{ours}" for theirs, ours in _ENCODER_BLOCK.items()}
+        names[f"{block}.adaLN_modulation.1"] = f"encoder.modulation.{k}"
         opened_by = "encoder.opening_norm" if k == 0 else f"encoder.blocks.{k - 1}.next_norm"
-        names[f"encoder.blocks.{k}.norm1.weight"] = opened_by
+        names[f"{block}.norm1.weight"] = opened_by
     names["encoder.final_layer.norm_final.weight"] = f"encoder.blocks.{config.depth - 1}.next_norm"
     for k in range(config.decoder.depth):
         names |= {
-            f"decoder.decoder_layers.{k}.{theirs}": f"decoder.blocks.{k}.{ours}" for theirs, ours in _DECODER_BLOCK.items()
+            f"decoder.decoder_layers.{k}.{theirs}": f"decoder.blocks.{k}.{ours}"
+            for theirs, ours in _DECODER_BLOCK.items()
         }
     return names
 
@@ -133,12 +135,17 @@ def from_published(
     wrong = [name for name in expected if tuple(ours[name].shape) != expected[name]]
     if wrong:
         name = wrong[0]
-        raise UserError(f"{name} has shape {list(ours[name].shape)}, sizes inferred from the other weights need {list(expected[name])}")
+        raise UserError(
+            f"{name} has shape {list(ours[name].shape)}, sizes inferred from the other weights need "
+            f"{list(expected[name])}"
+        )
     return config, ours
 
 
 def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under the published names, the entries we do not need recomputed (fixed positions, rotary tables, zeros).
+    """Our state dict under the published names.
+
+    The entries we do not need (fixed positions, rotary tables, zeros) are recomputed.
 
     Raises:
         UserError: a model that is not of the published form (separate weights, registers other than patches or without

@@ -175,7 +175,8 @@ def reconstruct(trained: Trained, paths: list[Path], folder: Path, *, seed: int,
 def tokenize(trained: Trained, paths: list[Path], out_file: Path, *, seed: int, batch: int, device: Device) -> None:
     """Write latents [n, 29, D], zero behind a molecule's atoms, and counts [n]; names as JSON in the metadata.
 
-    The model sees molecules arranged as in its training: latent i of a molecule is of its file's atom order[i], [n, 29].
+    The model sees molecules arranged as in its training: latent i of a molecule is of its file's
+    atom order[i], [n, 29].
     """
     molecules, arrangement = arrange(read(paths), **_arranged_as(trained))
     model = trained.build(pick_device(device))
@@ -325,8 +326,9 @@ def _batches(molecules: MoleculeSet, batch: int) -> Iterator[tuple[int, tuple[to
 def _settings(trained: Trained, **given: Any) -> dict[str, Any]:
     """Options of `generate`: guidance, interval, solver and steps as given, as on record where they are None."""
     record = trained.made_by.get("sampling", {})
-    values = {key: value for key, value in record.items() if key != "time_shift"} if isinstance(record, dict) else record
-    defaults = MoleculeSamplingConfig.parse(values, source=f"made_by.sampling of {trained.origin}").model_dump()
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if key != "time_shift"}
+    defaults = MoleculeSamplingConfig.parse(record, source=f"made_by.sampling of {trained.origin}").model_dump()
     found = defaults | {name: value for name, value in given.items() if value is not None}
     if found["solver"] not in SOLVERS:
         raise UserError(f"--solver {found['solver']}: molecules are sampled with euler or heun")
@@ -379,7 +381,7 @@ def _label(trained: Trained, value: float | None) -> tuple[int | None, str | Non
     label = int(bins.labels(np.array([value]))[0])
     if not low <= value <= high:
         warn(
-            f"--property {value:g} lies outside the {low:g} to {high:g} eV of the training molecules: what is asked for "
-            f"is the outermost bin, {names[label]}"
+            f"--property {value:g} lies outside the {low:g} to {high:g} eV of the training molecules: what is asked "
+            f"for is the outermost bin, {names[label]}"
         )
     return label, names[label]

@@ -56,7 +56,8 @@ DEFINITIONS = {
     "edm": "bonds by EDM's table of lengths, margins 10/5/3 pm, valences H1 C4 N3 O2 F1",
     "rdkit": "bonds by rdDetermineBonds, extended Hückel, charge 0, charged fragments allowed; canonical SMILES "
     "without stereochemistry, of training molecules too",
-    "distance": "to held-out molecules: total variation of atom counts and elements, Wasserstein-1 of bond lengths in Å",
+    "distance": "to held-out molecules: total variation of atom counts and elements, "
+    "Wasserstein-1 of bond lengths in Å",
     "_real": "the same of held-out molecules, in shares of distinct ones of at most as many as generated ones; of "
     "distances, as many training molecules against held-out ones",
 }

@@ -76,7 +76,9 @@ def load_parts(config: MoleculeDataConfig, *, remark: bool = True) -> Parts:
         molecules, _ = aligned(molecules)
     parts = split(len(molecules), config.split_seed)
     if not len(parts.train) or not len(parts.validation):
-        raise UserError(f"{molecules.source} holds {len(molecules)} molecules: too few to hold some out; give at least 5")
+        raise UserError(
+            f"{molecules.source} holds {len(molecules)} molecules: too few to hold some out; give at least 5"
+        )
     train, held_out = molecules.select(parts.train), molecules.select(parts.validation)
     return Parts(train, held_out, order, config.orientation, config.cache)
 
@@ -122,8 +124,8 @@ class PropertyBins:
         values = getattr(molecules, name)
         if values is None:
             raise UserError(
-                f"data.condition is {name!r}, but {molecules.source} states none: give it as docs/molecules.md says, or set "
-                f"it to null"
+                f"data.condition is {name!r}, but {molecules.source} states none: give it as docs/molecules.md says, "
+                f"or set it to null"
             )
         unknown = np.flatnonzero(~np.isfinite(values))
         if len(unknown):
@@ -161,8 +163,8 @@ class PropertyBins:
 class MoleculeStream:
     """Endless iterator over `MoleculeBatch`, from a given optimizer step on.
 
-    The molecules depend on (seed, global batch, step, micro-batch, rank, world size) alone. All are in memory, QM9 takes
-    50 MB, so there are no workers.
+    The molecules depend on (seed, global batch, step, micro-batch, rank, world size) alone. All are in memory, QM9
+    takes 50 MB, so there are no workers.
 
     Attributes:
         parts: training and held-out molecules.

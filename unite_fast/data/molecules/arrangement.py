@@ -96,8 +96,8 @@ def aligned(molecules: MoleculeSet) -> tuple[MoleculeSet, NDArray[np.float64]]:
     """Molecules in frames of their own, and the frames' axes as columns [n, 3, 3].
 
     x points from the first heavy atom to the second, y towards the next one off that axis, z = x × y; the centre stays.
-    Hydrogens serve where heavy atoms do not suffice. A generator then needs to learn no orientations: every molecule has
-    one, fixed by atoms whose places in the order are fixed. Mirror images stay apart.
+    Hydrogens serve where heavy atoms do not suffice. A generator then needs to learn no orientations: every molecule
+    has one, fixed by atoms whose places in the order are fixed. Mirror images stay apart.
     """
     rows = np.arange(len(molecules))
     positions = molecules.positions.astype(np.float64)

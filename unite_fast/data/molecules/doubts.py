@@ -22,8 +22,8 @@ def doubts(molecules: MoleculeSet) -> list[str]:
     apart = float(np.median(np.concatenate(nearest))) if nearest else None
     if apart is not None and not NEAREST[0] < apart < NEAREST[1]:
         found.append(
-            f"the nearest atom is {apart:.2f} Å away in the median, where molecules with all their hydrogens have about "
-            f"1.1 Å: are the coordinates in Å (not bohr or nm), and all hydrogens there?"
+            f"the nearest atom is {apart:.2f} Å away in the median, where molecules with all their hydrogens have "
+            f"about 1.1 Å: are the coordinates in Å (not bohr or nm), and all hydrogens there?"
         )
     gap = None if molecules.gap is None else float(np.nanmedian(molecules.gap))
     if gap is not None and not GAPS[0] < gap < GAPS[1]:

@@ -182,8 +182,8 @@ def _read(path: Path, strict: bool) -> MoleculeSet:
             return assemble(_in_order(_counted(_sdf(path), advance)), source, strict=strict)
     raise UserError(
         f"{path} is no molecule file: its first lines are neither XYZ (a number of atoms) nor SDF, and its first bytes "
-        f"not those of a tar archive, NPZ or Parquet. Convert it to an SDF (V2000) in 3D with all hydrogens, for example "
-        f"by RDKit or Open Babel"
+        f"not those of a tar archive, NPZ or Parquet. Convert it to an SDF (V2000) in 3D with all hydrogens, for "
+        f"example by RDKit or Open Babel"
     )
 
 
