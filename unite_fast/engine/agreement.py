@@ -87,7 +87,7 @@ def check_precision(config: Config, world: World) -> str | None:
         return None
     least = ".".join(map(str, MIN_BF16_CAPABILITY))
     rank = found.index(False)
-    lacking = f"bfloat16 needs a GPU of compute capability {least} (A100, RTX 30) or newer, which rank {rank} does not have"
+    lacking = f"bfloat16 needs a GPU of compute capability {least} (A100, RTX 30), which rank {rank} does not have"
     if config.train.precision == "bf16" or any(found):
         raise UserError(f"{lacking}: set train.precision to fp32")
     return f"{lacking}: training in float32"
