@@ -87,7 +87,7 @@ def test_the_result_and_the_gradient_of_x_are_those_of_autocast(dtype):
         torch.testing.assert_close(gradient, exact, rtol=1e-6, atol=1e-6)
 
 
-def test_a_sum_stays_where_it_is_and_nothing_copies_or_adds_it():
+def test_gradients_accumulate_in_place_without_a_copy():
     made, x, factor = layer(), torch.randn(7, 12), torch.randn(7, 20).to(BF16)
     with one_micro_batch("cpu"):
         passes(made, [x], [factor])
@@ -101,13 +101,15 @@ def test_a_sum_stays_where_it_is_and_nothing_copies_or_adds_it():
     assert "clone" not in watched.found and "mm" not in watched.found
 
 
-def test_hooks_see_every_gradient_of_a_sum_that_is_there():
-    made, seen = layer(), []
+def test_hooks_run_once_a_backward_and_see_the_sum():
+    made, seen, given = layer(), [], []
     made.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+    made.weight.register_hook(lambda gradient: given.append(gradient.clone()))
     x, factor = torch.randn(7, 12), torch.ones(7, 20, dtype=BF16)
     with one_micro_batch("cpu"):
         passes(made, [x] * 3, [factor] * 3)
     assert len(seen) == 3 and torch.allclose(seen[2], 3 * seen[0], rtol=1e-5)
+    assert len(given) == 3 and all(map(torch.equal, given, seen))
 
 
 def test_a_weight_that_one_backward_reads_twice():

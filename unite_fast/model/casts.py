@@ -2,8 +2,23 @@
 
 Under PyTorch's autocast a weight's gradient is computed in bfloat16, cast to float32, and added to that of the other
 passes: two more launches per weight and pass, and 20 bytes moved per element. cuBLAS can add a product of bfloat16
-matrices directly to a float32 matrix, which moves 8 bytes and rounds nothing to bfloat16. So these Linears return the
-accumulated sum to autograd.
+matrices directly to a float32 matrix, which moves 8 bytes and rounds nothing to bfloat16.
+
+Gradients accumulate inside `one_micro_batch` like this:
+
+- Before and after each backward, a weight's `grad` is what PyTorch promises: None, or the float32 sum so far.
+- In a backward, `_weight_gradient` takes the sum out of `grad`, which is None from then on, adds the product to it in
+  place, and returns it as if it were the gradient of this pass. Autograd finds nothing to add it to, so it "steals" it:
+  the returned tensor itself becomes `grad`, and hooks run as ever. Had `grad` kept it, it would be added to itself.
+- Of a weight that one backward reads twice the second product finds no sum and is returned alone; autograd adds both.
+- After the micro-batch, `Casts.open` being False, a graph that is left returns products alone, which autograd adds.
+
+Autograd steals only a tensor that nothing else refers to, with the strides of the parameter (PyTorch's
+accumulate_grad.h), so no one may keep the sum. If it copied instead, numbers would stay right, but every backward would
+move each weight's gradient once more and hold it twice: `test_gradients_accumulate_in_place_without_a_copy` fails then.
+
+So inside a micro-batch `torch.autograd.grad` of a weight carries its sum away, a backward that fails midway loses sums,
+and a weight's tensor hook (`Tensor.register_hook`) is given the sum. Post-accumulate hooks see what they always see.
 Shapes: x [..., I], weight [O, I], bias [O].
 """
 
@@ -53,7 +68,11 @@ class _Ready(NamedTuple):
 
 
 class Casts:
-    """Weights in the dtype of products, and in eight bits, as `one_micro_batch` keeps them for Linears."""
+    """Weights in the dtype of products, and in eight bits, as `one_micro_batch` keeps them for Linears.
+
+    Attributes:
+        open: the micro-batch lasts: gradients are added to `grad` in place, as the module's docstring says.
+    """
 
     def __init__(self) -> None:
         self.open = True
@@ -78,8 +97,8 @@ class Casts:
         parameters are there in their module's forward alone, where weights are no float32 leaves, and on devices not of
         `adds_products`.
 
-        In a backward inside `one_micro_batch` the gradient of W is added to its `grad` in place: there only
-        `Tensor.backward` may ask for it, not `torch.autograd.grad`.
+        Inside `one_micro_batch` only `Tensor.backward` may ask for the gradient of W, not `torch.autograd.grad`, as the
+        module's docstring says.
 
         Args:
             x: [..., I], of more columns where `zeros` gives the weight more.
@@ -123,6 +142,7 @@ class Casts:
         return _Ready(linear, weight, bias, *found, zeros, self)
 
 
+# Not thread-local: recomputation, which reads it as well, runs in autograd's thread.
 _casts: Casts | None = None
 
 
@@ -131,7 +151,7 @@ def one_micro_batch(device: str) -> Iterator[None]:
     """Context around the passes of a micro-batch and their backwards, during which no weight changes.
 
     Autocast drops its cached casts when its outermost context ends. This context is an outer, disabled autocast, so
-    that they last for all passes. Linears keep their own casts, which recomputation in autograd's thread finds as well.
+    that they last for all passes. Linears take theirs from `Casts`.
 
     Args:
         device: device type.
@@ -165,7 +185,8 @@ class _CastProduct(torch.autograd.Function):
         return (_refusing if torch.is_grad_enabled() else _gradients)(ctx, grad)
 
 
-# Past the frame that looks for functorch's transforms, in which no training step runs: 2 of 11 µs of the host.
+# `Function.apply` first looks for functorch's transforms, in which no training step runs. The `apply` of its base class
+# does without: 2 of 11 µs of the host.
 _apply = super(torch.autograd.Function, _CastProduct).apply
 
 
@@ -186,12 +207,11 @@ _refusing = once_differentiable(_gradients)
 
 
 def _weight_gradient(ready: _Ready, left: Tensor, right: Tensor) -> Tensor:
-    """left [O, R] · right [R, I], float32, added to the parameter's `grad` if that exists already."""
+    """left [O, R] · right [R, I], float32, without zeros; in a micro-batch added to the sum, which leaves `grad`."""
     parameter, zeros = ready.parameter, ready.zeros
     total = parameter.grad if ready.casts.open else None
     if total is not None:
-        # Autograd then takes the sum that it is given as the gradient, without a copy, and calls hooks as ever.
-        parameter.grad = None
+        parameter.grad = None  # autograd makes the sum that is returned the new `grad`: see the module's docstring
     if zeros is None:
         return product(left, right) if total is None else add_product(total, left, right)
     dim, pieces = zeros
