@@ -197,7 +197,7 @@ def test_unite_itself_trains_alike_on_two_ranks(folder, monkeypatch, name):
         from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
         monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-        monkeypatch.setattr("unite_fast.model.linear.open_casts", lambda: None)
+        monkeypatch.setattr("unite_fast.model.linear.current_casts", lambda: None)
     engine = unite_engine(unite_config(**UNITE[name] | {"stage": 0}), ALONE)
     before = dict(engine.model_state())
     norms = [unite_step(engine, step).item() for step in unite_steps(UNITE[name])]

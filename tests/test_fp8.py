@@ -129,17 +129,17 @@ def test_fp8_trains_to_the_same_loss(plain):
     assert 0.02 < gradient_error(plain[1], gradients) < GRADIENT_BAND and len(gradients) == 8
 
 
-def test_a_swiglu_of_another_width_is_filled_up(monkeypatch):
-    """85 at C = 32, in FP8 like the others: zeros change no scale."""
-    _, filled = trained(1, width=32, fp8=True)
+def test_a_swiglu_of_another_width_is_padded(monkeypatch):
+    """85 at C = 32, in FP8 like the others: padding changes no scale."""
+    _, padded = trained(1, width=32, fp8=True)
     for module in (blocks, kernels):
         monkeypatch.setattr(module, "aligned", lambda width: width)
     _, expected = trained(1, width=32, fp8=True)
     _, plain = trained(1, width=32)
     for name, gradient in expected.items():
         # Sums in another order let a number here and there round the other way to eight bits.
-        assert gradient_error({name: gradient}, filled) < 0.002, name
-        assert 0.01 < gradient_error({name: plain[name]}, filled) < 2 * GRADIENT_BAND, name
+        assert gradient_error({name: gradient}, padded) < 0.002, name
+        assert 0.01 < gradient_error({name: plain[name]}, padded) < 2 * GRADIENT_BAND, name
 
 
 def test_the_loss_notices_a_wrong_scale(plain, monkeypatch):
@@ -158,7 +158,7 @@ def test_the_gradients_notice_a_broken_cast(plain, plant, monkeypatch):
 @pytest.mark.parametrize(
     ("width", "precision", "recomputed"),
     [(48, "fp32", False), (48, "fp32", True), (32, "fp32", False), (32, "bf16", True)],
-    ids=["as wide", "recomputed", "filled up", "filled up in bf16"],
+    ids=["as wide", "recomputed", "padded", "padded in bf16"],
 )
 def test_weights_are_quantized_once_a_micro_batch(width, precision, recomputed, monkeypatch):
     """For all passes and what is recomputed of them; that changes no bit."""
@@ -170,7 +170,7 @@ def test_weights_are_quantized_once_a_micro_batch(width, precision, recomputed, 
     monkeypatch.setattr(uk, "fp8_quantize", lambda x, dtype: made.append(x) or right(x, dtype))
     for once in (True, False):
         if not once:
-            monkeypatch.setattr(fp8, "open_casts", lambda: None)
+            monkeypatch.setattr(fp8, "current_casts", lambda: None)
         engine = Engine(active_model(config), config, ALONE, steps_per_epoch=10)
         images, labels = digits()
         draws = SeededDraws(config.objective, seed=0, step=0, stream=0, device=ALONE.device)

@@ -1,4 +1,4 @@
-"""Weights with zeros between their rows: the same MLP and gradients, at widths that tensor cores can load."""
+"""Padded weights: the same MLP and gradients, at widths that tensor cores can load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernel_testing import on_backend
 
 from unite_fast.model import blocks
 from unite_fast.model import linear as linears
-from unite_fast.model.aligned import Zeros, product_dtype, unread_with_zeros, with_zeros
+from unite_fast.model.aligned import Padding, compute_dtype, pad, padded_placeholder
 from unite_fast.model.blocks import swiglu_hidden, swiglu_mlp
 from unite_fast.model.casts import one_micro_batch
 from unite_fast.model.linear import Linear
@@ -31,11 +31,11 @@ def mlp(width: int = 32) -> tuple[Linear, Linear]:
     return Linear(width, 2 * hidden), Linear(hidden, width)
 
 
-def run(inward, outward, x):
+def run(mlp_in, mlp_out, x):
     """Result, and gradients of x, weights and biases."""
     x = x.detach().requires_grad_()
-    found = swiglu_mlp(inward, outward, x)
-    wanted = (x, *inward.parameters(), *outward.parameters())
+    found = swiglu_mlp(mlp_in, mlp_out, x)
+    wanted = (x, *mlp_in.parameters(), *mlp_out.parameters())
     return [found, *torch.autograd.grad(found.float().square().sum(), wanted)]
 
 
@@ -66,12 +66,12 @@ def test_widths_that_fit_and_gathered_parameters_are_left_alone(pretended_cuda, 
     def refused(*given, **named):
         raise AssertionError("copied")
 
-    monkeypatch.setattr(blocks, "with_zeros", refused)
-    monkeypatch.setattr(linears, "with_zeros", refused)
+    monkeypatch.setattr(blocks, "pad", refused)
+    monkeypatch.setattr(linears, "pad", refused)
     run(*mlp(48), torch.randn(2, 48))  # hidden width 128
-    inward, outward = mlp()
-    outward.weight.ds_id = 1  # as under ZeRO 3
-    run(inward, outward, torch.randn(2, 32))
+    mlp_in, mlp_out = mlp()
+    mlp_out.weight.ds_id = 1  # as under ZeRO 3
+    run(mlp_in, mlp_out, torch.randn(2, 32))
     with pytest.raises(AssertionError, match="copied"):
         run(*mlp(), torch.randn(2, 32))
 
@@ -79,69 +79,69 @@ def test_widths_that_fit_and_gathered_parameters_are_left_alone(pretended_cuda, 
 class Other(nn.Linear):
     """Has a way of its own to multiply, as a Linear in FP8 does."""
 
-    def forward(self, x, zeros=None, *, biased=True):
-        weight = self.weight if zeros is None else with_zeros(self.weight, zeros, dtype=x.dtype)
-        self.seen = tuple(weight.shape), biased
-        return (x @ weight.t() + (self.bias if biased else 0)) * 0.5
+    def forward(self, x, padding=None, *, add_bias=True):
+        weight = self.weight if padding is None else pad(self.weight, padding, dtype=x.dtype)
+        self.seen = tuple(weight.shape), add_bias
+        return (x @ weight.t() + (self.bias if add_bias else 0)) * 0.5
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(32, 96), (48, 128)])
 def test_linears_of_another_kind_multiply_in_their_own_way(width, hidden):
     """On a CPU, too, as FP8 is emulated there; the bias in between is SwiGLU's in any case."""
     torch.manual_seed(0)
-    inward, outward = Other(width, 2 * swiglu_hidden(width)), Other(swiglu_hidden(width), width)
-    parameters, x = [*inward.parameters(), *outward.parameters()], torch.randn(3, width)
-    gate, up = ((x @ inward.weight.t()) * 0.5 + inward.bias).chunk(2, -1)
-    expected = (torch.nn.functional.silu(gate) * up @ outward.weight.t() + outward.bias) * 0.5
-    torch.testing.assert_close(swiglu_mlp(inward, outward, x), expected)
-    assert inward.seen == ((2 * hidden, width), False) and outward.seen == ((width, hidden), True)
-    assert all(a is b for a, b in zip([*inward.parameters(), *outward.parameters()], parameters, strict=True))
+    mlp_in, mlp_out = Other(width, 2 * swiglu_hidden(width)), Other(swiglu_hidden(width), width)
+    parameters, x = [*mlp_in.parameters(), *mlp_out.parameters()], torch.randn(3, width)
+    gate, up = ((x @ mlp_in.weight.t()) * 0.5 + mlp_in.bias).chunk(2, -1)
+    expected = (torch.nn.functional.silu(gate) * up @ mlp_out.weight.t() + mlp_out.bias) * 0.5
+    torch.testing.assert_close(swiglu_mlp(mlp_in, mlp_out, x), expected)
+    assert mlp_in.seen == ((2 * hidden, width), False) and mlp_out.seen == ((width, hidden), True)
+    assert all(a is b for a, b in zip([*mlp_in.parameters(), *mlp_out.parameters()], parameters, strict=True))
 
 
 def test_elsewhere_nothing_is_copied(monkeypatch):
-    monkeypatch.setattr(blocks, "with_zeros", None)
-    monkeypatch.setattr(linears, "with_zeros", None)
+    monkeypatch.setattr(blocks, "pad", None)
+    monkeypatch.setattr(linears, "pad", None)
     run(*mlp(), torch.randn(2, 32))
 
 
-@pytest.mark.parametrize(("shape", "dim", "pieces"), [((10, 3), 0, 2), ((3, 5), 1, 1), ((34,), 0, 2), ((32, 2), 0, 2)])
-def test_zeros_behind_each_piece(shape, dim, pieces):
+@pytest.mark.parametrize(("shape", "dim", "chunks"), [((10, 3), 0, 2), ((3, 5), 1, 1), ((34,), 0, 2), ((32, 2), 0, 2)])
+def test_each_chunk_is_padded_with_zeros(shape, dim, chunks):
     x = torch.randn(shape, requires_grad=True)
-    found = with_zeros(x, Zeros(dim, pieces), dtype=torch.bfloat16)
-    each = found.chunk(pieces, dim)
-    for piece, original in zip(each, x.chunk(pieces, dim), strict=True):
+    found = pad(x, Padding(dim, chunks), dtype=torch.bfloat16)
+    padded = found.chunk(chunks, dim)
+    for chunk, original in zip(padded, x.chunk(chunks, dim), strict=True):
         width = original.shape[dim]
-        assert piece.shape[dim] == aligned(width)
-        assert torch.equal(piece.narrow(dim, 0, width), original.bfloat16())
-        assert not piece.narrow(dim, width, aligned(width) - width).any()
+        assert chunk.shape[dim] == aligned(width)
+        assert torch.equal(chunk.narrow(dim, 0, width), original.bfloat16())
+        assert not chunk.narrow(dim, width, aligned(width) - width).any()
     factor = torch.randn(found.shape).bfloat16()
     (found * factor).sum().backward()
-    expected = torch.cat([f.narrow(dim, 0, shape[dim] // pieces) for f in factor.chunk(pieces, dim)], dim).float()
+    expected = torch.cat([f.narrow(dim, 0, shape[dim] // chunks) for f in factor.chunk(chunks, dim)], dim).float()
     assert torch.equal(x.grad, expected) and x.grad.is_contiguous()
 
 
-@pytest.mark.parametrize(("shape", "zeros"), [((10, 3), Zeros(0, pieces=2)), ((3, 5), Zeros(1))])
-def test_a_stand_in_has_the_shape_and_the_gradient_and_no_memory(shape, zeros):
+@pytest.mark.parametrize(("shape", "padding"), [((10, 3), Padding(0, chunks=2)), ((3, 5), Padding(1))])
+def test_a_placeholder_has_the_shape_and_the_gradient_and_no_memory(shape, padding):
     x = torch.randn(shape, requires_grad=True)
-    whole, stand_in = (fill(x, zeros, dtype=torch.bfloat16) for fill in (with_zeros, unread_with_zeros))
-    assert (stand_in.shape, stand_in.dtype) == (whole.shape, whole.dtype)
-    assert stand_in.untyped_storage().nbytes() == stand_in.itemsize
+    whole, placeholder = (make(x, padding, dtype=torch.bfloat16) for make in (pad, padded_placeholder))
+    assert (placeholder.shape, placeholder.dtype) == (whole.shape, whole.dtype)
+    assert placeholder.untyped_storage().nbytes() == placeholder.itemsize
     factor = torch.randn(whole.shape).bfloat16()
-    ours, theirs = (torch.autograd.grad(found, x, factor)[0] for found in (stand_in, whole))
+    ours, theirs = (torch.autograd.grad(found, x, factor)[0] for found in (placeholder, whole))
     assert torch.equal(ours, theirs) and ours.dtype == torch.float32 and ours.is_contiguous()
 
 
 def test_the_dtype_of_products_and_a_compiled_copy():
     weight = torch.randn(10, 4)
-    assert product_dtype(weight) == torch.float32
+    assert compute_dtype(weight) == torch.float32
     compiled = torch.compile(
-        lambda w: with_zeros(w, Zeros(0, 2), dtype=product_dtype(w)), fullgraph=True, backend="aot_eager"
+        lambda w: pad(w, Padding(0, 2), dtype=compute_dtype(w)), fullgraph=True, backend="aot_eager"
     )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(compiled(weight), with_zeros(weight, Zeros(0, 2), dtype=torch.bfloat16))
+        assert torch.equal(compiled(weight), pad(weight, Padding(0, 2), dtype=torch.bfloat16))
 
 
-def test_a_training_step_adds_its_gradients_to_the_weights_without_zeros(pretended_cuda):
+def test_a_training_step_leaves_the_padding_out_of_gradients(pretended_cuda):
     pair, x = mlp(), torch.randn(3, 5, 32)
     parameters = [*pair[0].parameters(), *pair[1].parameters()]
     exact = torch.autograd.grad(swiglu_mlp(*pair, x).square().sum(), parameters)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unite_kernels as uk
 from unite_fast.model import casts as subject
-from unite_fast.model.aligned import Zeros, with_zeros
-from unite_fast.model.casts import cast_together, one_micro_batch, open_casts
+from unite_fast.model.aligned import Padding, pad
+from unite_fast.model.casts import cast_together, current_casts, one_micro_batch
 from unite_fast.model.linear import Linear
 
 BF16 = torch.bfloat16
@@ -41,8 +41,8 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def open_made() -> list[torch.Tensor]:
-    return list(subject._casts._made.values())
+def current_copies() -> list[torch.Tensor]:
+    return list(subject._casts._copies.values())
 
 
 def passes(made: Linear, inputs: list[torch.Tensor], factors: list[torch.Tensor]) -> None:
@@ -152,7 +152,7 @@ def test_copies_go_with_the_micro_batch_and_its_graph():
         with one_micro_batch("cpu"):
             with autocast():
                 found, last = made(x), other(x)
-            copies = [weakref.ref(copied) for copied in open_made()]
+            copies = [weakref.ref(copied) for copied in current_copies()]
             assert len(copies) == 4
             (found.sum() + last.sum()).backward()
             assert all(copied() is not None for copied in copies)  # for the passes to come
@@ -182,7 +182,7 @@ def test_a_product_without_its_bias():
     made, x = layer(), torch.randn(7, 12)
     with one_micro_batch("cpu"):
         with autocast():
-            found = open_casts().linear(x, made, biased=False)
+            found = current_casts().linear(x, made, add_bias=False)
             assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
             assert torch.equal(found, F.linear(x, made.weight))
         found.sum().backward()
@@ -221,7 +221,7 @@ def test_pytorchs_linear_serves_elsewhere():
 
     def served(made: Linear) -> bool:
         with torch.no_grad():
-            casts, expected = open_casts(), F.linear(x.to(made.weight.dtype), made.weight, made.bias)
+            casts, expected = current_casts(), F.linear(x.to(made.weight.dtype), made.weight, made.bias)
             assert torch.allclose(made(x.to(made.weight.dtype)), expected, atol=1e-6)
         return casts is not None and casts.linear(x, made) is not None
 
@@ -234,7 +234,7 @@ def test_pytorchs_linear_serves_elsewhere():
         with autocast():
             assert served(layer())
             assert not served(gathered) and not served(computed) and not served(layer().double())
-            compiled = torch.compile(lambda: open_casts() is None, backend="eager", fullgraph=True)
+            compiled = torch.compile(lambda: current_casts() is None, backend="eager", fullgraph=True)
             assert compiled()
         assert not served(layer())
     with autocast():
@@ -280,7 +280,7 @@ def test_a_device_is_tried_once(monkeypatch, error):
 
 def test_micro_batches_within_one_another_and_behind_errors():
     with one_micro_batch("cpu"), autocast():
-        outer = open_casts()
+        outer = current_casts()
         with pytest.raises(ValueError), one_micro_batch("cpu"):
             assert subject._casts is not outer
             raise ValueError
@@ -288,41 +288,41 @@ def test_micro_batches_within_one_another_and_behind_errors():
     assert subject._casts is None and not outer.open
 
 
-@pytest.mark.parametrize(("shape", "zeros"), [((2 * 85, 32), Zeros(0, pieces=2)), ((32, 85), Zeros(1))])
-def test_a_weight_with_zeros(shape, zeros):
-    """Its product, and the sum of its gradients without them."""
+@pytest.mark.parametrize(("shape", "padding"), [((2 * 85, 32), Padding(0, chunks=2)), ((32, 85), Padding(1))])
+def test_a_padded_weight(shape, padding):
+    """Its product, and the sum of its gradients without the padding."""
     made = layer(*reversed(shape))
     weight = made.weight
-    outputs, inputs = (192, 32) if zeros.dim == 0 else (32, 96)
-    places = torch.cat([torch.arange(85), 96 + torch.arange(85)][: zeros.pieces])
+    outputs, inputs = (192, 32) if padding.dim == 0 else (32, 96)
+    places = torch.cat([torch.arange(85), 96 + torch.arange(85)][: padding.chunks])
     factors = [torch.randn(7, outputs).to(BF16) for _ in range(3)]
     inputs = [torch.randn(7, inputs).to(BF16) for _ in range(3)]
-    places_of_sums = set()
+    addresses = set()
     with one_micro_batch("cpu"):
         for x, factor in zip(inputs, factors):
             with autocast():
-                found = open_casts().linear(x, made, zeros, biased=False)
+                found = current_casts().linear(x, made, padding, add_bias=False)
             assert found.shape == (7, outputs)
-            whole = torch.zeros(outputs, x.shape[1]).index_copy(zeros.dim, places, weight.detach())
+            whole = torch.zeros(outputs, x.shape[1]).index_copy(padding.dim, places, weight.detach())
             torch.testing.assert_close(found.float(), x.float() @ whole.to(BF16).float().t(), rtol=1e-2, atol=1e-2)
             found.backward(factor)
-            places_of_sums.add(weight.grad.data_ptr())
-    assert weight.grad.shape == shape and weight.grad.is_contiguous() and len(places_of_sums) == 1
-    expected = sum(f.float().t() @ x.float() for f, x in zip(factors, inputs)).index_select(zeros.dim, places)
+            addresses.add(weight.grad.data_ptr())
+    assert weight.grad.shape == shape and weight.grad.is_contiguous() and len(addresses) == 1
+    expected = sum(f.float().t() @ x.float() for f, x in zip(factors, inputs)).index_select(padding.dim, places)
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("zeros", [None, Zeros(1)])
-def test_a_weight_in_eight_bits_is_made_once_a_micro_batch(zeros):
+@pytest.mark.parametrize("padding", [None, Padding(1)])
+def test_a_weight_in_eight_bits_is_made_once_a_micro_batch(padding):
     """With autocast or without, as its products take it."""
-    weight = torch.nn.Parameter(torch.randn(32, 80 if zeros is None else 85))
+    weight = torch.nn.Parameter(torch.randn(32, 80 if padding is None else 85))
     found = []
     for dtype in (torch.float32, BF16):
         with one_micro_batch("cpu"):
             with torch.autocast("cpu", BF16, enabled=dtype is BF16):
-                found.append(open_casts().eight_bits(weight, zeros))
-            assert open_casts().eight_bits(weight, zeros) is found[-1]
-        whole = weight if zeros is None else with_zeros(weight, zeros, dtype=dtype)
+                found.append(current_casts().fp8_weight(weight, padding))
+            assert current_casts().fp8_weight(weight, padding) is found[-1]
+        whole = weight if padding is None else pad(weight, padding, dtype=dtype)
         expected = uk.fp8_quantize(whole.detach(), torch.float8_e4m3fn)
         for ours, theirs in zip(found[-1], expected, strict=True):
             assert torch.equal(ours.float(), theirs.float()) and not ours.requires_grad

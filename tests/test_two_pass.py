@@ -173,7 +173,7 @@ def test_a_weight_is_cast_once_for_all_passes(stop_gradient, recomputed, monkeyp
 
     once, ours = step()
     assert len(once) > 20 and set(once.values()) == {1}
-    monkeypatch.setattr("unite_fast.model.linear.open_casts", lambda: None)
+    monkeypatch.setattr("unite_fast.model.linear.current_casts", lambda: None)
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -18,8 +18,8 @@ import unite_kernels as uk
 from unite_fast.config import Config
 from unite_fast.engine.backend import autocast_dtype
 from unite_fast.errors import UserError
-from unite_fast.model.aligned import Zeros, product_dtype, unread_with_zeros, with_zeros
-from unite_fast.model.casts import open_casts
+from unite_fast.model.aligned import Padding, compute_dtype, pad, padded_placeholder
+from unite_fast.model.casts import current_casts
 from unite_fast.model.linear import Linear
 from unite_kernels.dispatch import aligned
 from unite_kernels.fp8 import MIN_CAPABILITY
@@ -31,15 +31,15 @@ LINEARS = ("qkv", "attention_out", "mlp_in", "mlp_out")
 class Fp8Linear(nn.Linear):
     """A Linear whose product, and whose gradients', have operands of eight bits."""
 
-    def forward(self, x: Tensor, zeros: Zeros | None = None, *, biased: bool = True) -> Tensor:
+    def forward(self, x: Tensor, padding: Padding | None = None, *, add_bias: bool = True) -> Tensor:
         """As of `Linear`; the weight is quantized once a micro-batch."""
-        weight, bias = self.weight, self.bias if biased else None
-        casts = open_casts()
-        quantized = None if casts is None else casts.eight_bits(weight, zeros)
-        if zeros is not None:
-            fill = with_zeros if quantized is None else unread_with_zeros
-            weight = fill(weight, zeros, dtype=product_dtype(weight))
-        return uk.fp8_linear(x.to(product_dtype(x)), weight, bias, quantized)
+        weight, bias = self.weight, self.bias if add_bias else None
+        casts = current_casts()
+        quantized = None if casts is None else casts.fp8_weight(weight, padding)
+        if padding is not None:
+            make = pad if quantized is None else padded_placeholder
+            weight = make(weight, padding, dtype=compute_dtype(weight))
+        return uk.fp8_linear(x.to(compute_dtype(x)), weight, bias, quantized)
 
 
 def check_fp8(config: Config, device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""Products of weights whose rows end in the middle of what tensor cores load.
+"""Padding of weights whose rows end in the middle of what tensor cores load.
 
 SwiGLU's hidden width int(8C/3) is 2730 at C = 1024 (UNITE, arXiv 2603.22283, the block). Rows of 5460 bytes begin at
-addresses that TMA, which feeds Hopper's matrix units, cannot load. A copy of the weight with zeros between its rows'
-ends and the next address that it can gives the same product, and it costs little: the weight is copied anyway, into
-the products' dtype.
+addresses that TMA, which feeds Hopper's matrix units, cannot load. A copy of the weight, zero-padded so that each row
+begins at an address that it can, gives the same product, and it costs little: the weight is copied anyway, into the
+compute dtype.
 """
 
 from __future__ import annotations
@@ -16,78 +16,82 @@ from torch import Tensor
 from unite_kernels.dispatch import aligned
 
 
-class Zeros(NamedTuple):
-    """Where a copy of a weight has them.
+class Padding(NamedTuple):
+    """Where a copy of a weight is padded: each chunk of a dimension gets zeros at its end, up to an `aligned` width.
 
     Attributes:
-        dim: dimension, of `pieces` equal pieces behind one another, each `aligned` by zeros behind it.
-        pieces: their number.
+        dim: the dimension.
+        chunks: number of its equal chunks, as of `torch.chunk`: 2 where SwiGLU's gate and value follow one another.
     """
 
     dim: int
-    pieces: int = 1
+    chunks: int = 1
 
 
-class _Aligned(torch.autograd.Function):
-    """See `with_zeros`."""
+class _Pad(torch.autograd.Function):
+    """See `pad`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
-        found = x.new_empty(_shape_with_zeros(ctx, x, zeros), dtype=dtype)
-        dim, pieces = zeros
-        whole = found.unflatten(dim, (pieces, -1))
-        whole.narrow(dim + 1, 0, ctx.width).copy_(x.unflatten(dim, (pieces, -1)))
-        whole.narrow(dim + 1, ctx.width, whole.shape[dim + 1] - ctx.width).zero_()
-        return found
+    def forward(ctx, x: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor:
+        padded = x.new_empty(_padded_shape(ctx, x, padding), dtype=dtype)
+        dim, chunks = padding
+        chunked = padded.unflatten(dim, (chunks, -1))
+        chunked.narrow(dim + 1, 0, ctx.width).copy_(x.unflatten(dim, (chunks, -1)))
+        chunked.narrow(dim + 1, ctx.width, chunked.shape[dim + 1] - ctx.width).zero_()
+        return padded
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        parts = without_zeros(grad, ctx.zeros, ctx.width).to(ctx.dtype)
-        return parts.contiguous().flatten(ctx.zeros.dim, ctx.zeros.dim + 1), None, None
+        chunks = unpad(grad, ctx.padding, ctx.width).to(ctx.dtype)
+        return chunks.contiguous().flatten(ctx.padding.dim, ctx.padding.dim + 1), None, None
 
 
-class _StandIn(_Aligned):
-    """See `unread_with_zeros`."""
+class _Placeholder(_Pad):
+    """See `padded_placeholder`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, zeros: Zeros, dtype: torch.dtype) -> Tensor:
-        return x.new_empty((), dtype=dtype).expand(_shape_with_zeros(ctx, x, zeros))
+    def forward(ctx, x: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor:
+        return x.new_empty((), dtype=dtype).expand(_padded_shape(ctx, x, padding))
 
 
-def _shape_with_zeros(ctx, x: Tensor, zeros: Zeros) -> list[int]:
-    """The shape of x with zeros; what the backward needs is noted in ctx."""
+def _padded_shape(ctx, x: Tensor, padding: Padding) -> list[int]:
+    """The shape of x with padding; what the backward needs is noted in ctx."""
     shape = list(x.shape)
-    ctx.zeros, ctx.width, ctx.dtype = zeros, shape[zeros.dim] // zeros.pieces, x.dtype
-    shape[zeros.dim] = zeros.pieces * aligned(ctx.width)
+    ctx.padding, ctx.width, ctx.dtype = padding, shape[padding.dim] // padding.chunks, x.dtype
+    shape[padding.dim] = padding.chunks * aligned(ctx.width)
     return shape
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast casts a weight to for a product."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast casts x to for a matrix product; its own dtype without autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def with_zeros(x: Tensor, zeros: Zeros, *, dtype: torch.dtype) -> Tensor:
-    """A weight with zeros behind each piece of a dimension.
+def pad(x: Tensor, padding: Padding, *, dtype: torch.dtype) -> Tensor:
+    """A padded copy of a weight or bias.
 
     Args:
         x: any shape.
-        zeros: where.
+        padding: where.
         dtype: of the result.
 
     Returns:
-        x with each piece `aligned`; the gradient, in x's dtype, leaves the zeros out.
+        x with each chunk zero-padded to an `aligned` width; the gradient, in x's dtype, leaves the padding out.
     """
-    return _Aligned.apply(x, zeros, dtype)
+    return _Pad.apply(x, padding, dtype)
 
 
-def unread_with_zeros(x: Tensor, zeros: Zeros, *, dtype: torch.dtype) -> Tensor:
-    """What stands for `with_zeros`' result where nobody reads its numbers, of which it has none: its shape, dtype and
-    gradient."""
-    return _StandIn.apply(x, zeros, dtype)
+def padded_placeholder(x: Tensor, padding: Padding, *, dtype: torch.dtype) -> Tensor:
+    """The shape, dtype and gradient of `pad`'s result without its numbers, which must not be read.
+
+    An FP8 product reads the quantized copy that `Casts.fp8_weight` keeps, never the weight itself. What it still needs
+    of the padded weight is the shape and a way for the gradient back to the parameter, so this is one uninitialised
+    element, expanded: it takes no memory and no copy.
+    """
+    return _Placeholder.apply(x, padding, dtype)
 
 
-def without_zeros(x: Tensor, zeros: Zeros, width: int) -> Tensor:
-    """A view of what `with_zeros` makes: its pieces of a width apart, [..., pieces, width, ...]."""
-    return x.unflatten(zeros.dim, (zeros.pieces, -1)).narrow(zeros.dim + 1, 0, width)
+def unpad(x: Tensor, padding: Padding, width: int) -> Tensor:
+    """A view of a padded tensor without its padding: [..., chunks, width, ...], `width` being that of a chunk."""
+    return x.unflatten(padding.dim, (padding.chunks, -1)).narrow(padding.dim + 1, 0, width)

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import unite_kernels as uk
-from unite_fast.model.aligned import Zeros, with_zeros
+from unite_fast.model.aligned import Padding, pad
 from unite_fast.model.attention import attend, attend_apart
 from unite_fast.model.casts import cast_together
 from unite_fast.model.linear import Linear
@@ -46,18 +46,19 @@ def swiglu_hidden(width: int) -> int:
     return int(2 / 3 * 4 * width)
 
 
-def swiglu_mlp(inward: nn.Linear, outward: nn.Linear, x: Tensor) -> Tensor:
-    """Linear, SwiGLU, Linear; on CUDA and in FP8 with `aligned` hidden rows, and the first bias added by SwiGLU."""
-    on_matrix_units = x.is_cuda or type(inward) is not Linear
+def swiglu_mlp(mlp_in: nn.Linear, mlp_out: nn.Linear, x: Tensor) -> Tensor:
+    """Linear, SwiGLU, Linear; on CUDA and in FP8 with the hidden width padded to an `aligned` one, and with the first
+    bias added by SwiGLU."""
+    on_matrix_units = x.is_cuda or type(mlp_in) is not Linear
     # ZeRO 3 gathers parameters in their linear's own forward. A CPU's products add a bias free.
-    if not on_matrix_units or any(hasattr(linear.weight, "ds_id") for linear in (inward, outward)):
-        return outward(uk.swiglu(inward(x)))
-    hidden, bias, rows, columns = outward.in_features, inward.bias, None, None
+    if not on_matrix_units or any(hasattr(linear.weight, "ds_id") for linear in (mlp_in, mlp_out)):
+        return mlp_out(uk.swiglu(mlp_in(x)))
+    hidden, bias, rows, columns = mlp_out.in_features, mlp_in.bias, None, None
     if aligned(hidden) != hidden:
-        # A gate of zero times zero is zero, and so are the rows and columns that it meets.
-        rows, columns = Zeros(0, pieces=2), Zeros(1)
-        bias = with_zeros(bias, rows, dtype=bias.dtype)
-    return outward(uk.swiglu(inward(x, rows, biased=False), bias), columns)
+        # Its result does not change: silu(0) · 0 is zero, and so are the columns that it meets.
+        rows, columns = Padding(0, chunks=2), Padding(1)
+        bias = pad(bias, rows, dtype=bias.dtype)
+    return mlp_out(uk.swiglu(mlp_in(x, rows, add_bias=False), bias), columns)
 
 
 class Block(nn.Module):
@@ -74,7 +75,7 @@ class Block(nn.Module):
         self.norm2 = nn.Parameter(torch.ones(width))
         self.mlp_in = Linear(width, 2 * hidden)
         self.mlp_out = Linear(hidden, width)
-        # Weights with zeros are copied by themselves.
+        # Padded weights are copied by themselves.
         mlp = (self.mlp_in, self.mlp_out) if aligned(hidden) == hidden else ()
         cast_together(self.qkv, self.attention_out, *mlp)
         self.norm3 = nn.Parameter(torch.ones(width))

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import unite_kernels as uk
-from unite_fast.model.aligned import Zeros, product_dtype, with_zeros, without_zeros
+from unite_fast.model.aligned import Padding, compute_dtype, pad, unpad
 
 
 class CastLinear(nn.Linear):
@@ -55,43 +55,43 @@ def cast_together(*linears: CastLinear) -> None:
         linear.cast_with = linears
 
 
-class _Ready(NamedTuple):
-    """A Linear whose weights are cast, with or without its bias."""
+class _Operands(NamedTuple):
+    """What a Linear's product takes, with or without its bias: casts of the parameters."""
 
     linear: CastLinear  # kept, lest another takes its id
     parameter: nn.Parameter
     bias_parameter: nn.Parameter | None
     weight: Tensor
     bias: Tensor | None
-    zeros: Zeros | None
+    padding: Padding | None
     casts: Casts
 
 
 class Casts:
-    """Weights in the dtype of products, and in eight bits, as `one_micro_batch` keeps them for Linears.
+    """Weights in the compute dtype, and in FP8, as `one_micro_batch` keeps them for Linears.
 
     Attributes:
-        open: the micro-batch lasts: gradients are added to `grad` in place, as the module's docstring says.
+        open: True while the micro-batch lasts, in which gradients accumulate as the module's docstring says.
     """
 
     def __init__(self) -> None:
         self.open = True
-        # By id() of a Linear, zeros, and whether with its bias; None where PyTorch's own serves.
-        self._ready: dict[tuple[int, Zeros | None, bool], _Ready | None] = {}
+        # By id() of a Linear, padding, and whether with its bias; None where PyTorch's own serves.
+        self._operands: dict[tuple[int, Padding | None, bool], _Operands | None] = {}
         # By id() of a parameter, which a Linear keeps: its cast.
-        self._made: dict[int, Tensor] = {}
-        # By id() of a parameter, kept beside it, and zeros.
-        self._eight: dict[tuple[int, Zeros | None], tuple[Tensor, uk.Quantized]] = {}
+        self._copies: dict[int, Tensor] = {}
+        # By id() of a parameter, kept beside it, and padding.
+        self._fp8: dict[tuple[int, Padding | None], tuple[Tensor, uk.Quantized]] = {}
 
     def close(self) -> None:
         """Drop the copies; gradients computed from here on are not accumulated in place."""
         self.open = False
-        self._ready.clear()
-        self._made.clear()
-        self._eight.clear()
+        self._operands.clear()
+        self._copies.clear()
+        self._fp8.clear()
 
     def linear(
-        self, x: Tensor, linear: CastLinear, zeros: Zeros | None = None, *, biased: bool = True
+        self, x: Tensor, linear: CastLinear, padding: Padding | None = None, *, add_bias: bool = True
     ) -> Tensor | None:
         """x Wᵀ + b in autocast's dtype, or None where PyTorch's Linear serves: without autocast, under ZeRO 3, whose
         parameters are there in their module's forward alone, where weights are no float32 leaves, and on devices not of
@@ -101,45 +101,47 @@ class Casts:
         module's docstring says.
 
         Args:
-            x: [..., I], of more columns where `zeros` gives the weight more.
+            x: [..., I], of more columns where `padding` gives the weight more.
             linear: with a weight [O, I].
-            zeros: where the product's weight has them.
-            biased: False leaves b out.
+            padding: of the weight in the product.
+            add_bias: False leaves b out.
         """
         if not torch.is_autocast_enabled(x.device.type):
             return None
-        key = id(linear), zeros, biased
-        if key not in self._ready:
-            self._ready[key] = self._cast(linear, product_dtype(x), zeros, biased)
-        ready = self._ready[key]
-        return None if ready is None else _apply(x, ready.parameter, ready.bias_parameter, ready)
+        key = id(linear), padding, add_bias
+        if key not in self._operands:
+            self._operands[key] = self._cast(linear, compute_dtype(x), padding, add_bias)
+        operands = self._operands[key]
+        return None if operands is None else _apply(x, operands.parameter, operands.bias_parameter, operands)
 
     @torch.no_grad()
-    def eight_bits(self, weight: Tensor, zeros: Zeros | None) -> uk.Quantized:
-        """A weight in E4M3 for `fp8_linear`, with zeros where it gets some; kept after the first call."""
-        key = id(weight), zeros
-        if key not in self._eight:
-            whole = weight if zeros is None else with_zeros(weight, zeros, dtype=product_dtype(weight))
-            self._eight[key] = weight, uk.fp8_quantize(whole.contiguous(), torch.float8_e4m3fn)
-        return self._eight[key][1]
+    def fp8_weight(self, weight: Tensor, padding: Padding | None) -> uk.Quantized:
+        """A weight in E4M3 for `fp8_linear`, padded if so; kept after the first call."""
+        key = id(weight), padding
+        if key not in self._fp8:
+            whole = weight if padding is None else pad(weight, padding, dtype=compute_dtype(weight))
+            self._fp8[key] = weight, uk.fp8_quantize(whole.contiguous(), torch.float8_e4m3fn)
+        return self._fp8[key][1]
 
     @torch.no_grad()
-    def _cast(self, linear: CastLinear, dtype: torch.dtype, zeros: Zeros | None, biased: bool) -> _Ready | None:
-        weight, bias = linear.weight, linear.bias if biased else None
+    def _cast(
+        self, linear: CastLinear, dtype: torch.dtype, padding: Padding | None, add_bias: bool
+    ) -> _Operands | None:
+        weight, bias = linear.weight, linear.bias if add_bias else None
         trained = weight.dtype == torch.float32 and weight.is_leaf and not hasattr(weight, "ds_id")
         if not (trained and adds_products(weight.device)):
             return None
-        if zeros is not None:
-            found = with_zeros(weight, zeros, dtype=dtype), None if bias is None else bias.to(dtype)
+        if padding is not None:
+            found = pad(weight, padding, dtype=dtype), None if bias is None else bias.to(dtype)
         else:
-            if id(weight) not in self._made:
+            if id(weight) not in self._copies:
                 given = [p for other in linear.cast_with or (linear,) for p in (other.weight, other.bias)]
                 parameters = [parameter for parameter in given if parameter is not None]
-                made = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
-                torch._foreach_copy_(made, parameters)
-                self._made |= zip(map(id, parameters), made, strict=True)
-            found = self._made[id(weight)], None if bias is None else self._made[id(bias)]
-        return _Ready(linear, weight, bias, *found, zeros, self)
+                copies = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
+                torch._foreach_copy_(copies, parameters)
+                self._copies |= zip(map(id, parameters), copies, strict=True)
+            found = self._copies[id(weight)], None if bias is None else self._copies[id(bias)]
+        return _Operands(linear, weight, bias, *found, padding, self)
 
 
 # Not thread-local: recomputation, which reads it as well, runs in autograd's thread.
@@ -166,23 +168,23 @@ def one_micro_batch(device: str) -> Iterator[None]:
         _casts = before
 
 
-def open_casts() -> Casts | None:
+def current_casts() -> Casts | None:
     """The casts of the enclosing `one_micro_batch`; None under torch.compile, which places casts itself."""
     return None if torch.compiler.is_compiling() else _casts
 
 
 class _CastProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, ready):
-        cast = ready.weight
+    def forward(ctx, x, weight, bias, operands):
+        cast = operands.weight
         rounded = x if x.dtype == cast.dtype else x.to(cast.dtype)
         ctx.save_for_backward(rounded)
-        ctx.dtype, ctx.ready = x.dtype, ready
-        return F.linear(rounded, cast, ready.bias)
+        ctx.dtype, ctx.operands = x.dtype, operands
+        return F.linear(rounded, cast, operands.bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return (_refusing if torch.is_grad_enabled() else _gradients)(ctx, grad)
+        return (_once_differentiable_gradients if torch.is_grad_enabled() else _gradients)(ctx, grad)
 
 
 # `Function.apply` first looks for functorch's transforms, in which no training step runs. The `apply` of its base class
@@ -192,33 +194,33 @@ _apply = super(torch.autograd.Function, _CastProduct).apply
 
 def _gradients(ctx, grad):
     """Of what `_CastProduct.forward` takes."""
-    (x,), cast = ctx.saved_tensors, ctx.ready.weight
+    (x,), cast = ctx.saved_tensors, ctx.operands.weight
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(cast))
     wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
     multiply = torch.mm if ctx.dtype == cast.dtype else product
     # First what only reads: a GPU's second cache may still hold some of what was written last.
     grad_bias = grads.sum(0, dtype=torch.float32) if wants_bias else None
     grad_x = multiply(grads, cast).view(x.shape) if wants_x else None
-    return grad_x, _weight_gradient(ctx.ready, grads.t(), rows) if wants_weight else None, grad_bias, None
+    return grad_x, _weight_gradient(ctx.operands, grads.t(), rows) if wants_weight else None, grad_bias, None
 
 
 # Not around all of them: without a graph to make it changes nothing, and takes the host 3 µs of 22.
-_refusing = once_differentiable(_gradients)
+_once_differentiable_gradients = once_differentiable(_gradients)
 
 
-def _weight_gradient(ready: _Ready, left: Tensor, right: Tensor) -> Tensor:
-    """left [O, R] · right [R, I], float32, without zeros; in a micro-batch added to the sum, which leaves `grad`."""
-    parameter, zeros = ready.parameter, ready.zeros
-    total = parameter.grad if ready.casts.open else None
+def _weight_gradient(operands: _Operands, left: Tensor, right: Tensor) -> Tensor:
+    """left [O, R] · right [R, I], float32, without padding; in a micro-batch added to the sum taken out of `grad`."""
+    parameter, padding = operands.parameter, operands.padding
+    total = parameter.grad if operands.casts.open else None
     if total is not None:
         parameter.grad = None  # autograd makes the sum that is returned the new `grad`: see the module's docstring
-    if zeros is None:
+    if padding is None:
         return product(left, right) if total is None else add_product(total, left, right)
-    dim, pieces = zeros
-    found = without_zeros(product(left, right), zeros, parameter.shape[dim] // pieces)
+    dim, chunks = padding
+    found = unpad(product(left, right), padding, parameter.shape[dim] // chunks)
     if total is None:
         return found.contiguous().flatten(dim, dim + 1)
-    total.unflatten(dim, (pieces, -1)).add_(found)
+    total.unflatten(dim, (chunks, -1)).add_(found)
     return total
 
 

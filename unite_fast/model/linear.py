@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unite_fast.model.aligned import Zeros, product_dtype, with_zeros
-from unite_fast.model.casts import CastLinear, open_casts
+from unite_fast.model.aligned import Padding, compute_dtype, pad
+from unite_fast.model.casts import CastLinear, current_casts
 from unite_kernels.cpu import cpuinfo, matmul, multiplies, sees_plainly
 from unite_kernels.dispatch import transformed
 
@@ -25,17 +25,18 @@ from unite_kernels.dispatch import transformed
 class Linear(CastLinear):
     """x Wᵀ + b, on CPUs by the fastest library; under autocast in a training step see `Casts.linear`."""
 
-    def forward(self, x: Tensor, zeros: Zeros | None = None, *, biased: bool = True) -> Tensor:
-        """x Wᵀ, and b where `biased`; with `zeros` in the weight, x or the result have more columns."""
+    def forward(self, x: Tensor, padding: Padding | None = None, *, add_bias: bool = True) -> Tensor:
+        """x Wᵀ, and b where `add_bias`; under `padding` x or the result have more columns."""
         # The compiler, whose products Inductor chooses, must not look further.
-        if x.is_cpu and zeros is None and biased and not torch.compiler.is_compiling() and prefers_onednn():
+        if x.is_cpu and padding is None and add_bias and not torch.compiler.is_compiling() and prefers_onednn():
             tensors = (x, self.weight, self.bias)
             if x.numel() and not torch.is_autocast_enabled("cpu") and sees_plainly(*tensors):
                 return _OneDnnLinear.apply(*tensors)
-        if (casts := open_casts()) is not None and (found := casts.linear(x, self, zeros, biased=biased)) is not None:
+        casts = current_casts()
+        if casts is not None and (found := casts.linear(x, self, padding, add_bias=add_bias)) is not None:
             return found
-        weight = self.weight if zeros is None else with_zeros(self.weight, zeros, dtype=product_dtype(self.weight))
-        return F.linear(x, weight, self.bias if biased else None)
+        weight = self.weight if padding is None else pad(self.weight, padding, dtype=compute_dtype(self.weight))
+        return F.linear(x, weight, self.bias if add_bias else None)
 
 
 @functools.cache
