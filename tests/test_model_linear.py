@@ -21,7 +21,7 @@ def served(monkeypatch, request):
     """On any CPU as on the one that prefers it, with a C compiler and without; counts the products."""
     calls = []
     monkeypatch.setattr(subject, "prefers_onednn", lambda: True)
-    for name in ("_product", "matmul"):
+    for name in ("_onednn_linear", "matmul"):
         monkeypatch.setattr(subject, name, lambda *pair, own=getattr(subject, name): (calls.append(1), own(*pair))[1])
     if request.param == "oneDNN alone":
         monkeypatch.setattr(cpu, "LIBRARY", None)

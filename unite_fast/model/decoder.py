@@ -66,7 +66,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, K, D] -> pixel tokens [B, P, p·p·3], channels ordered (row, column, colour).
+    """Latents [B, K, D] -> pixel tokens [B, P, p·p·3], channels ordered (row, column, RGB).
 
     With K = P (the published form) register i becomes patch i. With any other K, P copies of a learned query are
     appended to the registers and attend to them; their outputs become the patches.
@@ -93,10 +93,10 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         x = self.embed(self.lift(latent))
-        pieces = [self.token.to(x.dtype).expand(x.shape[0], 1, -1), x]
+        tokens = [self.token.to(x.dtype).expand(x.shape[0], 1, -1), x]
         if hasattr(self, "query"):
-            pieces.append(self.query.to(x.dtype).expand(x.shape[0], self.patches, -1))
-        x, branch = torch.cat(pieces, dim=1) + self.position.to(x.dtype), None
+            tokens.append(self.query.to(x.dtype).expand(x.shape[0], self.patches, -1))
+        x, branch = torch.cat(tokens, dim=1) + self.position.to(x.dtype), None
         for block in self.blocks[:-1]:
             x, branch = block(x, branch)
         # With K = P all but one token are read, and dropping that would cost the copy that it saves.

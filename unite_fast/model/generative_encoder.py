@@ -82,7 +82,7 @@ class GenerativeEncoder(nn.Module):
         condition = F.silu(self.time(t) + label)
         x = self.register_in(latent)
         if packed is not None:
-            return self._packed(x, condition, patches, packed)
+            return self._forward_packed(x, condition, patches, packed)
         x = x + self.register_position.to(x.dtype)
         if patches is not None:
             x = torch.cat([x, patches.to(x.dtype)], dim=1)
@@ -101,13 +101,13 @@ class GenerativeEncoder(nn.Module):
             following = self._terms(index + 1, condition)
             prepend = context if index + 1 == self.context_start else None
             keep = slice(rotary.unrotated, rotary.unrotated + self.registers) if index == last else None
-            x, h = self._run(block, (x, h, Modulation(*terms), *following[:2], rotary, keep, prepend))
+            x, h = self._run_block(block, (x, h, Modulation(*terms), *following[:2], rotary, keep, prepend))
             if prepend is not None:
                 rotary = with_context
             terms = following
         return self.final(h)
 
-    def _packed(
+    def _forward_packed(
         self,
         x: Tensor,
         condition: Tensor,
@@ -132,7 +132,7 @@ class GenerativeEncoder(nn.Module):
             following = self._terms(index + 1, condition)
             rows = keep if index == last else None
             arguments = (x, h, Modulation(*terms), *following[:2], rotary, rows, None, spans, packed.spans)
-            x, h = self._run(block, arguments)
+            x, h = self._run_block(block, arguments)
             terms = following
         return self.final(h.squeeze(0))
 
@@ -163,7 +163,7 @@ class GenerativeEncoder(nn.Module):
 
         return sorted((name for name, _ in self.named_parameters()), key=place)
 
-    def _run(self, block: Block, arguments: tuple) -> tuple[Tensor, Tensor]:
+    def _run_block(self, block: Block, arguments: tuple) -> tuple[Tensor, Tensor]:
         if self.checkpoint_activations and torch.is_grad_enabled():
             # A block draws no random numbers, so their generator's state need not be kept.
             return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -52,23 +52,23 @@ def prefers_onednn() -> bool:
 def linear_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ by the library that a Linear takes, without gradients: what rates are measured with."""
     onednn = x.is_cpu and x.dtype == torch.float32 and prefers_onednn()
-    return _product(x, weight) if onednn else F.linear(x, weight)
+    return _onednn_linear(x, weight) if onednn else F.linear(x, weight)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _multiplier(*tensors: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """a b of two of these, or of one turned."""
-    return matmul if multiplies(*tensors) else lambda a, b: _product(a, b.t())
+    return matmul if multiplies(*tensors) else lambda a, b: _onednn_linear(a, b.t())
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):

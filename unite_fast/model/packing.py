@@ -15,10 +15,10 @@ from torch import Tensor
 from unite_kernels import Spans
 
 
-class once:
+class cached_property:
     """A property computed at its first use, and then an attribute of the object.
 
-    `functools.cached_property` holds a lock on Python 3.11, which torch.compile cannot trace.
+    The one of functools holds a lock on Python 3.11, which torch.compile cannot trace.
     """
 
     def __init__(self, compute: Callable[[Any], Any]):
@@ -57,33 +57,33 @@ class Packed:
         """The same sequences `times` over, as a batch of times · B."""
         return Packed(self.counts.repeat(times), times * self.total, self.longest, self.length)
 
-    @once
+    @cached_property
     def _starts(self) -> Tensor:
         """[B + 1] int64, tokens before each sequence."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
-    @once
+    @cached_property
     def sequence(self) -> Tensor:
         """[T] int64, the sequence of each token."""
         rows = torch.arange(len(self.counts), device=self.counts.device)
         return rows.repeat_interleave(self.counts, output_size=self.total)
 
-    @once
+    @cached_property
     def position(self) -> Tensor:
         """[T] int64, the place of each token in its sequence."""
         return torch.arange(self.total, device=self.counts.device) - self._starts[self.sequence]
 
-    @once
+    @cached_property
     def spans(self) -> Spans:
         """The sequences as the operators take them."""
         return Spans(self._starts.int(), self.longest)
 
-    @once
+    @cached_property
     def mask(self) -> Tensor:
         """[B, N] bool, the real tokens."""
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
-    @once
+    @cached_property
     def _rows(self) -> Tensor:
         """[T] int64, row of each token in the flattened padding [B·N]."""
         return self.sequence * self.length + self.position
@@ -104,7 +104,7 @@ class Packed:
         """
         return (self.pad(packed).sum(1) / self.counts[:, None]).index_select(0, self.sequence)
 
-    @once
+    @cached_property
     def pairs(self) -> Pairs:
         """The sequences [first tokens, second tokens], twice as long."""
         first = torch.arange(self.total, device=self.counts.device) + self._starts[self.sequence]

@@ -202,9 +202,9 @@ def _fixed_tables(config: ModelConfig) -> dict[str, Tensor]:
         "encoder.feat_rope.freqs_sin": sin,
     }
     if config.context_len:
-        still = torch.ones(config.context_len, head)
-        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat([still, cos])
-        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat([torch.zeros_like(still), sin])
+        ones = torch.ones(config.context_len, head)
+        tables["encoder.feat_rope_incontext.freqs_cos"] = torch.cat([ones, cos])
+        tables["encoder.feat_rope_incontext.freqs_sin"] = torch.cat([torch.zeros_like(ones), sin])
     return tables
 
 

@@ -26,11 +26,11 @@ class PatchEmbedding(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, images: Tensor) -> Tensor:
-        width, colours, p, _ = self.weight.shape
+        width, channels, p, _ = self.weight.shape
         batch, _, height, _ = images.shape
         grid = height // p
-        unfolded = images.view(batch, colours, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(unfolded.reshape(batch, grid * grid, colours * p * p), self.weight.flatten(1), self.bias)
+        unfolded = images.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(unfolded.reshape(batch, grid * grid, channels * p * p), self.weight.flatten(1), self.bias)
 
 
 class Unite(TwoPassModel):

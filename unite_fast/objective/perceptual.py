@@ -20,7 +20,7 @@ from unite_fast.weights import check_named_hash, read_tensors
 from unite_kernels.dispatch import use_triton
 
 # VGG16's convolutions by their index in torchvision's `features`, grouped by the maps LPIPS reads:
-# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A 2×2 maximum pool stands between the groups.
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A 2×2 max pool stands between the groups.
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 CHANNELS = (64, 128, 256, 512, 512)
 # LPIPS's ScalingLayer: ImageNet statistics expressed for images in [-1, 1].
@@ -34,7 +34,7 @@ OFF = "set objective.lpips.weight = 0 to train without the perceptual term"
 
 
 class VggFeatures(nn.Module):
-    """The five rectified maps of VGG16: [B, 3, H, W] -> list of [B, c, H/2^s, W/2^s], channels-last."""
+    """The five feature maps of VGG16 after ReLU: [B, 3, H, W] -> list of [B, c, H/2^s, W/2^s], channels-last."""
 
     def __init__(self):
         super().__init__()
@@ -58,11 +58,11 @@ class VggFeatures(nn.Module):
         maps = []
         for *stage, last in self.convolutions[:-1]:
             for convolution in stage:
-                x = _rectified(convolution, x)
-            found, x = _rectified_and_pooled(last, x)
+                x = _conv_relu(convolution, x)
+            found, x = _conv_relu_max_pool(last, x)
             maps.append(found)
         for convolution in self.convolutions[-1]:
-            x = _rectified(convolution, x)
+            x = _conv_relu(convolution, x)
         return [*maps, x]
 
 
@@ -147,15 +147,15 @@ def absent_weights(config: LpipsConfig) -> list[str]:
     return absent
 
 
-def _rectified(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+def _conv_relu(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """relu(convolution(x))."""
-    product, bias = _product(convolution, x)
+    product, bias = _convolve(convolution, x)
     return _relu_(product) if bias is None else uk.bias_relu(product, bias)
 
 
-def _rectified_and_pooled(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`_rectified`, and its 2×2 maximum pool."""
-    product, bias = _product(convolution, x)
+def _conv_relu_max_pool(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`_conv_relu`, and its 2×2 max pool."""
+    product, bias = _convolve(convolution, x)
     if bias is not None:
         return uk.bias_relu_max_pool(product, bias)
     found = _relu_(product)
@@ -167,7 +167,7 @@ def _relu_(product: Tensor) -> Tensor:
     return F.relu(product, inplace=True)
 
 
-def _product(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _convolve(convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A convolution, and the bias if the fused operator that follows is to add it.
 
     cuDNN writes a convolution's result and adds the bias in a separate pass. On a CPU the convolution adds it on the
