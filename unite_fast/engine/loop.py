@@ -6,6 +6,7 @@ import math
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ from unite_fast.engine.agreement import (
     require_same_config,
     require_same_data,
 )
-from unite_fast.engine.batch import is_out_of_memory
 from unite_fast.engine.backend import autocast_dtype
+from unite_fast.engine.batch import Batch, is_out_of_memory
 from unite_fast.engine.compiling import check_compile, compile_perceptual, watched
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fitting import Trial, fit
@@ -35,9 +36,10 @@ from unite_fast.engine.session import changed_classes, changed_samples, record_s
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World, init_world, leave_world
 from unite_fast.errors import UserError
-from unite_fast.modality import counted_operations, modality_of
+from unite_fast.importing import Trained
+from unite_fast.modality import Stream, counted_operations, modality_of
 from unite_fast.objective.draws import SeededDraws
-from unite_fast.objective.two_pass import StepLosses, two_pass_step
+from unite_fast.objective.two_pass import StepLosses, TwoPassObjective, two_pass_step
 from unite_fast.records import METRICS
 from unite_fast.starting import begin_from, starting_weights
 from unite_fast.weights import write_text
@@ -75,80 +77,111 @@ class Run:
     """One training run of one process."""
 
     def __init__(self, config: Config, world: World, *, resume: bool):
-        self.config, self.world = config, world
-        require_same_config(config, world)
-        doubts = (check_same_rounding(config, world), check_precision(config, world))
-        self._notices = [f"warning: {doubt}" for doubt in doubts if doubt]
+        self.config, self.world, self.modality = config, world, modality_of(config)
         self.folder = Path(config.runs) / config.name
-        latest = newest_checkpoint(self.folder, world)
+        self._notices: list[str] = []
+        # What can be checked is checked before memory is measured, which takes minutes.
+        latest = self._agree(resume=resume)
+        _check_settings(config, world)
+        _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
+        files = self.modality.evaluation_files(config, world.device)
+        start = starting_weights(config, world) if latest is None else None
+        # Before the data are opened: their order depends on the batch, and a decoder takes memory of the GPU.
+        self.batch, self.objective = self._fit()
+        state = None if latest is None else checkpoint.read_state(latest)
+        self.stream = self._open_stream(state)
+        self.samples = self.modality.samples(self.stream)
+        require_same_data(self.samples, world, self.modality.unit)
+        self.engine = self._build(start)
+        # Of training before this session.
+        self._seconds_before = 0.0 if latest is None else self._load(latest, state)
+        self.first_step = self.engine.step_count
+        # Not asked of the folder: a node may see it as it was before the last save, and saving is collective.
+        self._saved = None if latest is None else self.first_step
+        self.total = self._total_steps(latest)
+        # Only now: what is refused above leaves the folder as it was.
+        if world.is_main:
+            write_text(config.to_json(), self.folder / "config.json")
+        self.report = self.modality.report(config, self.folder, world, self.engine, self.stream, files)
+        self._stop = StopSignals(world)
+
+    def _agree(self, *, resume: bool) -> Path | None:
+        """The checkpoint that all ranks continue from, or None for a run that begins. Collective."""
+        # First, because the configuration decides what the ranks exchange from here on.
+        require_same_config(self.config, self.world)
+        doubts = check_same_rounding(self.config, self.world), check_precision(self.config, self.world)
+        self._notices += [f"warning: {doubt}" for doubt in doubts if doubt]
+        latest = newest_checkpoint(self.folder, self.world)
         if latest is not None and not resume:
             raise UserError(
                 f"{self.folder} already holds a run: add --resume to continue it, or choose another name "
                 f"(--set name=…)"
             )
-        if config.train.kernels == "triton" and world.device.type != "cuda" and not uk.dispatch.INTERPRETED:
-            raise UserError(
-                "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
-            )
-        check_wandb(config.train.wandb)
-        check_compile(config, world.device)
-        check_fp8(config, world.device)
-        self.modality = modality_of(config)
-        _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
-        files = self.modality.evaluation_files(config, world.device)
-        start = starting_weights(config, world) if latest is None else None
-        uk.set_backend(config.train.kernels)
-        torch.manual_seed(config.train.seed)
-        self.objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
-        trial = Trial(config, world, self.modality, self.objective)
-        self.batch, resolved = fit(config, world, partial(self.modality.largest, config), trial)
+        if latest is None and resume:
+            self._notices.append(f"no checkpoint in {self.folder}: the run begins")
+        return latest
+
+    def _fit(self) -> tuple[Batch, TwoPassObjective]:
+        """The batch that fits into memory, and the objective with the chunk of flow draws that does. Collective."""
+        config, world = self.config, self.world
+        uk.set_backend(config.train.kernels)  # the trial needs the memory of the run's own kernels
+        objective = self.modality.objective(config, world.device, autocast_dtype(config, world.device))
+        trial = Trial(config, world, self.modality, objective)
+        batch, fitted = fit(config, world, partial(self.modality.largest, config), trial)
         trial.close()
-        self.objective.config = resolved.objective
-        state = None if latest is None else checkpoint.read_state(latest)
+        # In place of what was tried last. The objective alone has the number: the run's configuration, which is kept in
+        # checkpoints, says `auto`, since another device may fit another chunk.
+        objective.config = fitted.objective
+        if config.train.compile:
+            compile_perceptual(objective)
+        return batch, objective
+
+    def _open_stream(self, state: dict[str, Any] | None) -> Stream:
+        """The training data, from where a checkpoint's state.json, if any, says that they were."""
         seen = 0 if state is None else checkpoint.samples_seen(state, self.batch.global_batch)
         # Where the batch was another once, the data go on at the next of today's: less than a batch is left out.
-        self.stream = self.modality.stream(
-            config, self.batch, world, start_step=math.ceil(seen / self.batch.global_batch)
-        )
-        self.samples = self.modality.samples(self.stream)
-        require_same_data(self.samples, world, self.modality.unit)
+        start_step = math.ceil(seen / self.batch.global_batch)
+        return self.modality.stream(self.config, self.batch, self.world, start_step=start_step)
+
+    def _build(self, start: Trained | None) -> Engine:
+        """The network with its first weights, random or those of `train.start_from`, in its engine."""
+        config = self.config
+        # Not before the trial, whose random numbers depend on what fits: the weights depend on the seed alone.
         torch.manual_seed(config.train.seed)
         model = self.modality.network(config.model)
         model.tokenize_t_max = config.objective.tokenize_t_max
-        if start is not None:
+        if start is not None:  # before the engine copies the weights: for the averages, and under ZeRO for its slices
             self._notices.append(begin_from(start, model, self.stream.classes))
-        steps_per_epoch = self.stream.steps_per_epoch
-        self.engine = Engine(
-            model, config, world, steps_per_epoch=steps_per_epoch, global_batch=self.batch.global_batch
+        return Engine(
+            model,
+            config,
+            self.world,
+            steps_per_epoch=self.stream.steps_per_epoch,
+            global_batch=self.batch.global_batch,
         )
-        if config.train.compile:
-            compile_perceptual(self.objective)
-        self._seconds_before = 0.0  # of training, in the sessions that this one resumes
-        if state is not None:
-            kept = checkpoint.load(self.engine, latest)
-            self._seconds_before = float(kept.get("training_seconds", 0.0))
-            changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
-            classes = changed_classes(kept.get("class_names"), self.stream.classes, self.modality.unit)
-            self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
-            if keys := checkpoint.changed_keys(state, config):
-                self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
-        elif resume:
-            self._notices.append(f"no checkpoint in {self.folder}: the run begins")
-        self.first_step = self.engine.step_count
-        # Not asked of the folder: a node may see it as it was before the last save, and saving is collective.
-        self._saved = None if latest is None else self.first_step
+
+    def _load(self, latest: Path, state: dict[str, Any]) -> float:
+        """Continue from a checkpoint, and note what changed since. Returns the seconds of training before it."""
+        kept = checkpoint.load(self.engine, latest)
+        changed = changed_samples(kept.get("samples"), self.samples, self.modality.unit)
+        classes = changed_classes(kept.get("class_names"), self.stream.classes, self.modality.unit)
+        self._notices += [f"warning: {warning}" for warning in (changed, classes) if warning]
+        if keys := checkpoint.changed_keys(state, self.config):
+            self._notices.append(f"changed since the checkpoint: {', '.join(keys)}")
+        return float(kept.get("training_seconds", 0.0))
+
+    def _total_steps(self, latest: Path | None) -> int:
+        """Optimizer steps of the whole run. Raises a UserError where none is left and none was trained here."""
         # Steps of another batch count by the share of an epoch that they were of.
-        other = self.first_step - self.engine.progress
-        self.total = config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch + other))
-        if self.first_step >= self.total and not (self.folder / METRICS).is_file():
+        done, other = self.engine.step_count, self.engine.step_count - self.engine.progress
+        train = self.config.train
+        total = train.steps or max(1, math.ceil(train.epochs * self.stream.steps_per_epoch + other))
+        if done >= total and not (self.folder / METRICS).is_file():
             raise UserError(
-                f"{latest} is at step {self.first_step} and the run ends at step {self.total}: nothing is left to "
-                "train, and nothing was trained here; set train.steps or train.epochs higher"
+                f"{latest} is at step {done} and the run ends at step {total}: nothing is left to train, and nothing "
+                "was trained here; set train.steps or train.epochs higher"
             )
-        if world.is_main:
-            write_text(config.to_json(), self.folder / "config.json")
-        self.report = self.modality.report(config, self.folder, world, self.engine, self.stream, files)
-        self._stop = StopSignals(world)
+        return total
 
     def go(self) -> Path:
         """Train to the end, or until a signal; then evaluate."""
@@ -322,6 +355,17 @@ class Run:
             + (", or train with train.precision = fp32" if autocast_dtype(self.config, self.world.device) else "")
             + ", and --resume"
         )
+
+
+def _check_settings(config: Config, world: World) -> None:
+    """Raise a UserError for a key that asks for what this machine or its packages lack."""
+    if config.train.kernels == "triton" and world.device.type != "cuda" and not uk.dispatch.INTERPRETED:
+        raise UserError(
+            "train.kernels is triton but this run is on a CPU: set it to auto (or set TRITON_INTERPRET=1 to debug)"
+        )
+    check_wandb(config.train.wandb)
+    check_compile(config, world.device)
+    check_fp8(config, world.device)
 
 
 def _require_files(config: Config, world: World, absent: list[str], *, begins: bool) -> None:
