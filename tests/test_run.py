@@ -375,6 +375,14 @@ def test_missing_data_are_said_before_memory_is_measured(folder, monkeypatch):
             train(config(folder, train=auto, data={key: str(folder / "missing")}))
 
 
+def test_a_damaged_checkpoint_is_said_before_memory_is_measured(folder, monkeypatch):
+    settings = config(folder, train={"steps": 2})
+    (checkpoint.latest(train(settings)) / "ema.safetensors").unlink()
+    monkeypatch.setattr("unite_fast.engine.loop.fit", Mock(side_effect=AssertionError("measured")))
+    with pytest.raises(UserError, match="ema.safetensors is missing"):
+        train(settings, resume=True)
+
+
 def test_micro_batch_auto_runs(folder):
     """And what was tried changes no number of the run."""
     auto = {"steps": 2, "global_batch": 6, "accumulation": None, "micro_batch": "auto"}

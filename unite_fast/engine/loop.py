@@ -82,13 +82,13 @@ class Run:
         self._notices: list[str] = []
         # What can be checked is checked before memory is measured, which takes minutes.
         latest = self._agree(resume=resume)
+        state = None if latest is None else checkpoint.read_state(latest)
         _check_settings(config, world)
         _require_files(config, world, self.modality.absent_files(config, world.device), begins=latest is None)
         files = self.modality.evaluation_files(config, world.device)
         start = starting_weights(config, world) if latest is None else None
         # Before the data are opened: their order depends on the batch, and a decoder takes memory of the GPU.
         self.batch, self.objective = self._fit()
-        state = None if latest is None else checkpoint.read_state(latest)
         self.stream = self._open_stream(state)
         self.samples = self.modality.samples(self.stream)
         require_same_data(self.samples, world, self.modality.unit)
