@@ -124,8 +124,8 @@ def test_three_ranks_read_what_their_slices_make_together(monkeypatch):
     ranks = Ranks(3)
     ranks.patch(monkeypatch)
     groups = [
-        ["blocks.1.2.weight"], ["blocks.1.0.weight", "blocks.1.0.bias"], ["blocks.0.2.weight"], ["blocks.0.0.weight"],
         ["norm.weight", "norm.bias", "blocks.0.0.bias", "blocks.0.2.bias", "blocks.1.2.bias"],
+        ["blocks.0.0.weight"], ["blocks.0.2.weight"], ["blocks.1.0.weight", "blocks.1.0.bias"], ["blocks.1.2.weight"],
     ]  # fmt: skip
     rounded = {"blocks.1.2.weight", "blocks.1.0.weight", "blocks.0.0.weight"}
 

@@ -138,12 +138,13 @@ class DeepSpeedBackend:
         self._means: list[Tensor] = []
         if self._stage in (1, 2):
             self._zero.step = self._step_slices
+            flat = [
+                FlatGroup(whole, master, [f for f in fragments if f.master == index])
+                for index, (whole, master) in enumerate(zip(self._zero.bit16_groups_flat, masters, strict=True))
+            ]
             self._gather = WeightGather(
                 forward.model,
-                [
-                    FlatGroup(whole, master, [f for f in fragments if f.master == index])
-                    for index, (whole, master) in enumerate(zip(self._zero.bit16_groups_flat, masters, strict=True))
-                ],
+                flat[::-1],  # `in_stages` begins with what is read last
                 rounded=read_in_bf16(forward.model, groups, forward.dtype, fp8=config.train.fp8),
                 lazily=not config.train.compile,
                 rank=world.rank,

@@ -9,7 +9,7 @@ optimizer's weights, the averages and the checkpoints stay float32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,12 +38,24 @@ class FlatGroup(NamedTuple):
     fragments: Sequence[Fragment]
 
 
+class Arrival(NamedTuple):
+    """A flat group that is on its way.
+
+    Attributes:
+        waits: each waits for a collective.
+        copies: (to, from) of what is copied then, in this order; empty where the group arrives in its place.
+    """
+
+    waits: list[Callable[[], object]]
+    copies: list[tuple[Tensor, Tensor]]
+
+
 class WeightGather:
     """Gathers the ranks' updated slices before a forward reads them.
 
     Args:
         model: reads the weights; a HELD_BACK module's matrices are read only in that module's forward.
-        groups: in reverse order of reading, those that a forward reads first are last.
+        groups: in the order of reading.
         rounded: names of the parameters that are sent as bfloat16, together with their whole group; the other
             parameters of such a group are also sent in float32.
         lazily: False where hooks cannot be used, as in a compiled forward, which then waits for all groups.
@@ -63,103 +75,102 @@ class WeightGather:
         self._groups, self._rank, self._ranks = groups, rank, ranks
         self._parameters = dict(model.named_parameters())
         names = [{fragment.name for fragment in group.fragments} for group in groups]
-        self._narrow = [ranks > 1 and not group.isdisjoint(rounded) for group in names]
-        # What nothing holds back is waited for first, and then what is read first.
-        self._readers, elsewhere = readers(model, names)
-        if not lazily:
-            self._readers, elsewhere = {}, set(range(len(groups)))
-        self._order = sorted(reversed(range(len(groups))), key=lambda index: index not in elsewhere)
-        self._at_once = [index for index in self._order if index in elsewhere]
-        self._exact = [
-            (group, fragment)
-            for group, narrow in zip(groups, self._narrow, strict=True)
-            for fragment in group.fragments
-            if narrow and fragment.name not in rounded
+        self._bf16 = [index for index, group in enumerate(names) if not group.isdisjoint(rounded)]
+        # (slice, its fragment) of the parameters that bfloat16 groups hold and that are also sent in float32.
+        self._float32 = [
+            (groups[index].own, fragment)
+            for index in self._bf16
+            for fragment in groups[index].fragments
+            if fragment.name not in rounded
         ]
-        self._exact_work: dist.Work | None = None
-        self._exact_values: dict[str, Tensor] = {}
-        self._flying: dict[int, tuple[dist.Work, Tensor]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        everything = set(range(len(groups)))
+        # What no hook waits for, every forward waits for at once: it is sent first.
+        self._readers, unheld = readers(model, names) if lazily else ({}, everything)
+        self._unheld = sorted(unheld)
+        self._order = self._unheld + sorted(everything - unheld)
+        self._flying: dict[int, Arrival] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def begin(self) -> None:
         """Start sending this rank's slices and receiving the others', for the next forward. Collective."""
-        self._send(self._narrow)
-        if not self._flying:
-            return
-        for module, indices in self._readers.items():
-            hook = functools.partial(self._before, indices)
-            self._handles.append(module.register_forward_pre_hook(hook))
+        self._send(bf16=self._bf16)
+        if self._flying:
+            for module, indices in self._readers.items():
+                hook = functools.partial(self._before, indices)
+                self._hooks.append(module.register_forward_pre_hook(hook))
 
     def publish(self) -> None:
         """Bring float32 values together, and wait for them. Collective."""
-        self._send([False] * len(self._groups))
+        self._send(bf16=())
         self.finish()
 
     def before_forward(self) -> None:
         """Wait for what no hook waits for. On CUDA the device waits, not the host."""
-        for index in self._at_once:
-            self._settle(index)
+        self._wait(self._unheld)
 
     def finish(self) -> None:
         """Wait for everything."""
-        for index in list(self._flying):
-            self._settle(index)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._wait(list(self._flying))
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _before(self, indices: Sequence[int], *_: object) -> None:
-        for index in indices:
-            self._settle(index)
-        if not self._flying:
+        """The hook on a module that reads these groups."""
+        self._wait(indices)
+        if not self._flying:  # no hook has anything to wait for, and each call of one costs the host
             self.finish()
 
     @torch.no_grad()
-    def _send(self, narrow: Sequence[bool]) -> None:
+    def _wait(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            if index not in self._flying:
+                continue
+            waits, copies = self._flying.pop(index)
+            for wait in waits:
+                wait()
+            for target, source in copies:
+                target.copy_(source)
+
+    @torch.no_grad()
+    def _send(self, bf16: Collection[int]) -> None:
+        """Send all groups, those of these indices as bfloat16."""
         self.finish()
         if self._ranks == 1:
             for whole, own, _ in self._groups:
                 whole.copy_(own)
             return
-        if any(narrow):
-            self._send_exact()
+        float32, values = self._send_float32() if bf16 else ([], {})
         for index in self._order:
-            whole, own, _ = self._groups[index]
-            target = torch.empty_like(whole, dtype=torch.bfloat16) if narrow[index] else whole
-            mine = target.narrow(0, self._rank * own.numel(), own.numel())
+            whole, own, fragments = self._groups[index]
+            target = torch.empty_like(whole, dtype=torch.bfloat16) if index in bf16 else whole
+            mine = target[self._rank * own.numel() : (self._rank + 1) * own.numel()]
             mine.copy_(own)
-            self._flying[index] = dist.all_gather_into_tensor(target, mine, async_op=True), target
+            waits, copies = [dist.all_gather_into_tensor(target, mine, async_op=True).wait], []
+            if index in bf16:
+                waits += float32
+                names = [fragment.name for fragment in fragments if fragment.name in values]
+                copies = [(whole, target), *((self._parameters[name], values[name]) for name in names)]
+            self._flying[index] = Arrival(waits, copies)
 
-    @torch.no_grad()
-    def _settle(self, index: int) -> None:
-        if index not in self._flying:
-            return
-        work, target = self._flying.pop(index)
-        work.wait()
-        group = self._groups[index]
-        if target is group.whole:
-            return
-        group.whole.copy_(target)
-        if self._exact_work is not None:
-            self._exact_work.wait()
-            self._exact_work = None
-        for fragment in group.fragments:
-            if fragment.name in self._exact_values:
-                self._parameters[fragment.name].copy_(self._exact_values.pop(fragment.name))
-
-    def _send_exact(self) -> None:
-        """The float32 parameters in bfloat16 groups, by an all-reduce of each rank's pieces padded with zeros: exact.
+    def _send_float32(self) -> tuple[list[Callable[[], object]], dict[str, Tensor]]:
+        """Send the float32 parameters of bfloat16 groups, by an all-reduce of pieces padded with zeros, which is exact.
 
         They lie in only a few ranks' slices, so a gather, of equal shares, would send far more.
+
+        Returns:
+            What waits for them, and name -> value.
         """
-        if not self._exact:
-            return
-        sizes = [fragment.shape.numel() for _, fragment in self._exact]
-        values = self._exact[0][0].own.new_zeros(sum(sizes))
-        for (group, fragment), value in zip(self._exact, values.split(sizes), strict=True):
-            fragment.put(group.own, value)
-            self._exact_values[fragment.name] = value.view(fragment.shape)
-        self._exact_work = dist.all_reduce(values, async_op=True)
+        if not self._float32:
+            return [], {}
+        sizes = [fragment.shape.numel() for _, fragment in self._float32]
+        values = self._float32[0][0].new_zeros(sum(sizes))
+        found = {}
+        for (own, fragment), value in zip(self._float32, values.split(sizes), strict=True):
+            fragment.put(own, value)
+            found[fragment.name] = value.view(fragment.shape)
+        # Cached, because all bfloat16 groups call it and only the first needs to wait.
+        return [functools.cache(dist.all_reduce(values, async_op=True).wait)], found
 
 
 def readers(model: nn.Module, groups: Sequence[Collection[str]]) -> tuple[dict[nn.Module, list[int]], set[int]]:
