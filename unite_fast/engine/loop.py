@@ -321,8 +321,8 @@ class Run:
             )
         if self.first_step > self.total:
             line.say(
-                f"warning: that is more than the {self.total} steps which the configuration asks for: nothing is trained, "
-                f"and what a finished run leaves is of step {self.first_step}"
+                f"warning: that is more than the {self.total} steps which the configuration asks for: nothing is "
+                f"trained, and what a finished run leaves is of step {self.first_step}"
             )
         if doubt := schedule_doubt(self.total, self.stream.steps_per_epoch, self.config.optimizer):
             line.say(f"warning: {doubt}")
