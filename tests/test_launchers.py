@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_trees import wait_until
+from ranks import free_port
 from runs import config, config_file, image_tree, latest_step
 from safetensors.torch import load_file
 
@@ -19,6 +20,11 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}"}
 
 
+def on_two_ranks(config: Path) -> list[str | Path]:
+    """The command; its port is a free one, as DeepSpeed's own may be another run's."""
+    return [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", config]
+
+
 def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
     """The terminal signals the ranks and the launcher, which signals the ranks again; none waits for a log step."""
     pytest.importorskip("deepspeed")
@@ -27,15 +33,20 @@ def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
     train_ = {**rare, "global_batch": 6, "device": "cpu", "zero_stage": 3}
     path = config_file(tmp_path, train=train_, optimizer={"kind": "adamw"}, model={"width": 64})
     process = subprocess.Popen(
-        [LAUNCHER, "--num_gpus", "2", SCRIPT, "--config", path], env=ENVIRONMENT, start_new_session=True,
+        on_two_ranks(path), env=ENVIRONMENT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's background jobs ignore it
     )  # fmt: skip
     run = tmp_path / "runs" / "run"
     metrics = run / "metrics.jsonl"
+
+    def ended() -> bool:
+        return process.poll() is not None
+
     try:
         # Three processes import PyTorch, on a machine that may be busy.
-        assert wait_until(lambda: metrics.exists() and metrics.stat().st_size, seconds=300)
+        assert wait_until(lambda: ended() or metrics.exists() and metrics.stat().st_size, seconds=300)
+        assert not ended(), process.communicate()[0]
         os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=120)  # until the ranks, too, have closed it
     finally:
@@ -52,8 +63,7 @@ def test_two_ranks_then_one_agree_with_one_process(tmp_path):
         "global_batch": 6, "accumulation": 1, "zero_stage": 2, "device": "cpu", "checkpoint_every": 2, "log_every": 1,
     }  # fmt: skip
     path = config_file(tmp_path, train={**batch, "steps": 4})
-    command = [LAUNCHER, "--num_gpus", "2", SCRIPT, "--config", path]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(on_two_ranks(path), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     # The same micro-batches on one process: two accumulated in place of two ranks.
     alone = {**batch, "accumulation": 2, "zero_stage": 0, "steps": 6}
