@@ -26,7 +26,7 @@ from unite_fast.objective.two_pass import Objective
 
 if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
-    from unite_fast.analysis.launches import PassLaunches
+    from unite_fast.analysis.launches import Launches
 
 
 IMAGENET_IMAGES = 1_281_167
@@ -101,7 +101,7 @@ class Images:
         parts = step_parts(config.model, config.objective, dtype=dtype, device=device, fp8=config.train.fp8)
         return {name: (part, extent.samples) for name, part in parts.items()}
 
-    def launches(self, config: Config) -> PassLaunches:
+    def launches(self, config: Config) -> Launches:
         from unite_fast.analysis.launches import image_launches
 
         return image_launches(config)

@@ -26,7 +26,7 @@ from unite_fast.objective.two_pass import TwoPassObjective
 
 if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
-    from unite_fast.analysis.launches import PassLaunches
+    from unite_fast.analysis.launches import Launches
     from unite_fast.analysis.parts import Dtype, Part
     from unite_fast.engine.engine import Engine
     from unite_fast.engine.report import Report
@@ -112,8 +112,8 @@ class Modality(Protocol):
         "denoise" counts one draw.
         """
 
-    def launches(self, config: Any) -> PassLaunches:
-        """Kernels that a micro-batch of the run launches on a GPU."""
+    def launches(self, config: Any) -> Launches:
+        """Kernels that a micro-batch of the run launches on a GPU outside the blocks."""
 
     def report(self, config: Any, folder: Path, world: World, engine: Engine, stream: Any, files: Any) -> Report:
         """What the run leaves for people; `files` as `evaluation_files` read them."""

@@ -1,9 +1,9 @@
 """How many kernels an optimizer step launches, counted from the configuration, and what that takes the host.
 
-The constants are those that `benchmarks/launches.py` counts of whole steps on an imagined GPU, in bfloat16 under
-autocast: differences of steps that differ in one block, one chunk, one micro-batch. A forward and its backward belong
-together. Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The
-number of samples changes nothing.
+The numbers are counted of whole steps on an imagined GPU (`benchmarks/launches.py`): differences of steps that differ
+in one block, one chunk, one micro-batch or one setting; `tests/imagined_steps.py` holds the formula against such steps.
+Sums of gradients follow from the parameters that each pass reads, and Muon's launches from its batches. The number of
+samples changes nothing.
 
 Not counted: what ZeRO and the collectives launch beside the update of one GPU, and the few launches by which other
 forms of model and objective differ (without context tokens a step has 2 % fewer, others differ by 1 % at most). Under
@@ -13,7 +13,7 @@ forms of model and objective differ (without context tokens a step has 2 % fewer
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
 
 from unite_fast.analysis.update import flow_passes, network_of, reads, trained_weights
 from unite_fast.config import Config, OptimizerConfig, Sizes
@@ -29,85 +29,96 @@ from unite_kernels.dispatch import aligned
 # since then one of a shared EPYC 9005 20 (B) and 21 (qm9_s); a real one takes 2 to 3 µs besides.
 HOST_SECONDS = (10e-6, 30e-6)
 LAUNCH_SECONDS = sum(HOST_SECONDS) / 2  # where one number is needed
-RECOMPUTED = 9  # by the forward that activation checkpointing repeats of a block
-# Casts of weights, made once a micro-batch (casts.py): of a block's modulation, of its other Linears, and of three
-# Linears outside.
-BLOCK_CASTS, OTHER_CASTS = 2, 3
-# Where SwiGLU's rows are filled up (model/aligned.py): a bias copied with its zeros in every forward; its gradient and
-# two weights' cut out; among the casts two weights and a bias that are not cast with others.
-FILLED, FILLED_BACKWARD, FILLED_CASTS = 2, 3, 5
-# Under train.fp8, whose products cast their inputs themselves, in every forward: kernels more of an encoder's and a
-# decoder's block and of a recomputed forward, and among the casts three for each weight; where rows are filled up, two
-# weights' copies.
-EIGHT, EIGHT_DECODER, EIGHT_RECOMPUTED, EIGHT_CASTS, EIGHT_FILLED_CASTS = 38, 39, 15, 11, 4
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Kernels by what launches them, forward and backward together, without sums of gradients.
+
+    Attributes:
+        encoder_block: one block in one pass.
+        recomputed_block: the forward of it that activation checkpointing repeats.
+        decoder_block: casts of its weights among them.
+        reconstruct, flow: pass one, and a chunk of pass two, outside the blocks.
+        block_casts, other_casts: once a micro-batch (model/casts.py), casts of the weights of an encoder block, and of
+            the encoder's other Linears that both passes read.
+    """
+
+    encoder_block: int = 0
+    recomputed_block: int = 0
+    decoder_block: int = 0
+    reconstruct: int = 0
+    flow: int = 0
+    block_casts: int = 0
+    other_casts: int = 0
+
+    def __add__(self, other: Launches) -> Launches:
+        return Launches(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+
+# In bfloat16 under autocast. The records after it hold what is launched more.
+BF16 = Launches(
+    encoder_block=38,  # 15 products of five Linears, attention's 2, 8 sums over rows, 10 of unite_kernels, 3 others
+    recomputed_block=9,  # 4 products, attention, 4 of unite_kernels; modulation is not repeated
+    decoder_block=28,  # 12 products of four Linears, attention's 2, 6 sums over rows, 4 of unite_kernels, 4 others
+    block_casts=2,  # modulation's, and in one launch those of the four other Linears
+    other_casts=3,  # register_in, final_modulation, final
+)
+# Under train.fp8, by which four Linears of a block quantize input, gradient of the output, and weight.
+QUANTIZED = 3  # for a matrix: a zero, its largest number, the casts
+FP8 = Launches(
+    encoder_block=4 * 2 * QUANTIZED + 3,  # input and gradient; casts of three biases
+    recomputed_block=4 * QUANTIZED + 3,
+    decoder_block=4 * 3 * QUANTIZED + 4 - 1,  # all three; casts of four biases, without the one of all weights
+    block_casts=4 * QUANTIZED - 1,
+)
+# Where SwiGLU's rows are filled up (model/aligned.py): in every forward a bias and its zeros are copied; in a backward
+# its gradient and two weights' are cut out; among the casts two weights and their zeros, and without FP8 the bias.
+FILLED = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2 + 1)
+FILLED_FP8 = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2)
 # Under ZeRO 3, whose Linears are DeepSpeed's own: they cast a weight in every forward and in every backward, and its
-# gradient, and add the bias by itself. Kernels more, net of the casts that serve elsewhere, of an encoder's and a
-# decoder's block, of a recomputed forward, and of pass one and a chunk outside their blocks. Rows are not filled up.
-GATHERED, GATHERED_DECODER, GATHERED_RECOMPUTED = 20, 15, 8
-GATHERED_RECONSTRUCT, GATHERED_FLOW = 17, 12
+# gradient, and add the bias by itself. No cast serves all passes, and rows are not filled up.
+ZERO_3 = Launches(
+    encoder_block=22,  # 18 casts, 4 sums with a bias
+    recomputed_block=8,  # 4 and 4
+    decoder_block=15,  # 12 casts in place of one, 4 sums
+    reconstruct=20,
+    flow=15,
+    block_casts=-BF16.block_casts,
+    other_casts=-BF16.other_casts,
+)
+# By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone.
+LATENT_NORM = {"layer": Launches(), "rms": Launches(reconstruct=27, flow=22), "none": Launches(reconstruct=7, flow=2)}
+LPIPS, LPIPS_DROPOUT = 119, 190  # of images; what dropout inside the 1×1 layers launches besides
 # multi_tensor_apply (ATen/native/cuda/MultiTensorApply.cuh): elements of a block, blocks of a launch, and its tensors
 # by the number of lists that go together.
 BLOCK_ELEMENTS, LIST_BLOCKS, LIST_TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 UNREAD = "time.special"  # a parameter of published checkpoints that no pass reads
-# By model.latent_norm: what plain PyTorch launches in place of the operators that know LayerNorm alone, in pass one and
-# in a chunk of pass two.
-LATENT_NORM = {"layer": (0, 0), "rms": (27, 22), "none": (7, 2)}
-LPIPS, LPIPS_DROPOUT = 119, 190  # of images; what dropout inside the 1×1 layers launches besides
 
 
-class PassLaunches(NamedTuple):
-    """Kernels of one micro-batch: pass one, and one chunk of pass two; forward and backward, no sums of gradients.
-
-    Attributes:
-        reconstruct: with the casts of all weights that the pass reads.
-        flow: without those that pass one has made.
-        casts: of the weights that a chunk reads, made once for all passes.
-    """
-
-    reconstruct: int
-    flow: int
-    casts: int
-
-
-def pass_launches(config: Config, *, block: int, decoder_block: int, reconstruct: int, flow: int) -> PassLaunches:
-    """Of a network with an encoder and a decoder.
-
-    Args:
-        config: the run, whose model has `depth`, `width`, `latent_norm`, `checkpoint_activations`, `decoder.depth`.
-        block, decoder_block: kernels of one block, its casts among them.
-        reconstruct, flow: those of a pass outside its blocks: draws, embeddings, modulation, losses, casts.
-    """
-    model, recomputed, block_casts, other_casts = config.model, RECOMPUTED, BLOCK_CASTS, OTHER_CASTS
-    gathered = config.train.zero_stage == 3
-    filled = not gathered and aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width)
-    if gathered:
-        block += GATHERED
-        decoder_block += GATHERED_DECODER
-        recomputed += GATHERED_RECOMPUTED
-        reconstruct += GATHERED_RECONSTRUCT
-        flow += GATHERED_FLOW
-        block_casts = other_casts = 0
-    if config.train.fp8:
-        block += EIGHT
-        decoder_block += EIGHT_DECODER
-        recomputed += EIGHT_RECOMPUTED
-        block_casts += EIGHT_CASTS
-    if filled:
-        filled_casts = EIGHT_FILLED_CASTS if config.train.fp8 else FILLED_CASTS
-        block += FILLED + FILLED_BACKWARD + filled_casts
-        recomputed += FILLED
-        block_casts += filled_casts
-    reconstruct, flow = (sum(pair) for pair in zip((reconstruct, flow), LATENT_NORM[model.latent_norm], strict=True))
-    encoder = model.depth * (block + (recomputed if model.checkpoint_activations else 0))
-    casts = model.depth * block_casts + other_casts
-    return PassLaunches(reconstruct + encoder + model.decoder.depth * decoder_block, flow + encoder - casts, casts)
-
-
-def image_launches(config: Config) -> PassLaunches:
-    """Kernels of a micro-batch of images."""
+def image_launches(config: Config) -> Launches:
+    """Those that images need outside the blocks."""
     lpips = config.objective.lpips
     perceptual = (LPIPS + (LPIPS_DROPOUT if lpips.dropout else 0)) if lpips.weight else 0
-    return pass_launches(config, block=40, decoder_block=28, reconstruct=164 + perceptual, flow=105)
+    return Launches(reconstruct=161 + perceptual, flow=102)
+
+
+def micro_batch_launches(config: Config) -> int:
+    """Kernels of a micro-batch's passes and casts, without sums of gradients."""
+    model, fp8 = config.model, config.train.fp8
+    each = BF16 + LATENT_NORM[model.latent_norm] + modality_of(config).launches(config)
+    if fp8:
+        each += FP8
+    if config.train.zero_stage == 3:
+        each += ZERO_3
+    elif aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width):
+        each += FILLED_FP8 if fp8 else FILLED
+    block = each.encoder_block + (each.recomputed_block if model.checkpoint_activations else 0)
+    reconstruct = each.reconstruct + model.depth * block + model.decoder.depth * each.decoder_block
+    flow = each.flow + model.depth * block
+    casts = each.other_casts + model.depth * each.block_casts
+    encoders = 1 if model.shared else 2  # with weights to cast
+    return reconstruct + flow_passes(config) * flow + encoders * casts
 
 
 def step_launches(config: Config, accumulation: int) -> int:
@@ -117,15 +128,12 @@ def step_launches(config: Config, accumulation: int) -> int:
         config: the run, with a number of draws a chunk.
         accumulation: micro-batches.
     """
-    passes, chunks = modality_of(config).launches(config), flow_passes(config)
     names = {name for name, _ in network_of(config.model).named_parameters() if not name.endswith(UNREAD)}
     names -= summed_in_products(config)
     read = {phase: {name for name in names if reads(config.model, phase, name)} for phase in ("reconstruct", "flow")}
     # The first gradient of a parameter becomes its sum, every other one is added.
-    sums = accumulation * (len(read["reconstruct"]) + chunks * len(read["flow"])) - len(names)
-    update = update_launches(config.model, config.optimizer)
-    casts = 0 if config.model.shared else passes.casts  # pass one has made those of shared weights
-    return accumulation * (passes.reconstruct + chunks * passes.flow + casts) + sums + update
+    sums = accumulation * (len(read["reconstruct"]) + flow_passes(config) * len(read["flow"])) - len(names)
+    return accumulation * micro_batch_launches(config) + sums + update_launches(config.model, config.optimizer)
 
 
 def summed_in_products(config: Config) -> set[str]:
@@ -145,18 +153,19 @@ def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     muon = network.matrix_parameters() if optimizer.kind == "muon" else set()
     sizes = {name: p.numel() for name, p in network.named_parameters() if not name.endswith(UNREAD)}
     rest = [size for name, size in sizes.items() if name not in muon]
-    averages = 1 + len(optimizer.ema_decays)
     # The norm of the gradients and the coefficient of it; the meter adds the losses.
-    found = 10 + list_launches(list(sizes.values()), 2)
-    # Scaled gradients, AdamW with its counters, each average.
-    found += 2 * list_launches(rest, 1) + list_launches(rest, 5) + averages * list_launches(rest, 2)
+    clipping = 10 + list_launches(list(sizes.values()), 2)
+    adamw = 2 * list_launches(rest, 1) + list_launches(rest, 5)  # scaled gradients, counters; the step itself
+    averages = (1 + len(optimizer.ema_decays)) * list_launches(rest, 2)
     batches = matrix_batches(matrices)
+    sweeps = 4 if batches else 0  # Muon's two, and a table for each
+    products = 0
     for batch in batches:
         rows, columns = matrices[batch[0]]
         # Its norm, three products a step, rows filled up, and the copy that turns or cuts it.
         filled = aligned(columns) != columns
-        found += 3 * optimizer.newton_schulz_steps + 3 + 2 * filled + (rows > columns or filled)
-    return found + (4 if batches else 0)  # Muon's two sweeps, and a table for each
+        products += 3 + 3 * optimizer.newton_schulz_steps + 2 * filled + (rows > columns or filled)
+    return clipping + adamw + averages + sweeps + products
 
 
 def list_launches(sizes: list[int], lists: int) -> int:

@@ -22,7 +22,7 @@ from unite_fast.molecules.objective import MoleculeObjective, Molecules, rotate
 
 if TYPE_CHECKING:
     from unite_fast.analysis.isolated import Isolated
-    from unite_fast.analysis.launches import PassLaunches
+    from unite_fast.analysis.launches import Launches
     from unite_fast.analysis.parts import Dtype, Part
     from unite_fast.molecules.stream import MoleculeBatch, MoleculeStream
 
@@ -114,10 +114,10 @@ class Molecular:
         )
         return {name: (part, 1) for name, part in parts.items()}
 
-    def launches(self, config: MoleculeConfig) -> PassLaunches:
-        from unite_fast.analysis.launches import pass_launches
+    def launches(self, config: MoleculeConfig) -> Launches:
+        from unite_fast.analysis.launches import Launches
 
-        return pass_launches(config, block=40, decoder_block=28, reconstruct=236, flow=102)
+        return Launches(reconstruct=233, flow=99)
 
     def report(
         self, config: MoleculeConfig, folder: Path, world: World, engine: Engine, stream: MoleculeStream, files: None
