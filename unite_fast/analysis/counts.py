@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 
 from unite_fast.analysis.parts import DTYPE_BYTES, Dtype, Op, Part, attention_op, linear_op, moves_op
 from unite_fast.config import ModelConfig, ObjectiveConfig
+from unite_fast.model.blocks import swiglu_hidden
+from unite_fast.model.conditioning import TIME_FREQUENCIES
+from unite_fast.objective.perceptual import CHANNELS, STAGES
 
-TIME_FEATURES = 512  # sines and cosines of 256 frequencies (UNITE, condition c)
-# VGG16 up to relu5_3 (Simonyan & Zisserman 2015): channels of each stage's convolutions, a 2×2 pool between stages.
-VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+TIME_FEATURES = 2 * TIME_FREQUENCIES  # sines and cosines
 
 
 def step_parts(
@@ -77,8 +78,7 @@ class _Sizes(NamedTuple):
 def _encoder(sizes: _Sizes, objective: ObjectiveConfig, *, tokenize: bool) -> list[Op]:
     """The Generative Encoder (UNITE, arXiv 2603.22283), fused as unite_kernels computes it."""
     model, width = sizes.model, sizes.width
-    channels, depth = model.width, model.depth
-    hidden = int(2 / 3 * 4 * channels)
+    channels, depth, hidden = model.width, model.depth, swiglu_hidden(model.width)
     tokens = model.registers + (model.patches if tokenize else 0)
     ops = [
         linear_op("time lift", 1, TIME_FEATURES, channels, 4, input_grad=False),
@@ -215,8 +215,8 @@ def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
     width, side = sizes.width, sizes.model.image_size
     ops = []
     inputs = 3
-    for stage, channels in enumerate(VGG):
-        if stage:
+    for stage, (convolutions, outputs) in enumerate(zip(STAGES, CHANNELS, strict=True)):
+        if stage:  # a 2×2 pool
             pooled = (side // 2) ** 2 * inputs
             side //= 2
             # Fused, it writes a number twice and reads its gradient. Alone it reads four numbers and writes one with
@@ -229,15 +229,14 @@ def _lpips(sizes: _Sizes, dropout: bool) -> list[Op]:
                 )
             )  # fmt: skip
         pixels = side * side
-        for position, outputs in enumerate(channels):
+        for _ in convolutions:
             product = 2 * 9 * pixels * inputs * outputs
-            first = not stage and not position
             ops.append(
                 Op(
                     "convolution", forward=2 * product, backward=product,
                     forward_bytes=2 * width * pixels * (inputs + outputs),
                     backward_bytes=width * pixels * (inputs + outputs),
-                    saved=width * pixels * inputs if first else 0,  # others read what ReLU or pool has kept
+                    saved=0 if ops else width * pixels * inputs,  # all but the first read what ReLU or pool has kept
                     weights=9 * inputs * outputs, trained=False,
                 )
             )  # fmt: skip
