@@ -90,10 +90,10 @@ def test_what_is_read_first_is_sent_first(reports, name):
 def test_what_brings_the_weights_together_is_the_theory(in_stages, reports, name):
     config = configured(**CASES[name])
     carried = [gathered.collective for gathered in update.gathered_weights(config, ranks=2, device="cpu")]
-    expected = sum(collective.width * collective.elements for collective in carried)
+    expected = sum(collective.itemsize * collective.elements for collective in carried)
     assert all(report[name]["sent"] == expected for report in reports)
     if name in ("fp32", "adamw"):
-        assert {(collective.kind, collective.width) for collective in carried} == {("all_gather", 4)}
+        assert {(collective.kind, collective.itemsize) for collective in carried} == {("all_gather", 4)}
     else:
         assert expected < 3 * update.trained_weights(config.model, config.optimizer.kind).total
 
@@ -231,4 +231,4 @@ def test_most_of_b_comes_while_the_next_forward_runs():
     compiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
     assert {(part, before) for _, part, before in arrivals(compiled, ranks=8)} == {("tokenize", 0.0)}
     float32 = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
-    assert {gathered.collective.width for gathered, *_ in arrivals(float32, ranks=8)} == {4}
+    assert {gathered.collective.itemsize for gathered, *_ in arrivals(float32, ranks=8)} == {4}

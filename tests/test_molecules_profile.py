@@ -90,7 +90,7 @@ def test_bytes_grow_with_the_atoms_and_float32_doubles_them():
     )
     narrow = packed_parts(model, goal, extent(COUNTS), dtype="bf16", device="cpu")
     for name, part in once.items():
-        weights = sum(part.width * op.weights for op in part.ops)
+        weights = sum(part.itemsize * op.weights for op in part.ops)
         assert twice[name].forward_bytes(1) - weights == 2 * (part.forward_bytes(1) - weights) > 0
         assert narrow[name].forward_bytes(1) <= part.forward_bytes(1) <= 2 * narrow[name].forward_bytes(1)
     assert narrow["denoise"].forward_bytes(1) < 0.6 * once["denoise"].forward_bytes(1)

@@ -113,7 +113,7 @@ def test_zero_3_gathers_what_each_pass_reads_and_reduces_once():
 
 
 def test_messages_of_a_collective_pay_their_hops_each():
-    whole = Collective("all_gather", "weights", 1_000_000, 1_000_000, messages=2, width=2)
+    whole = Collective("all_gather", "weights", 1_000_000, 1_000_000, messages=2, itemsize=2)
     ring = 2 * 3 * (1e-3 + 1e6 / 4 / 0.5e9)
     assert collective_time(whole, 4, FLAT) == pytest.approx(ring)
     # Bytes of a ring pass 2 · 3/4 times, of a tree twice: where bytes count it is the ring, where hops do the tree.
@@ -125,7 +125,7 @@ def test_messages_of_a_collective_pay_their_hops_each():
 
 def test_matrices_travel_from_one_gpu_to_one_other():
     """Three sends; between nodes one adapter, not the four side by side that a ring has."""
-    pieces = Collective("all_to_all", "pieces", 9_000_000, 1_000_000, messages=3, width=2)
+    pieces = Collective("all_to_all", "pieces", 9_000_000, 1_000_000, messages=3, itemsize=2)
     assert collective_time(pieces, 4, FLAT) == pytest.approx(3 * 1e-3 + 2e6 / 0.5e9)
     hop = (3 * 1e-3 + 5e-3) / 4
     assert collective_time(pieces, 8, FLAT) == pytest.approx(3 * hop + 2e6 / 0.5e8)

@@ -96,4 +96,4 @@ def test_windows_are_those_that_the_engine_sends(ranks, stage):
 
 def test_one_rank_sends_nothing_and_rounds_nothing():
     assert all(collectives(config(), ranks=1, stage=stage) == [] for stage in range(4))
-    assert {gathered.collective.width for gathered in gathered_weights(config(), ranks=1)} == {4}
+    assert {gathered.collective.itemsize for gathered in gathered_weights(config(), ranks=1)} == {4}

@@ -129,7 +129,7 @@ def predict(
         later=FP32 * total - backward.gradients,
         optimizer=FP32 * moments,
         ema=FP32 * held * (1 + len(config.optimizer.ema_decays)),
-        frozen=sum(part.width * op.weights for part in parts.values() for op in part.ops if not op.trained),
+        frozen=sum(part.itemsize * op.weights for part in parts.values() for op in part.ops if not op.trained),
         buffers=FP32 * _buffers(weights, held, ranks, stage),
         casts=backward.casts,
         activations=round(backward.activations * (1 + WORKING_SHARE)),
@@ -211,7 +211,7 @@ def perceptual_working(part: Part, images: int) -> int:
     The gradient of the largest map, and the largest convolution's weights, which oneDNN lays out anew from a few images
     on: 9.4 MB in float32.
     """
-    return images * max(op.saved for op in part.ops) + part.width * max(op.weights for op in part.ops)
+    return images * max(op.saved for op in part.ops) + part.itemsize * max(op.weights for op in part.ops)
 
 
 def recomputed_activations(part: Part) -> int:
@@ -235,16 +235,16 @@ def _casts(part: Part) -> int:
     Those of time embedding and atoms' heads stay float32.
     """
     eight = sum(EIGHT_BIT_WEIGHT * op.weights for op in part.ops if part.fp8 and op.fp8)
-    if part.width == DTYPE_BYTES["fp32"]:
+    if part.itemsize == DTYPE_BYTES["fp32"]:
         return eight
     rest = (op.weights for op in part.ops if op.trained and not (op.wide or part.fp8 and op.fp8))
-    return eight + part.width * sum(rest)
+    return eight + part.itemsize * sum(rest)
 
 
 def _arriving(config: Config, ranks: int, device: Literal["cuda", "cpu"]) -> int:
     """What updated weights arrive in under ZeRO 1 and 2 that are not received in place, as float32 ones are."""
     carried = [gathered.collective for gathered in gathered_weights(config, ranks=ranks, device=device)]
-    return sum(c.width * c.elements for c in carried if c.kind == "all_reduce" or c.width != FP32)
+    return sum(c.itemsize * c.elements for c in carried if c.kind == "all_reduce" or c.itemsize != FP32)
 
 
 def _update_bytes(weights: Weights, muon: int, dtype: Dtype, sharded: bool) -> int:

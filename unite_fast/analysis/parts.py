@@ -78,14 +78,14 @@ class Part:
         name: "tokenize", "decode", "lpips" or "denoise".
         ops: operators; for one image, of "denoise" for one draw of one image.
         recomputes: the encoder's blocks run forward again inside the backward pass.
-        width: bytes of a number in the compute dtype.
+        itemsize: bytes of a number in the compute dtype.
         fp8: `train.fp8` is on.
     """
 
     name: str
     ops: tuple[Op, ...]
     recomputes: bool
-    width: int
+    itemsize: int
     fp8: bool = False
 
     @property
@@ -153,19 +153,19 @@ class Part:
     def _forward(self, op: Op, images: float, fp8: bool) -> tuple[float, float]:
         """Bytes that an operator moves in one forward pass, and those of casts to eight bits before it."""
         if not (fp8 and op.fp8):
-            return images * op.forward_bytes + self.width * op.weights, 0.0
+            return images * op.forward_bytes + self.itemsize * op.weights, 0.0
         return images * op.fp8.forward + op.weights, images * op.fp8.forward_casts
 
     def _backward(self, op: Op, images: float, fp8: bool) -> tuple[float, float]:
         """Those of its backward pass; a gradient of a weight is read and written in float32."""
         summed = 2 * DTYPE_BYTES["fp32"] * op.weights if op.trained else 0
         if not (fp8 and op.fp8):
-            return images * op.backward_bytes + self.width * op.weights + summed, 0.0
+            return images * op.backward_bytes + self.itemsize * op.weights + summed, 0.0
         return images * op.fp8.backward + op.weights + summed, images * op.fp8.backward_casts
 
 
 def linear_op(
-    name: str, rows: int, inputs: int, outputs: int, width: int, *, input_grad: bool = True, saves: bool = True,
+    name: str, rows: int, inputs: int, outputs: int, itemsize: int, *, input_grad: bool = True, saves: bool = True,
     block: int | None = None,
 ) -> Op:  # fmt: skip
     """[rows, inputs] -> [rows, outputs]; `saves` where nobody before has kept the input.
@@ -173,10 +173,10 @@ def linear_op(
     Its name is that of the Linear with a space for an underscore; outside the blocks none is called as one of theirs.
     """
     product = 2 * rows * inputs * outputs
-    casts = 2 * width + 2  # a number read twice and written twice
+    casts = 2 * itemsize + 2  # a number read twice and written twice
     eight = Eight(
-        forward=rows * (inputs + width * outputs),
-        backward=rows * (outputs + inputs + input_grad * (outputs + width * inputs)),
+        forward=rows * (inputs + itemsize * outputs),
+        backward=rows * (outputs + inputs + input_grad * (outputs + itemsize * inputs)),
         forward_casts=casts * rows * inputs,
         backward_casts=casts * rows * outputs,
         saved=rows * inputs,
@@ -185,21 +185,22 @@ def linear_op(
         name,
         forward=product,
         backward=product * (1 + input_grad),
-        forward_bytes=width * rows * (inputs + outputs),
-        backward_bytes=width * rows * (outputs + inputs + input_grad * (outputs + inputs)),
-        saved=width * rows * inputs if saves else 0,
+        forward_bytes=itemsize * rows * (inputs + outputs),
+        backward_bytes=itemsize * rows * (outputs + inputs + input_grad * (outputs + inputs)),
+        saved=itemsize * rows * inputs if saves else 0,
         weights=inputs * outputs,
         block=block,
-        wide=width == DTYPE_BYTES["fp32"],
+        wide=itemsize == DTYPE_BYTES["fp32"],
         fp8=eight if takes(name.replace(" ", "_"), inputs, outputs) else None,
     )
 
 
 def moves_op(
-    name: str, elements: int, width: int, *, forward: float, backward: float, saved: float = 0, block: int | None = None
-) -> Op:
+    name: str, elements: int, itemsize: int, *, forward: float, backward: float, saved: float = 0,
+    block: int | None = None,
+) -> Op:  # fmt: skip
     """An operator that only moves bytes: tensors of `elements` numbers read and written, and kept."""
-    size = elements * width
+    size = elements * itemsize
     return Op(
         name, forward_bytes=round(forward * size), backward_bytes=round(backward * size), saved=round(saved * size),
         block=block,
@@ -207,7 +208,7 @@ def moves_op(
 
 
 def attention_op(
-    tokens: int, channels: int, heads: int, width: int, block: int | None = None, pairs: int | None = None
+    tokens: int, channels: int, heads: int, itemsize: int, block: int | None = None, pairs: int | None = None
 ) -> Op:
     """q kᵀ and p v; fused: no [N, N] matrix in memory. Keeps packed q, k, v, the output, and a float32 a row.
 
@@ -218,8 +219,8 @@ def attention_op(
         "attention",
         forward=product,
         backward=2 * product,
-        forward_bytes=width * tokens * channels * 4,
-        backward_bytes=width * tokens * channels * 8,
-        saved=width * tokens * channels * 4 + 4 * heads * tokens,
+        forward_bytes=itemsize * tokens * channels * 4,
+        backward_bytes=itemsize * tokens * channels * 8,
+        saved=itemsize * tokens * channels * 4 + 4 * heads * tokens,
         block=block,
     )

@@ -270,11 +270,11 @@ def collective_time(collective: Collective, ranks: int, network: Network) -> flo
     if ranks == 1:
         return 0.0
     hop, bandwidth = network.hop(ranks), network.bandwidth(ranks)
-    size = collective.width * collective.elements
+    size = collective.itemsize * collective.elements
     if collective.kind == "all_to_all":
         # Single messages from one GPU to one other: each has its own adapter to itself.
         link = network.node_link if ranks <= network.per_node else min(network.node_link, network.link)
-        return collective.messages * hop + collective.width * collective.busiest / (link * network.share)
+        return collective.messages * hop + collective.itemsize * collective.busiest / (link * network.share)
     calls = collective.messages
     ring = (ranks - 1) * (hop + size / calls / ranks / bandwidth)
     if collective.kind != "all_reduce":

@@ -68,7 +68,7 @@ def _waited(config: Config, planned: Plan, rates: Rates, network: Network, effic
     ranks = planned.ranks
     come, waited = np.zeros(ranks), np.zeros(ranks)
     for needed, collective in needed_weights(config, rates, planned.extent, ranks, efficiency):
-        size = collective.width * collective.elements
+        size = collective.itemsize * collective.elements
         if collective.kind == "all_reduce":
             come = _all_reduce(come, size, network)
         else:

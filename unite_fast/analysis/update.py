@@ -142,7 +142,7 @@ def update_part(
     model: Sizes, optimizer: OptimizerConfig, *, stage: int = 0, ranks: int = 1, dtype: Dtype = "bf16"
 ) -> Part:
     """Clipping, Muon, AdamW and EMA of one optimizer step on the busiest rank, as a part with a forward only."""
-    weights, width = trained_weights(model, optimizer.kind), DTYPE_BYTES[dtype]
+    weights, itemsize = trained_weights(model, optimizer.kind), DTYPE_BYTES[dtype]
     share = 1 if stage == 0 else ranks
     mine, held = list(weights.matrices), weights.muon
     if share > 1 and weights.matrices:
@@ -153,19 +153,19 @@ def update_part(
     ops = [Op("gradient norm", forward_bytes=FP32 * (held + adamw))]
     if weights.matrices:
         # Gradient and momentum read, momentum and mean written.
-        ops.append(Op("clip, momentum, Nesterov", forward_bytes=(3 * FP32 + width) * held))
+        ops.append(Op("clip, momentum, Nesterov", forward_bytes=(3 * FP32 + itemsize) * held))
         if share > 1:  # into batches, back into a slice that was zeroed
-            ops.append(Op("matrices of slices", forward_bytes=5 * width * held))
+            ops.append(Op("matrices of slices", forward_bytes=5 * itemsize * held))
         elements = sum(rows * columns for rows, columns in mine)
-        ops.append(Op("normalisation", forward_bytes=3 * width * elements))  # read for the norm, read, written
+        ops.append(Op("normalisation", forward_bytes=3 * itemsize * elements))  # read for the norm, read, written
         ops += [newton_schulz_op(*shape, optimizer.newton_schulz_steps, dtype) for shape in mine]
         tall = sum(rows * columns for rows, columns in mine if rows > columns)
-        ops.append(Op("tall matrices turned back", forward_bytes=2 * width * tall))
-        ops.append(Op("Muon's step and EMA", forward_bytes=(width + 2 * FP32 * (1 + averages)) * held))
+        ops.append(Op("tall matrices turned back", forward_bytes=2 * itemsize * tall))
+        ops.append(Op("Muon's step and EMA", forward_bytes=(itemsize + 2 * FP32 * (1 + averages)) * held))
     # Gradients scaled, then the step; the average on its own.
     ops.append(Op("AdamW", forward_bytes=(2 + 7) * FP32 * adamw))
     ops.append(Op("EMA of AdamW's", forward_bytes=3 * FP32 * adamw * averages))
-    return Part("update", tuple(ops), False, width)
+    return Part("update", tuple(ops), False, itemsize)
 
 
 def _busiest(matrices: tuple[tuple[int, int], ...], ranks: int) -> list[tuple[int, int]]:
@@ -201,7 +201,7 @@ class Collective(NamedTuple):
         elements: of the whole tensor (summed over calls); of "all_to_all" what all ranks together send.
         busiest: elements that the busiest rank sends or receives; of "all_to_all" alone not given by `elements`.
         messages: calls, each with all hops of the collective's algorithm; of "all_to_all" the busiest rank's sends.
-        width: bytes of an element.
+        itemsize: bytes of an element.
     """
 
     kind: str
@@ -209,7 +209,7 @@ class Collective(NamedTuple):
     elements: int
     busiest: int
     messages: int = 1
-    width: int = FP32
+    itemsize: int = FP32
 
 
 class Gathered(NamedTuple):
@@ -241,8 +241,8 @@ def _gathered(
     for _, group in reversed(groups):  # AdamW's are behind Muon's, and those that are read first are last
         narrow = not rounded.isdisjoint(group)
         elements = ranks * slice_elements(sum(parameter.numel() for parameter in group.values()), ranks)
-        width = DTYPE_BYTES["bf16"] if narrow else FP32
-        carried = Collective("all_gather", UPDATED[0], elements, elements, width=width)
+        itemsize = DTYPE_BYTES["bf16"] if narrow else FP32
+        carried = Collective("all_gather", UPDATED[0], elements, elements, itemsize=itemsize)
         found.append(Gathered(carried, tuple(group)))
         exact |= {name: p.numel() for name, p in group.items() if narrow and name not in rounded}
     if exact:

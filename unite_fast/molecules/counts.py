@@ -25,7 +25,7 @@ class _Batch(NamedTuple):
     molecules: int  # B
     atoms: int  # T
     pairs: int  # Σ n² of the molecules' atoms
-    width: int  # bytes of a number in the compute dtype
+    itemsize: int  # bytes of a number in the compute dtype
     fused: bool  # as on CUDA: the decoder's LayerNorms by unite_kernels, attention without padding
 
 
@@ -47,8 +47,8 @@ def packed_parts(
         device: on CUDA unite_kernels computes the decoder's LayerNorms, and attention needs no padding.
         fp8: `train.fp8`.
     """
-    width = DTYPE_BYTES[dtype]
-    batch = _Batch(extent.samples, extent.tokens, extent.pairs, width, device == "cuda")
+    itemsize = DTYPE_BYTES[dtype]
+    batch = _Batch(extent.samples, extent.tokens, extent.pairs, itemsize, device == "cuda")
     latent = batch.atoms * model.latent_dim
     # A mask and a time an atom beside the latents, and the latents once more on their way to the padding.
     noised = 8 * latent + 5 * batch.atoms
@@ -67,7 +67,7 @@ def packed_parts(
     }
     return {
         name: Part(
-            name, tuple(ops), model.checkpoint_activations and name in ("tokenize", "denoise"), width, fp8
+            name, tuple(ops), model.checkpoint_activations and name in ("tokenize", "denoise"), itemsize, fp8
         )
         for name, ops in parts.items()
     }  # fmt: skip
@@ -77,15 +77,15 @@ def _encoder(
     batch: _Batch, model: MoleculeModelConfig, objective: MoleculeObjectiveConfig, *, tokenize: bool
 ) -> list[Op]:
     """The Generative Encoder: a condition a molecule, a register an atom, in tokenization a patch an atom beside it."""
-    channels, width, rows = model.width, batch.width, batch.molecules
+    channels, itemsize, rows = model.width, batch.itemsize, batch.molecules
     hidden, atoms = swiglu_hidden(channels), batch.atoms
     tokens, pairs = (2 * atoms, 4 * batch.pairs) if tokenize else (atoms, batch.pairs)
     # In float32 all modulations read the one condition that is kept, in bfloat16 each a copy of its own.
-    copy = width * channels if width < 4 else 0
+    copy = itemsize * channels if itemsize < 4 else 0
 
     def modulation(outputs: int) -> Op:
-        made = linear_op("modulation", rows, channels, outputs, width)
-        return made._replace(saved=rows * (copy + width * outputs))
+        made = linear_op("modulation", rows, channels, outputs, itemsize)
+        return made._replace(saved=rows * (copy + itemsize * outputs))
 
     ops = [
         linear_op("time lift", rows, TIME_FEATURES, channels, 4, input_grad=False),
@@ -103,22 +103,22 @@ def _encoder(
         ]
     reads_gradient = not tokenize and not objective.stop_gradient
     ops += [
-        linear_op("registers", atoms, model.latent_dim, channels, width, input_grad=reads_gradient),
-        _indexed(moves_op("positions", atoms * channels, width, forward=3, backward=1), atoms),
+        linear_op("registers", atoms, model.latent_dim, channels, itemsize, input_grad=reads_gradient),
+        _indexed(moves_op("positions", atoms * channels, itemsize, forward=3, backward=1), atoms),
     ]
     if tokenize:
-        ops.append(_indexed(moves_op("join patches", tokens * channels, width, forward=4, backward=4), tokens))
+        ops.append(_indexed(moves_op("join patches", tokens * channels, itemsize, forward=4, backward=4), tokens))
     head = channels // model.heads
     ops += [
         moves_op("rotary tables", tokens * head, 4, forward=2, backward=0, saved=1),
-        moves_op("opening norm", tokens * channels, width, forward=2, backward=3, saved=1),
+        moves_op("opening norm", tokens * channels, itemsize, forward=2, backward=3, saved=1),
     ]
     for index in range(model.depth):
         kept = atoms if index + 1 == model.depth else tokens
-        ops += block_ops(index, tokens, kept, channels, model.heads, hidden, width, pairs)
+        ops += block_ops(index, tokens, kept, channels, model.heads, hidden, itemsize, pairs)
         if not batch.fused:
-            ops.append(_padding(tokens, channels, width, index, unpacks=kept == tokens))
-    return [*ops, linear_op("final", atoms, channels, model.latent_dim, width)]
+            ops.append(_padding(tokens, channels, itemsize, index, unpacks=kept == tokens))
+    return [*ops, linear_op("final", atoms, channels, model.latent_dim, itemsize)]
 
 
 def _indexed(op: Op, rows: int) -> Op:
@@ -126,35 +126,35 @@ def _indexed(op: Op, rows: int) -> Op:
     return op._replace(saved=op.saved + INDEX_BYTES * rows)
 
 
-def _padding(tokens: int, channels: int, width: int, block: int | None = None, *, unpacks: bool = True) -> Op:
+def _padding(tokens: int, channels: int, itemsize: int, block: int | None = None, *, unpacks: bool = True) -> Op:
     """What a CPU keeps for attention beside the packed qkv: it padded, the mask, and the output packed again."""
-    kept = moves_op("padding", tokens * channels, width, forward=0, backward=0, saved=3 + unpacks, block=block)
-    return _indexed(kept._replace(saved=kept.saved + width * tokens), tokens)
+    kept = moves_op("padding", tokens * channels, itemsize, forward=0, backward=0, saved=3 + unpacks, block=block)
+    return _indexed(kept._replace(saved=kept.saved + itemsize * tokens), tokens)
 
 
 def _decoder(batch: _Batch, model: MoleculeModelConfig) -> list[Op]:
-    decoder, width, atoms = model.decoder, batch.width, batch.atoms
+    decoder, itemsize, atoms = model.decoder, batch.itemsize, batch.atoms
     channels = decoder.width
     size = atoms * channels
     ops = [
-        linear_op("lift", atoms, model.latent_dim, channels, width),
-        moves_op("positions", size, width, forward=3, backward=1),
+        linear_op("lift", atoms, model.latent_dim, channels, itemsize),
+        moves_op("positions", size, itemsize, forward=3, backward=1),
     ]
     for index in range(decoder.depth):
         opening = added_layer_norm_ops if index else layer_norm_ops
         ops += [
-            *opening(atoms, channels, width, batch.fused),
-            linear_op("qkv", atoms, channels, 3 * channels, width),
-            attention_op(atoms, channels, decoder.heads, width, pairs=batch.pairs),
-            *([] if batch.fused else [_padding(atoms, channels, width)]),
-            linear_op("attention out", atoms, channels, channels, width, saves=False),
-            *added_layer_norm_ops(atoms, channels, width, batch.fused),
-            linear_op("mlp in", atoms, channels, 4 * channels, width),
-            moves_op("GELU", 4 * size, width, forward=2, backward=3, saved=1),
-            linear_op("mlp out", atoms, 4 * channels, channels, width),
+            *opening(atoms, channels, itemsize, batch.fused),
+            linear_op("qkv", atoms, channels, 3 * channels, itemsize),
+            attention_op(atoms, channels, decoder.heads, itemsize, pairs=batch.pairs),
+            *([] if batch.fused else [_padding(atoms, channels, itemsize)]),
+            linear_op("attention out", atoms, channels, channels, itemsize, saves=False),
+            *added_layer_norm_ops(atoms, channels, itemsize, batch.fused),
+            linear_op("mlp in", atoms, channels, 4 * channels, itemsize),
+            moves_op("GELU", 4 * size, itemsize, forward=2, backward=3, saved=1),
+            linear_op("mlp out", atoms, 4 * channels, channels, itemsize),
         ]
     return ops + [
-        moves_op("add", size, width, forward=3, backward=2),
+        moves_op("add", size, itemsize, forward=3, backward=2),
         moves_op("norm", size, 4, forward=2, backward=3)._replace(saved=4 * size + 8 * atoms),
         linear_op("positions", atoms, channels, 3, 4),
         linear_op("elements", atoms, channels, ELEMENTS, 4, saves=False),
