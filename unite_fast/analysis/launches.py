@@ -72,15 +72,15 @@ FP8 = Launches(
     decoder_block=4 * 3 * QUANTIZED + 4 - 1,  # all three; casts of four biases, without the one of all weights
     block_casts=4 * QUANTIZED - 1,
 )
-# Where SwiGLU's rows are filled up (model/aligned.py): in every forward a bias and its zeros are copied; in a backward
+# Where SwiGLU's rows are padded (model/aligned.py): in every forward a bias and its zeros are copied; in a backward
 # its gradient and two weights' are cut out; among the casts two weights and their zeros, and without FP8 the bias.
-FILLED = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2 + 1)
-FILLED_FP8 = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2)
+PADDED = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2 + 1)
+PADDED_FP8 = Launches(encoder_block=2 + 3, recomputed_block=2, block_casts=2 * 2)
 # Under ZeRO 3, whose Linears are DeepSpeed's own: they cast a weight in every forward and in every backward, and its
-# gradient, and add the bias by itself. No cast serves all passes, and rows are not filled up.
+# gradient, and add the bias by itself. No cast serves all passes, and rows are not padded.
 ZERO_3 = Launches(
     encoder_block=22,  # 18 casts, 4 sums with a bias
-    recomputed_block=8,  # 4 and 4
+    recomputed_block=8,  # 4 casts, 4 sums
     decoder_block=15,  # 12 casts in place of one, 4 sums
     reconstruct=20,
     flow=15,
@@ -112,7 +112,7 @@ def micro_batch_launches(config: Config) -> int:
     if config.train.zero_stage == 3:
         each += ZERO_3
     elif aligned(swiglu_hidden(model.width)) != swiglu_hidden(model.width):
-        each += FILLED_FP8 if fp8 else FILLED
+        each += PADDED_FP8 if fp8 else PADDED
     block = each.encoder_block + (each.recomputed_block if model.checkpoint_activations else 0)
     reconstruct = each.reconstruct + model.depth * block + model.decoder.depth * each.decoder_block
     flow = each.flow + model.depth * block
@@ -162,9 +162,9 @@ def update_launches(model: Sizes, optimizer: OptimizerConfig) -> int:
     products = 0
     for batch in batches:
         rows, columns = matrices[batch[0]]
-        # Its norm, three products a step, rows filled up, and the copy that turns or cuts it.
-        filled = aligned(columns) != columns
-        products += 3 + 3 * optimizer.newton_schulz_steps + 2 * filled + (rows > columns or filled)
+        # Its norm, three products a step, rows padded, and the copy that turns or cuts it.
+        padded = aligned(columns) != columns
+        products += 3 + 3 * optimizer.newton_schulz_steps + 2 * padded + (rows > columns or padded)
     return clipping + adamw + averages + sweeps + products
 
 
