@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unite_fast.config import Config
+from unite_fast.engine.engine import Engine
+from unite_fast.engine.world import World
 
 GLOBAL_BATCH, FEATURES = 8, 6
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class ToyNorm(nn.Module):
@@ -117,3 +120,28 @@ def float32_newton_schulz(grad: Tensor, coefficients: tuple, steps: int, eps: fl
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if grad.size(0) > grad.size(1) else x
+
+
+def engine_at(steps: int, *, width: int = 11, keep: int = 3, **optimizer) -> Engine:
+    config = toy_config(**optimizer)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": keep})})
+    engine = Engine(toy_model(width), config, ALONE, steps_per_epoch=10)
+    advance(engine, steps)
+    return engine
+
+
+def advance(engine: Engine, steps: int) -> list[float]:
+    return [toy_step(engine, step).item() for step in range(engine.step_count, engine.step_count + steps)]
+
+
+def everything(engine: Engine) -> dict[str, torch.Tensor]:
+    names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    state = {f"{names[id(p)]}/{k}": t.clone() for p, s in engine.optimizer.state.items() for k, t in s.items()}
+    averages = {f"ema/{decay}/{n}": t for decay in (None, *engine.ema.extra) for n, t in engine.ema_state(decay)}
+    return dict(engine.model_state()) | averages | state
+
+
+def assert_identical(left: Engine, right: Engine) -> None:
+    a, b = everything(left), everything(right)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from engine_toy import toy_config, toy_model, toy_step
+from engine_toy import ALONE, toy_config, toy_model, toy_step
 from runs import config, image_tree
 
 from unite_fast.engine import agreement, checkpoint, loop
@@ -24,7 +24,6 @@ from unite_fast.engine.backend import autocast_dtype
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.lock import sole_trainer
 from unite_fast.engine.report import Report
-from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 
 
@@ -53,7 +52,7 @@ def test_a_node_with_other_data_is_said(count, words):
 def test_other_ranks_write_and_delete_no_checkpoint(tmp_path):
     settings = toy_config()
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"keep_checkpoints": 1})})
-    engine = Engine(toy_model(), settings, World(0, 1, 0, torch.device("cpu")), steps_per_epoch=10)
+    engine = Engine(toy_model(), settings, ALONE, steps_per_epoch=10)
     kept = checkpoint.save(engine, tmp_path, {})
     toy_step(engine, 0)
     engine.world = replace(engine.world, rank=1)

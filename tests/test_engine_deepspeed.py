@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
+from engine_toy import ALONE, float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
 from engine_unite import unite_config, unite_engine, unite_step
 from engine_worker import UNITE, unite_steps
 from ranks import free_port
@@ -25,12 +25,11 @@ from unite_fast.engine import checkpoint, deepspeed_backend, optim
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.optim import parameter_groups
 from unite_fast.engine.reduction import GradientMean
-from unite_fast.engine.world import World, init_world
+from unite_fast.engine.world import init_world
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 TESTS = Path(__file__).parent
 STAGES = {"zero0": "muon", "zero1": "muon", "zero2": "muon", "zero3": "adamw"}
-ALONE = World(0, 1, 0, torch.device("cpu"))
 # Float32 sums in another order (micro-batches, ranks) differ in the last bits; Newton–Schulz keeps them small.
 TOLERANCE = dict(rtol=1e-4, atol=1e-6)
 

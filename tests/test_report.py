@@ -14,7 +14,7 @@ import torch
 from cli_toy import mistake, run, save_toy
 from PIL import Image
 from report_run import HOSTILE, LONG, trained_run
-from runs import config, image_tree
+from runs import config
 
 from unite_fast import report
 from unite_fast.engine import checkpoint
@@ -24,11 +24,8 @@ from unite_fast.importing import open_trained
 from unite_fast.molecules.config import MoleculeConfig
 from unite_fast.records import RunFolder, duration, open_run
 from unite_fast.report import write_report
-from unite_fast.report.charts import Axis, Curve, bar_chart, line_chart, short
 from unite_fast.report.metrics import headline, result_tables, trends
-from unite_fast.report.neighbours import find_neighbours
-from unite_fast.report.probe import Options, _statistics, probe, silent
-from unite_fast.report.tiles import BUDGET, Tiles
+from unite_fast.report.probe import Options, probe
 
 VOID = {"meta", "img", "br", "link", "line", "circle", "rect", "polyline"}
 
@@ -325,100 +322,6 @@ def test_a_duration_has_two_units_at_most():
     assert {number: duration(number) for number in seconds} == seconds
 
 
-def _points(chart, kind):
-    return [
-        np.array([[float(v) for v in pair.split(",")] for pair in points.split()])
-        for points in re.findall(rf'<polyline class="{kind}" points="([^"]*)"', chart)
-    ]
-
-
-def test_a_line_goes_where_its_values_are():
-    x, y = np.arange(1.0, 11), np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512.0])
-    (line,) = _points(line_chart([Curve("", x, y)], log=True, x_name="step"), "line c0")
-    assert np.allclose(np.diff(line[:, 0]), np.diff(line[:, 0])[0], atol=0.11)
-    assert np.allclose(np.diff(line[:, 1]), np.diff(line[:, 1])[0], atol=0.11)  # a power is straight on log paper
-    assert line[-1, 1] < line[0, 1]  # up is smaller in SVG
-    (line,) = _points(line_chart([Curve("", x, y)], log=False, x_name="step"), "line c0")
-    rise = -np.diff(line[:, 1])
-    assert np.allclose(rise[1:] / rise[:-1], 2, rtol=0.2)
-
-
-def test_charts_of_awkward_values():
-    single = line_chart([Curve("one", np.array([5.0]), np.array([0.0]))], log=True, x_name="step")
-    assert "<circle" in single and "nan" not in single
-    flat = line_chart([Curve("", np.arange(9.0), np.full(9, -3.0))], log=True, x_name="step")
-    assert "nan" not in flat and "inf" not in flat
-    many = np.random.default_rng(0).lognormal(size=200_000)
-    chart = line_chart([Curve("", np.arange(200_000.0), many, noisy=True)], log=True, x_name="step")
-    assert len(chart) < 40_000
-    assert "nan" not in bar_chart(np.zeros(3), name="channel")
-    assert [short(v) for v in (0, 0.004, 9.5e-4, 250, 1000, 25_000, 1.5e6)] == [
-        "0", "0.004", "9.5e-4", "250", "1000", "25k", "1.5M",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("low,high", [(0.01, 0.013), (1, 9.5), (1e-5, 4e4), (3, 3.3e9)])
-def test_ticks_lie_on_the_axis(low, high, log):
-    ticks = Axis(low, high, 0, 100, log).ticks(4)
-    assert 1 <= len(ticks) <= 8 and all(low * 0.999 - 1e-4 <= tick <= high * 1.001 for tick in ticks)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A configuration over 12 training images a class, and those of class 1 as [12, 3, 16, 16] uint8."""
-    folder = tmp_path_factory.mktemp("data")
-    image_tree(folder / "train")
-    images = [np.asarray(Image.open(path)) for path in sorted((folder / "train" / "class_1").iterdir())]
-    return folder, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_copies_are_found(flip, data):
-    folder, train = data
-    names = ["class_0", "class_1"]
-    copy, mirrored = train[3] / 255, train[5].flip(-1) / 255
-    noise = torch.randint(-30, 30, train.shape, generator=torch.Generator().manual_seed(0))
-    held_out = ((train + noise).clamp(0, 255).byte(), torch.tensor([1] * 9 + [0] * 3))  # three are of another class
-    settings = config(folder, data={"flip": flip})
-    found = find_neighbours({1: torch.stack([copy, mirrored])}, names, settings, held_out, silent)
-    assert (found.searched, found.classes, found.held_out, found.whole) == (12, 1, 9, True)
-    known = torch.cat([train, train.flip(-1)]) if flip else train
-    apart = (held_out[0][:9, None].double() / 255 - known[None] / 255).square().mean((2, 3, 4)).sqrt().amin(1)
-    assert found.median == pytest.approx(float(apart.quantile(0.5)), rel=1e-4)
-    # cdist by matrix products loses half of float32's digits
-    assert found.matches[0].distances[0] < 1e-3 and found.matches[0].share == 0
-    assert np.array_equal(found.matches[0].nearest[0], train[3].permute(1, 2, 0).numpy())
-    assert (found.matches[1].distances[0] < 1e-3) is flip and found.near_copies == 1 + flip
-    flat, every = mirrored.flatten().double(), (train / 255).flatten(1).double()
-    if not flip:
-        expected = (every - flat).square().mean(1).sqrt().sort().values[:3].tolist()
-        assert found.matches[1].distances == pytest.approx(expected, rel=1e-4)
-
-
-def test_neighbours_without_held_out_images(data):
-    folder, train = data
-    found = find_neighbours({1: train[:1] / 255}, ["class_0", "class_1"], config(folder), None, silent)
-    assert found.near_copies is None and found.median is None and found.matches[0].share is None
-
-
-def test_statistics_of_latents():
-    generator = torch.Generator().manual_seed(0)
-    z0 = torch.randn(400, 8, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 0.0, 0.0]) + 0.5
-    wide = _statistics(20 * z0)  # as without a latent norm
-    assert wide.histogram.sum() * 2 * wide.range / len(wide.histogram) == pytest.approx(1, abs=0.01)
-    latents = _statistics(z0)
-    assert latents.range == pytest.approx(4, abs=0.3)
-    assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
-    assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
-    assert latents.rank == pytest.approx(4, abs=0.05)
-    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02)
-    assert latents.spectrum[0] == max(latents.spectrum)
-    width = 2 * latents.range / len(latents.histogram)
-    assert latents.histogram.sum() * width == pytest.approx(1, abs=0.01)
-    assert latents.reference.sum() * width == pytest.approx(1, abs=0.01)
-
-
 def test_a_trajectory_ends_in_the_sample(finished):
     """Its last image is what `generate` makes of the same noise, and sample sheets hold `generate`'s images."""
     trained, settings = open_trained(finished), open_run(finished).config
@@ -450,11 +353,3 @@ def test_a_trajectory_ends_in_the_sample(finished):
     expected = -10 * (rebuilt - originals).double().square().mean((1, 2, 3)).log10()
     assert result.psnr == pytest.approx(expected.tolist(), rel=1e-3)
     assert result.latents.mean == pytest.approx(latents.mean((0, 1)).numpy(), abs=1e-4)
-
-
-def test_hundreds_of_large_pictures_stay_within_five_megabytes():
-    images = [np.random.default_rng(k).integers(0, 256, (256, 256, 3), np.uint8) for k in range(8)] * 30
-    tiles = Tiles(images)
-    total = sum(len(tiles(image)) for image in images[:8]) * 30
-    assert total < BUDGET * 4 / 3 * 1.1 < 5e6
-    assert tiles(images[0]).startswith("data:image/jpeg") and tiles.side < 256

@@ -17,7 +17,7 @@ from unite_fast.report import neighbours as neighbours_module
 from unite_fast.report import probe as probe_module
 from unite_fast.report import write_report
 from unite_fast.report.neighbours import find_neighbours
-from unite_fast.report.probe import Options, probe, silent
+from unite_fast.report.probe import Options, _statistics, probe, silent
 
 NAMES = ["class_0", "class_1"]
 
@@ -181,3 +181,58 @@ def test_what_stops_the_model_is_one_sentence(folder, monkeypatch, capsys):
     assert not (folder / "report.html").exists()
     (folder / "config.json").write_text('{"evaluation": 3}')
     assert mistake(capsys, "report", folder).endswith("is not a run's configuration: its evaluation must be an object")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A configuration over 12 training images a class, and those of class 1 as [12, 3, 16, 16] uint8."""
+    folder = tmp_path_factory.mktemp("data")
+    image_tree(folder / "train")
+    images = [np.asarray(Image.open(path)) for path in sorted((folder / "train" / "class_1").iterdir())]
+    return folder, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_copies_are_found(flip, data):
+    folder, train = data
+    names = ["class_0", "class_1"]
+    copy, mirrored = train[3] / 255, train[5].flip(-1) / 255
+    noise = torch.randint(-30, 30, train.shape, generator=torch.Generator().manual_seed(0))
+    held_out = ((train + noise).clamp(0, 255).byte(), torch.tensor([1] * 9 + [0] * 3))  # three are of another class
+    settings = config(folder, data={"flip": flip})
+    found = find_neighbours({1: torch.stack([copy, mirrored])}, names, settings, held_out, silent)
+    assert (found.searched, found.classes, found.held_out, found.whole) == (12, 1, 9, True)
+    known = torch.cat([train, train.flip(-1)]) if flip else train
+    apart = (held_out[0][:9, None].double() / 255 - known[None] / 255).square().mean((2, 3, 4)).sqrt().amin(1)
+    assert found.median == pytest.approx(float(apart.quantile(0.5)), rel=1e-4)
+    # cdist by matrix products loses half of float32's digits
+    assert found.matches[0].distances[0] < 1e-3 and found.matches[0].share == 0
+    assert np.array_equal(found.matches[0].nearest[0], train[3].permute(1, 2, 0).numpy())
+    assert (found.matches[1].distances[0] < 1e-3) is flip and found.near_copies == 1 + flip
+    flat, every = mirrored.flatten().double(), (train / 255).flatten(1).double()
+    if not flip:
+        expected = (every - flat).square().mean(1).sqrt().sort().values[:3].tolist()
+        assert found.matches[1].distances == pytest.approx(expected, rel=1e-4)
+
+
+def test_neighbours_without_held_out_images(data):
+    folder, train = data
+    found = find_neighbours({1: train[:1] / 255}, ["class_0", "class_1"], config(folder), None, silent)
+    assert found.near_copies is None and found.median is None and found.matches[0].share is None
+
+
+def test_statistics_of_latents():
+    generator = torch.Generator().manual_seed(0)
+    z0 = torch.randn(400, 8, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 0.0, 0.0]) + 0.5
+    wide = _statistics(20 * z0)  # as without a latent norm
+    assert wide.histogram.sum() * 2 * wide.range / len(wide.histogram) == pytest.approx(1, abs=0.01)
+    latents = _statistics(z0)
+    assert latents.range == pytest.approx(4, abs=0.3)
+    assert latents.mean == pytest.approx(np.full(6, 0.5), abs=0.06)
+    assert latents.std == pytest.approx([1, 1, 1, 1, 0, 0], abs=0.06)
+    assert latents.rank == pytest.approx(4, abs=0.05)
+    assert latents.spectrum == pytest.approx([0.25] * 4 + [0, 0], abs=0.02)
+    assert latents.spectrum[0] == max(latents.spectrum)
+    width = 2 * latents.range / len(latents.histogram)
+    assert latents.histogram.sum() * width == pytest.approx(1, abs=0.01)
+    assert latents.reference.sum() * width == pytest.approx(1, abs=0.01)

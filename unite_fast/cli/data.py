@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unite_fast.data.source import ImageSource
 
 NAMED = 20  # files that a command names itself; a check's record holds all
+# The names that unite_fast.data.molecules reads, which images are told from without importing RDKit.
 MOLECULES = re.compile(r".*\.(xyz|extxyz|sdf|mol|npz|parquet)(\.tar)?(\.(gz|bz2|xz))?", re.IGNORECASE)
 
 app = typer.Typer(no_args_is_help=True, help="Prepare and check data sets.", rich_markup_mode="markdown")
