@@ -23,7 +23,7 @@ _PHOTOGRAPH = 4  # first word of the hash, apart from the sampler's own
 
 
 def write_photographs(folder: str | Path, count: int) -> Path:
-    """Write FOLDER/china/*.jpg and FOLDER/flower/*.jpg, `count` total number of files, the same ones every time.
+    """Write FOLDER/china/*.jpg and FOLDER/flower/*.jpg, `count` files in total, the same ones every time.
 
     Returns:
         The folder.
