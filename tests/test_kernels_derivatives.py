@@ -19,6 +19,8 @@ WEIGHT, BIAS, CLOSING = (normal(WIDTH, seed=seed) for seed in range(3, 6))
 BRANCH, TIMES = normal(BATCH, TOKENS, WIDTH, seed=6), torch.linspace(0.1, 0.9, BATCH).to(BIAS.device)
 Q_WEIGHT, K_WEIGHT = normal(HEAD, seed=7), normal(HEAD, seed=8)
 COS, SIN = normal(TOKENS, HEAD // 2, seed=9), normal(TOKENS, HEAD // 2, seed=10)
+# The last are the words of PyTorch's own attention, which serves where `cpu.c` was not compiled.
+REFUSALS = "no derivative; set_backend", "no autograd formula", "_cpu_backward is not implemented"
 
 
 def rms(x):
@@ -132,7 +134,7 @@ def test_second_derivatives_are_right_or_refused(name, backend):
             try:
                 (grad.square() + leaf.square()).sum().backward()
             except RuntimeError as refusal:
-                assert "no derivative; set_backend" in str(refusal) or "no autograd formula" in str(refusal)
+                assert any(words in str(refusal) for words in REFUSALS)
             else:
                 (expected.square() + true.square()).sum().backward()
                 torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=1e-4, atol=1e-4)
@@ -157,7 +159,7 @@ def test_second_derivatives_of_chosen_tensors_are_right_or_refused(name, backend
                 try:
                     (found,) = torch.autograd.grad(total, chosen, retain_graph=True)
                 except RuntimeError as refusal:
-                    assert "no derivative; set_backend" in str(refusal) or "no autograd formula" in str(refusal)
+                    assert any(words in str(refusal) for words in REFUSALS)
                     continue
                 true, last = x.detach().double().requires_grad_(), torch.ones((), device=x.device).double()
                 last.requires_grad_()
