@@ -18,22 +18,11 @@ from .toolchain import tl, triton
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch choices for one width.
-
-    Attributes:
-        block: BLOCK_C.
-        warps: 8 numbers a thread and row in a 2-byte dtype, one 16-byte access, so that the vectors a program keeps
-            (factor, offset, gate, running sums) cost 8 registers each. Rows of 384 take 2 warps (with 4, and two rows
-            of a tile side by side, the backward pass of the block boundary takes 155 registers instead of 128), of 768
-            and 1024 4 warps, of 1152 8.
-        forward_rows, backward_rows: ROWS of a tile. Forward, 16 numbers a thread and tensor. Backward, 8: four tensors
-            and up to four running sums at 16 numbers a thread need 190 registers, which halves the programs that fit.
-    """
+    """Launch choices of a kernel at one width: BLOCK_C, warps, and ROWS of a tile."""
 
     block: int
     warps: int
-    forward_rows: int
-    backward_rows: int
+    rows: int
 
 
 # Tokens a forward program walks through: the modulation it loads once (two or three float32 vectors) is then 12 to 19 %
@@ -46,11 +35,28 @@ AHEAD_CHUNK = 32
 SUM_COLUMNS, SUM_CHUNKS = 64, 16
 
 
-def launch_of(width: int) -> Launch:
-    """The launch of rows of this width."""
+def _launch(width: int, numbers: int, most_warps: int) -> Launch:
+    """8 numbers a thread and row in a 2-byte dtype, one 16-byte access, so that the vectors a program keeps (factor,
+    offset, gate, running sums) cost 8 registers each, until `most_warps` are reached; `numbers` a thread and tile.
+
+    Rows of 384 take 2 warps: with 4, and two rows of a tile side by side, the backward pass of the block boundary
+    takes 155 registers instead of 128.
+    """
     block = max(64, next_power_of_2(width))
-    warps = max(1, block // 256)
-    return Launch(block, warps, max(1, 16 * 32 * warps // block), max(1, 8 * 32 * warps // block))
+    warps = min(max(1, block // 256), most_warps)
+    return Launch(block, warps, max(1, numbers * 32 * warps // block))
+
+
+def forward_launch(width: int) -> Launch:
+    """Rows of 1152 take 4 warps with 16 numbers a thread: of 8 warps, 3 would have no columns, but all would have to
+    wait for each other at every row."""
+    return _launch(width, numbers=16, most_warps=4)
+
+
+def backward_launch(width: int, closing: bool) -> Launch:
+    """Four tensors and up to four running sums at 16 numbers a thread need 190 registers, which halves the programs
+    that fit: 8, beyond 1024 columns 16, but for the block boundary (`closing`), which would take all 255 registers."""
+    return _launch(width, numbers=8, most_warps=8 if closing else 4)
 
 
 def backward_chunk(batch: int, tokens: int) -> int:
@@ -315,15 +321,15 @@ def forward(
     batch, tokens, width = _sizes(x, offsets, longest)
     residual = None if branch is None else torch.empty_like(x)
     normed = torch.empty_like(x)
-    launch = launch_of(width)
-    chunk = max(FORWARD_CHUNK, launch.forward_rows)
+    launch = forward_launch(width)
+    chunk = max(FORWARD_CHUNK, launch.rows)
     chunks = cdiv(tokens, chunk)
     if normed.numel():
         with device_of(x):
             _forward_kernel[(batch * chunks,)](
                 x, branch, gate, closing_weight, weight, bias, shift, scale, residual, normed, offsets,
                 tokens, chunks, _stride(gate), _stride(shift), _stride(scale), eps,
-                C=width, LAYER=layer, BLOCK_C=launch.block, ROWS=launch.forward_rows, CHUNK=chunk,
+                C=width, LAYER=layer, BLOCK_C=launch.block, ROWS=launch.rows, CHUNK=chunk,
                 num_warps=launch.warps,
             )  # fmt: skip
     return residual, normed
@@ -340,8 +346,8 @@ def backward(
     without a gate is None, too: it is that of x.
     """
     batch, tokens, width = _sizes(x, offsets, longest)
-    launch = launch_of(width)
-    chunk = max(backward_chunk(batch, tokens), launch.backward_rows)
+    launch = backward_launch(width, closing_weight is not None)
+    chunk = max(backward_chunk(batch, tokens), launch.rows)
     chunks = cdiv(tokens, chunk)
     offset = bias is not None or shift is not None
     parts = 1 + (gate is not None) + (closing_weight is not None) + offset
@@ -359,7 +365,7 @@ def backward(
             _backward_kernel[(batch * chunks,)](
                 grad_residual, grad_normed, x, None if gate is None else branch, gate, closing_weight, weight, scale,
                 grad_x, grad_branch, partials, offsets, tokens, chunks, _stride(gate), _stride(scale), eps,
-                C=width, LAYER=layer, OFFSET=offset, PARTS=parts, BLOCK_C=launch.block, ROWS=launch.backward_rows,
+                C=width, LAYER=layer, OFFSET=offset, PARTS=parts, BLOCK_C=launch.block, ROWS=launch.rows,
                 CHUNK=chunk, num_warps=launch.warps,
             )  # fmt: skip
         if batch and scale is not None:
@@ -433,29 +439,31 @@ def _specialise(
     if not packed and not affine:  # sums lie behind one another either way; without modulation PyTorch adds them up
         found.append(entry("sum_bf16", _sum_kernel, columns | sums, num_warps=4, max_registers=64, store_bytes=2))
     for width in widths:
-        launch = launch_of(width)
-        norm = {"C": width, "LAYER": layer, "BLOCK_C": launch.block}
-        forward_tile = {"ROWS": launch.forward_rows, "CHUNK": FORWARD_CHUNK}
-        backward_tile = {"ROWS": launch.backward_rows, "CHUNK": AHEAD_CHUNK}
+        norm = {"C": width, "LAYER": layer}
         # Prediction for an H200: 6 programs of 4 warps a multiprocessor at 80 registers, 4 at 128; with one tile of
         # 16 numbers a thread fetched ahead, or two of 8, they have 32 KiB and more in flight, where 4.3 TB/s at
-        # 0.8 µs, read and written, need 26.
-        found += [
+        # 0.8 µs, read and written, need 26. At 1152, 3 programs at 128 and 2 at 240 have as much.
+        launch = forward_launch(width)
+        found.append(
             entry(
                 f"forward_bf16_{width}",
                 _forward_kernel,
-                norm | forward_tile,
+                norm | {"BLOCK_C": launch.block, "ROWS": launch.rows, "CHUNK": FORWARD_CHUNK},
                 num_warps=launch.warps,
-                max_registers=80,
-            ),
+                max_registers=80 if launch.rows > 1 else 128,
+            )
+        )
+        launch = backward_launch(width, closing)
+        # The block boundary takes 128, or up to 154 by some versions of Triton and capabilities. Three programs of 4
+        # warps instead of four then have 48 KiB in flight; but of 8 warps one would fit instead of two.
+        fitting = 240 if launch.block > 256 * launch.warps else 160 if closing and launch.warps <= 4 else 128
+        found.append(
             entry(
                 f"backward_bf16_{width}",
                 _backward_kernel,
-                norm | sums | backward_tile,
+                norm | sums | {"BLOCK_C": launch.block, "ROWS": launch.rows, "CHUNK": AHEAD_CHUNK},
                 num_warps=launch.warps,
-                # The block boundary takes 128, or up to 154 by some versions of Triton and capabilities. Three programs
-                # of 4 warps instead of four then have 48 KiB in flight; but of 8 warps one would fit instead of two.
-                max_registers=160 if closing and launch.warps <= 4 else 128,
-            ),
-        ]
+                max_registers=fitting,
+            )
+        )
     return found
