@@ -1,4 +1,4 @@
-"""Several ranks on this machine, for tests of what they do together."""
+"""Ranks on this machine, for tests: a lone one, and several for what they do together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from unite_fast.engine.world import World
+
 TESTS = Path(__file__).resolve().parent
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def free_port() -> int:

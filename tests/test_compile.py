@@ -13,6 +13,7 @@ import torch
 from compile_toy import compile_config, run_ranks
 from engine_toy import toy_config, toy_model, toy_step
 from engine_unite import unite_engine, unite_step
+from ranks import ALONE
 from runs import config, config_file, image_tree
 from safetensors.torch import load_file
 from test_two_pass import Accumulating
@@ -22,14 +23,12 @@ from unite_fast.config import Config
 from unite_fast.engine import compiling
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.loop import train
-from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.model.unite import Unite
 from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.perceptual import Lpips
 from unite_fast.objective.two_pass import Objective, two_pass_step
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 SHALLOW = {"depth": 1, "context_len": 0}
 COUNTERS = torch._dynamo.utils.counters
 LACKING = compiling.missing_for_compile(ALONE.device)

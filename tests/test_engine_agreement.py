@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from engine_toy import ALONE, toy_config, toy_model, toy_step
+from engine_toy import toy_config, toy_model, toy_step
+from ranks import ALONE
 from runs import config, image_tree
 
 from unite_fast.engine import agreement, checkpoint, loop

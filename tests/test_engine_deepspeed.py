@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import ALONE, float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
+from engine_toy import float32_newton_schulz, toy_batch, toy_config, toy_model, toy_step
 from engine_unite import unite_config, unite_engine, unite_step
 from engine_worker import UNITE, unite_steps
-from ranks import free_port
+from ranks import ALONE, free_port
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_toy import ALONE, advance, assert_identical, engine_at, toy_batch, toy_config, toy_model, toy_step
+from engine_toy import advance, assert_identical, engine_at, toy_batch, toy_config, toy_model, toy_step
+from ranks import ALONE
 
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.world import World

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_toy import CONFIG, picture, toy_model
+from ranks import ALONE
 
 from unite_fast.data.reader import FileReader
 from unite_fast.data.source import open_images
-from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation.evaluator import Evaluator
 from unite_fast.evaluation.generation import labels_of
@@ -20,7 +20,6 @@ from unite_fast.evaluation.held_out import HeldOut
 from unite_fast.evaluation.plan import Plan, check_count
 from unite_fast.evaluation.work import digest
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 SETTINGS = {"guidance": 1.5, "interval": (0.2, 0.9), "solver": "heun", "steps": 4, "time_shift": 0.7}
 MODEL = {"sha256": "m"}
 

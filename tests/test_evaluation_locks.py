@@ -11,13 +11,11 @@ import pytest
 import torch
 from cli_toy import mistake, picture, run, save_toy
 from evaluation_files import another_process
+from ranks import ALONE
 
-from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.evaluation import evaluator as evaluator_module
 from unite_fast.evaluation.work import ABANDONED_DAYS, LOCK, Work, digest
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def gather(work, key, **options):

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from cli_toy import CONFIG, toy_model
+from ranks import ALONE
 
 from unite_fast.engine.world import World
 from unite_fast.errors import UserError
@@ -14,8 +15,6 @@ from unite_fast.evaluation.evaluator import Evaluation, Evaluator
 from unite_fast.evaluation.generation import Pictures
 from unite_fast.evaluation.plan import Plan
 from unite_fast.evaluation.work import Patience, Work, digest, progress
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Maker:

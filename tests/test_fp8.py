@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from compile_toy import compile_config, run_ranks
 from engine_unite import unite_engine, unite_step
+from ranks import ALONE
 
 import unite_kernels as uk
 from unite_fast.analysis.counts import repeats, step_parts
@@ -16,7 +17,6 @@ from unite_fast.engine import checkpoint, compiling, fp8
 from unite_fast.engine.engine import Engine
 from unite_fast.engine.fitting import Trial
 from unite_fast.engine.optim import parameter_groups
-from unite_fast.engine.world import World
 from unite_fast.errors import UserError
 from unite_fast.modality import modality_of
 from unite_fast.model import blocks
@@ -26,7 +26,6 @@ from unite_fast.objective.draws import SeededDraws
 from unite_fast.objective.two_pass import Objective, two_pass_step
 from unite_kernels import fp8 as kernels
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
 STEPS, BATCH = 50, 16
 # Emulated FP8 moved the final loss by 0.05 % and the blocks' gradients by 4.1 % on average (three bits of mantissa
 # behind the leading one round by 2.6 % on average; a product sees two such operands).

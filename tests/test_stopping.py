@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_toy import toy_config, toy_model, toy_step
+from ranks import ALONE
 from runs import config, image_tree, latest_step
 
 from unite_fast.engine import checkpoint, stopping
@@ -19,8 +20,6 @@ from unite_fast.engine.report import Report
 from unite_fast.engine.stopping import Interrupted, StopSignals
 from unite_fast.engine.world import World
 from unite_fast.records import METRICS, read_lines
-
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def send(number: signal.Signals) -> None:
