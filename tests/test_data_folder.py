@@ -9,8 +9,10 @@ import pytest
 from data_trees import tree, unprivileged  # noqa: F401, a fixture
 
 from unite_fast.cli import main
+from unite_fast.config import DataConfig
 from unite_fast.data.crop import MAX_FILE_BYTES
-from unite_fast.data.folder import ImageFolder
+from unite_fast.data.folder import AllImages, ImageFolder
+from unite_fast.data.loader import load_images
 from unite_fast.errors import UserError
 
 
@@ -42,11 +44,43 @@ def test_symbolic_links(tmp_path):
     root = tree(tmp_path / "d", (1, 1))
     elsewhere = tree(tmp_path / "other", (2, 1))
     (root / "c0" / "link.png").symlink_to(elsewhere / "c0" / "000.png")
-    (root / "c0" / "broken.png").symlink_to(tmp_path / "nothing.png")
     (root / "c0" / "round").symlink_to(root / "c0")
     (root / "c0" / "itself.png").symlink_to("itself.png")
     (root / "c2").symlink_to(elsewhere / "c0")
     assert names(ImageFolder(root, 3)) == ["c0/000.png", "c0/link.png", "c1/000.png", "c2/000.png", "c2/001.png"]
+
+
+def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path, capsys):
+    root = tree(tmp_path / "d", (1, 1))
+    (root / "c0" / "broken.png").symlink_to(tmp_path / "unmounted" / "000.png")
+    (root / "c0" / "broken.txt").symlink_to(tmp_path / "unmounted" / "000.txt")
+    assert names(ImageFolder(root, 2)) == ["c0/000.png", "c0/broken.png", "c1/000.png"]
+    assert AllImages(root).names == names(ImageFolder(root, 2))
+    said = "c0/broken.png: a symbolic link to a file that is not there (is its disk mounted?)"
+    assert main(["data", "prepare", str(root), str(tmp_path / "shards")]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["data", "check", str(root)]) == 1
+    assert said in capsys.readouterr().out
+    assert names(ImageFolder(root, 2)) == ["c0/000.png", "c1/000.png"]
+
+
+def test_a_run_on_dangling_links_alone_says_so(tmp_path):
+    """A disk of images that is not mounted: the data set must not look empty."""
+    root = tree(tmp_path / "d", (1, 1))
+    for path in root.glob("*/*.png"):
+        path.unlink()
+        path.symlink_to(tmp_path / "unmounted" / path.name)
+    with pytest.raises(UserError, match="c[01]/000.png .a symbolic link to a file that is not there"):
+        load_images(root, DataConfig(path=str(root)), image_size=8, num_classes=2)
+
+
+def test_a_dangling_link_to_a_class_is_refused(tmp_path):
+    """Without it the following classes would get other labels."""
+    root = tree(tmp_path / "d", (1, 1))
+    (root / "b").symlink_to(tmp_path / "unmounted" / "b")
+    for classes in (2, 3, None):
+        with pytest.raises(UserError, match="d holds 1 symbolic link to nothing: b; mount the disk that holds the"):
+            ImageFolder(root, classes)
 
 
 def test_names_that_are_not_utf8(tmp_path):

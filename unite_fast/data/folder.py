@@ -60,7 +60,8 @@ class ImageFolder:
     """The images of a class-folder tree, ordered by class and then by path inside the class.
 
     Hidden files and folders (leading dot) are ignored, subfolders of a class belong to it, symbolic links are
-    followed. Images on the tree's skip list are left out.
+    followed. A dangling link named as an image is an image that cannot be read, so that it is counted as one. Images on
+    the tree's skip list are left out.
 
     Attributes: see `unite_fast.data.source.ImageSource`.
     """
@@ -84,9 +85,9 @@ class ImageFolder:
             expected: the class names there must be, those of the training data, where they are known.
 
         Raises:
-            UserError: missing, not a folder, unreadable, no class folders, one class only, a class without images,
-                other classes than expected, without expectations the splits of a data set in place of classes, or a
-                damaged skip list.
+            UserError: missing, not a folder, unreadable, dangling links beside the class folders, no class folders, one
+                class only, a class without images, other classes than expected, without expectations the splits of a
+                data set in place of classes, or a damaged skip list.
         """
         self.root = Path(path)
         self.classes = _class_names(self.root, num_classes, expected)
@@ -146,7 +147,7 @@ class AllImages:
     """
 
     def __init__(self, path: str | Path, *, skip: bool = True):
-        """Scan the folder; hidden files and folders are ignored, symbolic links followed.
+        """Scan the folder, as `ImageFolder` does a class.
 
         Args:
             path: the folder.
@@ -199,6 +200,11 @@ def _class_names(root: Path, num_classes: int | None, expected: Sequence[str] | 
     if not is_folder:
         raise UserError(f"data folder {root} is a file, not a folder: give a folder of class folders")
     entries = _listing(root)
+    if dangling := sorted(entry.name for entry in entries if _dangles(entry)):  # without a class all labels would shift
+        raise UserError(
+            f"data folder {root} holds {len(dangling)} symbolic link{'s' * (len(dangling) > 1)} to nothing: "
+            f"{_some(dangling)}; mount the disk that holds the classes, or remove the links"
+        )
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not entries:
         raise UserError(f"data folder {root} is empty: put one subfolder per class into it")
@@ -261,8 +267,12 @@ def _walk(folder: str, prefix: str, above: Sequence[tuple[int, int]]) -> Iterato
     for entry in _listing(folder):
         if entry.is_dir():
             yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, identity))
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and (entry.is_file() or _dangles(entry)):
             yield prefix + entry.name
+
+
+def _dangles(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _listing(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -275,7 +285,7 @@ def _listing(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _leads_somewhere(entry: os.DirEntry[str]) -> bool:
-    """False of a link to itself, about which every question fails; others into nothing are no folder and no file."""
+    """False of a link to itself, about which every question fails."""
     try:
         entry.is_dir()
     except OSError as error:

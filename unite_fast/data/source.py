@@ -140,7 +140,8 @@ def warn_once(text: str) -> None:
 def reason_of(error: Exception) -> str:
     """Why an image cannot be used, in a few words."""
     if isinstance(error, FileNotFoundError):
-        return "the file has gone"
+        link = error.filename is not None and os.path.islink(error.filename)
+        return "a symbolic link to a file that is not there (is its disk mounted?)" if link else "the file has gone"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if "cannot identify image file" in str(error):
