@@ -73,6 +73,39 @@ def test_an_error_of_one_rank_does_not_wait_for_the_others_in_nccl(alone, monkey
     assert not dist.is_initialized()
 
 
+def test_what_several_ranks_run_into_is_told_by_the_first_of_them(alone, monkeypatch):
+    """One process stands for all ranks: with NCCL the group, whose store they share, stays after an error."""
+    monkeypatch.setattr(world, "TOLD", 0.0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def end_of_rank(problem: str) -> str | int:
+        try:
+            try:
+                raise UserError(problem)
+            finally:
+                leave_world()
+        except (UserError, SystemExit) as end:
+            return end.code if isinstance(end, SystemExit) else str(end)
+
+    assert [end_of_rank(problem) for problem in ("of all \udcff", "of all \udcff", "of one", "of all \udcff")] == [
+        "of all \udcff", 2, "of one", 2
+    ]  # fmt: skip
+
+
+def test_a_rank_whose_store_has_ended_tells_its_mistake(alone, monkeypatch):
+    def ended():
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", ended)
+    with pytest.raises(UserError, match="of one"):
+        try:
+            raise UserError("of one")
+        finally:
+            leave_world()
+
+
 def test_gloo_names_its_threads_as_we_look_for_them(alone):
     until = time.monotonic() + 20
     while not world._gloo_threads() and time.monotonic() < until:  # on a busy machine they name themselves later

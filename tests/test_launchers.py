@@ -13,6 +13,7 @@ from ranks import free_port
 from runs import config, config_file, image_tree, latest_step
 from safetensors.torch import load_file
 
+from unite_fast import train as script
 from unite_fast.engine.loop import train
 
 SCRIPT = Path(__file__).resolve().parents[1] / "unite_fast" / "train.py"
@@ -23,6 +24,22 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{LAUNCHER.parent}:
 def on_two_ranks(config: Path) -> list[str | Path]:
     """The command; its port is a free one, as DeepSpeed's own may be another run's."""
     return [LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), SCRIPT, "--config", config]
+
+
+def test_a_bad_configuration_is_told_by_rank_0_first(tmp_path, capsys, monkeypatch):
+    """Launchers end the others before they tell it, too; a rank that finds it alone tells it in the end."""
+    waited = []
+    monkeypatch.setattr(script.time, "sleep", waited.append)
+    path = config_file(tmp_path, train={"steps": 4})
+    for environment in ({}, {"RANK": "0"}, {"RANK": "1"}, {"SLURM_PROCID": "2"}):
+        with monkeypatch.context() as patch:
+            for name in ("RANK", "SLURM_PROCID"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert script.main(["--config", str(path), "--set", "train.nonsense=1"]) == 2
+        assert "train.nonsense" in capsys.readouterr().err
+    assert waited == [script.TOLD, script.TOLD]
 
 
 def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):
@@ -65,6 +82,8 @@ def test_two_ranks_then_one_agree_with_one_process(tmp_path):
     path = config_file(tmp_path, train={**batch, "steps": 4})
     done = subprocess.run(on_two_ranks(path), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    again = subprocess.run(on_two_ranks(path), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert again.returncode == 2 and (again.stdout + again.stderr).count("add --resume") == 1, again.stderr[-2000:]
     # The same micro-batches on one process: two accumulated in place of two ranks.
     alone = {**batch, "accumulation": 2, "zero_stage": 0, "steps": 6}
     continued = train(config(tmp_path, train=alone), resume=True)

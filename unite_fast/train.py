@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -16,6 +17,7 @@ if __package__ in (None, ""):
 from unite_fast.config import Config
 from unite_fast.errors import UserError
 
+TOLD = 3.0  # seconds: launchers look once a second whether a rank has ended, and then end the others
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -61,11 +63,21 @@ def keep_pages() -> None:
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _load(options: argparse.Namespace) -> Config:
+    """The configuration; what all ranks find wrong with it is told by rank 0, before the others do."""
+    try:
+        return Config.load(options.config, options.set)
+    except UserError:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            time.sleep(TOLD)  # there is no process group yet to ask the others
+        raise
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     prepare_process()
     try:
-        config = Config.load(options.config, options.set)
+        config = _load(options)
         from unite_fast.engine.loop import train  # imports torch: a bad configuration fails before that
 
         train(config, resume=options.resume)

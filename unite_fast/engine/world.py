@@ -183,13 +183,32 @@ def leave_world() -> None:
     A thread of gloo frees a collective's tensors a moment after the collective has returned, which takes the
     interpreter's lock. Where the interpreter ends in that moment the process aborts, "terminate called without an
     active exception", so this waits until those threads (on Linux, where they can be seen) have nothing left to do.
+
+    A mistake that several ranks find alike goes on, to be told, on the first of them that comes here.
+
+    Raises:
+        SystemExit: on the others, with the exit code of a mistake.
     """
     if not dist.is_initialized():
         return
-    if sys.exception() is not None and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
-        return
-    dist.destroy_process_group()
-    await_gloo()
+    error = sys.exception()
+    told = isinstance(error, UserError) and not _first_to_find(error)
+    if error is None or dist.get_backend() != "nccl" or dist.get_world_size() == 1:
+        dist.destroy_process_group()
+        await_gloo()
+    if told:
+        time.sleep(TOLD)
+        sys.exit(2)
+
+
+def _first_to_find(error: UserError) -> bool:
+    """Whether no other rank has asked this about the same error. Not collective: the others may wait for this one."""
+    if dist.get_world_size() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"found {ascii(str(error))}", 1) == 1
+    except RuntimeError:  # the rank that keeps the store has ended, perhaps of another error
+        return True
 
 
 def await_gloo() -> None:
