@@ -82,7 +82,6 @@ class MoleculeJudge:
         self.held_out_perceived = perceive_all(held_out, what="perceiving held-out molecules", **self._limits)
         smiles = perceived_smiles(train, cache=cache, what="perceiving training molecules", **self._limits)
         self.train_smiles = set(smiles) - {""}
-        self._real: dict[str, float] | None = None
 
     def generation(self, generated: MoleculeSet) -> Generation:
         """Every figure of generated molecules; all shares are of all generated molecules unless said otherwise.
@@ -162,11 +161,11 @@ class MoleculeJudge:
         Figures that fall with the number of molecules, shares of distinct ones and distances, are of the same number:
         of fewer where there are not so many held-out or training molecules.
         """
-        if self._real is None:
-            self._real = self._shares(self.held_out, self.held_out_perceived)
         some = np.random.RandomState(0).permutation(len(self.train))[:count]
         return (
-            self._real | self._distinct(self.held_out_perceived[:count]) | self._distances(self.train.select(some))
+            self._shares(self.held_out, self.held_out_perceived)
+            | self._distinct(self.held_out_perceived[:count])
+            | self._distances(self.train.select(some))
         )
 
     def _shares(self, molecules: MoleculeSet, perceived: list[Perceived]) -> dict[str, float]:
