@@ -56,7 +56,7 @@ def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path, capsys):
     (root / "c0" / "broken.txt").symlink_to(tmp_path / "unmounted" / "000.txt")
     assert names(ImageFolder(root, 2)) == ["c0/000.png", "c0/broken.png", "c1/000.png"]
     assert AllImages(root).names == names(ImageFolder(root, 2))
-    said = "c0/broken.png: a symbolic link to a file that is not there (is its disk mounted?)"
+    said = "c0/broken.png: a symbolic link to nothing: is its disk mounted?"
     assert main(["data", "prepare", str(root), str(tmp_path / "shards")]) == 0
     assert said in capsys.readouterr().out
     assert main(["data", "check", str(root)]) == 1
@@ -70,8 +70,11 @@ def test_a_run_on_dangling_links_alone_says_so(tmp_path):
     for path in root.glob("*/*.png"):
         path.unlink()
         path.symlink_to(tmp_path / "unmounted" / path.name)
-    with pytest.raises(UserError, match="c[01]/000.png .a symbolic link to a file that is not there"):
+    with pytest.raises(UserError, match="c[01]/000.png .a symbolic link to nothing: is its disk mounted"):
         load_images(root, DataConfig(path=str(root)), image_size=8, num_classes=2)
+    assert main(["data", "check", str(root)]) == 1
+    with pytest.raises(UserError, match=f"list as unusable; if they are mended, run `unite-fast data check {root}` ag"):
+        ImageFolder(root, 2)
 
 
 def test_a_dangling_link_to_a_class_is_refused(tmp_path):

@@ -101,16 +101,17 @@ class ImageFolder:
                 [name[len(label) + 1 :] for name in names if name not in unusable] for label, names in tree.items()
             ]
         listed = f" that {CHECK_RECORD} does not list as unusable" if self.skipped else ""
+        again = f"; if they are mended, run `unite-fast data check {self.root}` again" if self.skipped else ""
         empty = [name for name, names in zip(self.classes, files) if not names]
         if len(empty) == len(files):
             raise UserError(
                 f"no readable image in {self.root}: none of its {len(files)} class folders holds a file ending in "
-                f"{' '.join(sorted(EXTENSIONS))}{listed}"
+                f"{' '.join(sorted(EXTENSIONS))}{listed}{again}"
             )
         if empty:
             raise UserError(
                 f"{len(empty)} of {len(files)} class folders in {self.root} hold no image{listed}: {_some(empty)}; "
-                f"fill or remove them"
+                f"fill or remove them{again}"
             )
         self.labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files])
         self._names = Names.of(name for names in files for name in names)

@@ -141,7 +141,7 @@ def reason_of(error: Exception) -> str:
     """Why an image cannot be used, in a few words."""
     if isinstance(error, FileNotFoundError):
         link = error.filename is not None and os.path.islink(error.filename)
-        return "a symbolic link to a file that is not there (is its disk mounted?)" if link else "the file has gone"
+        return "a symbolic link to nothing: is its disk mounted?" if link else "the file has gone"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if "cannot identify image file" in str(error):
