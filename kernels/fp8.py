@@ -37,12 +37,15 @@ MIN_CAPABILITY = (8, 9)  # Ada; H100 and H200 have 9.0
 # Elements of a tile of the search for the largest, tiles of a program: 8 a thread at 4 warps, which is one 16-byte
 # access in a 2-byte dtype; 6528 programs for 64 images of 544 tokens at C = 3072, each with one atomic at the end.
 TILE, STEPS, WARPS = 1024, 16, 4
-# Rows and columns of a tile that is written both ways: 32 numbers a thread at 8 warps, whole 64-byte lines of either.
-ROWS, COLUMNS, CAST_WARPS = 128, 64, 8
-# Rows of a tile that is summed as well: 16 numbers a thread take 64 registers on sm_90 by Triton 3.6 and 40 by 3.9, 32
-# take 116 and 64. Sums of so many rows, written and read once more, are 2 % of the bytes that a bfloat16
-# gradient moves.
-SUM_ROWS = 64
+# Rows and columns of a tile that is written both ways: 16 numbers a thread at 8 warps, whole 64-byte lines of either. A
+# program takes the tiles of `cast_steps` below one another, and the next is on its way meanwhile (two stages). Triton
+# 3.6 and 3.9 then both turn bfloat16 by matrix loads from shared memory (LDSM); without stages 3.9 turns it byte by
+# byte. On sm_90 and sm_100 that takes 31 to 35 registers, with sums over rows 63 or 64. Counted from machine code, not
+# measured: at 4 and 16 tiles the busiest pipe of an H200 needs 0.44 and 0.35 of the time that a bfloat16 tensor takes
+# at 4.3 TB/s, with sums 0.52 and 0.39; one tile a program, of 128 rows and with sums 64, takes 0.50 in 3.6 and 0.57 in
+# 3.9, with sums 0.98 and 1.36. A float32 weight is too small for more than one tile a program: 0.47 (of 128 rows 0.37).
+ROWS, COLUMNS, CAST_WARPS = 64, 64, 8
+CAST_PROGRAMS = 1024
 
 
 class Quantized(NamedTuple):
@@ -83,30 +86,50 @@ def _largest_kernel(x, largest, numbers, TILE: tl.constexpr, STEPS: tl.constexpr
     tl.atomic_max(largest, tl.max(found, axis=0), sem="relaxed")
 
 
+@triton.jit
+def _sum_rows(x):
+    """tl.sum(x, axis=0) for a multiple of 8 rows, 8 of them in one thread first.
+
+    `tl.split` makes Triton turn x through shared memory once, in 4 stores and 4 loads of 16 bytes a lane, so that 2
+    shuffles are left; `tl.sum` alone takes 54 (Triton 3.6) or 96 (3.9), 3 and 4 times the cycles of that pipe.
+    """
+    eighths = tl.reshape(x, [x.shape[0] // 8, 2, 2, 2, x.shape[1]])
+    low, high = tl.split(tl.permute(eighths, (0, 4, 1, 2, 3)))
+    low, high = tl.split(low + high)
+    low, high = tl.split(low + high)
+    return tl.sum(low + high, axis=0)
+
+
 @triton.jit(do_not_specialize=["R"])
 def _quantize_kernel(
     x, largest, rows, columns, scale, partials, R, stride,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """`rows` [R, C] and `columns` [C, stride], with zeros from R on, of x times one factor; `scale` is its inverse.
 
-    `partials` [⌈stride / ROWS⌉, C], where they are wanted: sums of x over the rows of a tile.
+    `partials` [⌈stride / (ROWS · STEPS)⌉, C], where they are wanted: sums of x over a program's rows.
     """
     top = tl.load(largest).to(tl.float32, bitcast=True)
     # NaN is not below, and so stays.
     top = tl.where(top < LEAST, LEAST, top)
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    factor = tl.div_rn(LARGEST, top)
     row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     place = row[:, None] * C + column[None, :]
-    inside = (first + row[:, None] < R) & (column[None, :] < C)
-    value = tl.load(x + first * C + place, mask=inside, other=0.0).to(tl.float32)
-    found = (value * tl.div_rn(LARGEST, top)).to(rows.dtype.element_ty)
-    tl.store(rows + first * C + place, found, mask=inside)
     turned = column[:, None].to(tl.int64) * stride + row[None, :]
-    filled = (first + row[None, :] < stride) & (column[:, None] < C)
-    tl.store(columns + first + turned, tl.trans(found), mask=filled)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=2):
+        first = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS
+        inside = (first + row[:, None] < R) & (column[None, :] < C)
+        value = tl.load(x + first * C + place, mask=inside, other=0.0).to(tl.float32)
+        found = (value * factor).to(rows.dtype.element_ty)
+        tl.store(rows + first * C + place, found, mask=inside)
+        filled = (first + row[None, :] < stride) & (column[:, None] < C)
+        tl.store(columns + first + turned, tl.trans(found), mask=filled)
+        if partials is not None:
+            total += value
     if partials is not None:
-        tl.store(partials + tl.program_id(0).to(tl.int64) * C + column, tl.sum(value, axis=0), mask=column < C)
+        tl.store(partials + tl.program_id(0).to(tl.int64) * C + column, _sum_rows(total), mask=column < C)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale, tl.div_rn(top, LARGEST))
 
@@ -121,8 +144,8 @@ def _fp8_quantize(x: Tensor, wide: bool, summed: bool) -> tuple[Tensor, Tensor, 
     R, C = x.shape
     largest = torch.zeros((), dtype=torch.int32, device=x.device)
     check_programs("fp8_quantize", "the number of columns over 64", cdiv(C, COLUMNS))
-    blocks = _blocks(C, rows.dtype, summed)
-    grid = cdiv(columns.shape[1], blocks["ROWS"]), cdiv(C, COLUMNS)
+    blocks = _blocks(R, C, rows.dtype)
+    grid = cdiv(columns.shape[1], ROWS * blocks["STEPS"]), cdiv(C, COLUMNS)
     partials = x.new_empty(grid[0], C, dtype=torch.float32) if summed else None
     with device_of(x):
         _largest_kernel[(cdiv(R * C, TILE * STEPS),)](x, largest, R * C, TILE=TILE, STEPS=STEPS, num_warps=WARPS)
@@ -145,13 +168,28 @@ def _empty(x: Tensor, wide: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor,
     return x.new_empty(R, C, dtype=dtype), x.new_empty(C, aligned(R), dtype=dtype), scale, sums
 
 
-def _blocks(columns: int, dtype: torch.dtype, summed: bool) -> dict[str, object]:
-    rows = SUM_ROWS if summed else ROWS
-    return {"C": columns, "ROWS": rows, "COLUMNS": COLUMNS, "LARGEST": LARGEST[dtype], "LEAST": LEAST}
+def cast_steps(rows: int, columns: int) -> int:
+    """Tiles below one another that one program quantizes and sums before it writes their sums, 1 to 16.
+
+    As many as leave 1024 programs, about two waves of an H100: 4 for 64 images of 544 tokens at C = 768. The partial
+    sums are then 0.5 % of the bytes moved, with one tile a program 2 %. The choice depends on the shape alone, so that
+    every device adds in the same order.
+    """
+    tiles, steps = cdiv(rows, ROWS) * cdiv(columns, COLUMNS), 16
+    while steps > 1 and tiles < CAST_PROGRAMS * steps:
+        steps //= 2
+    return steps
+
+
+def _blocks(rows: int, columns: int, dtype: torch.dtype) -> dict[str, object]:
+    steps = cast_steps(rows, columns)
+    return {
+        "C": columns, "ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": steps, "LARGEST": LARGEST[dtype], "LEAST": LEAST
+    }  # fmt: skip
 
 
 def aot_specialisations() -> list[Specialisation]:
-    """Inputs and gradients of the Linears of C = 768 in bfloat16, their weights in float32."""
+    """Of the Linears of C = 768: inputs and gradients in bfloat16, 64 images of 544 tokens, and weights in float32."""
     found = []
     for of in ("bf16", "fp32"):
         found.append(
@@ -160,11 +198,11 @@ def aot_specialisations() -> list[Specialisation]:
                 {"TILE": TILE, "STEPS": STEPS}, WARPS, aligned=("x", "numbers"), max_registers=64, store_bytes=0,
             )
         )  # fmt: skip
-    for name, of, to, dtype, partials in (
-        ("e4m3", "bf16", "fp8e4nv", torch.float8_e4m3fn, False),
-        ("e5m2", "bf16", "fp8e5", torch.float8_e5m2, False),
-        ("e5m2_sums", "bf16", "fp8e5", torch.float8_e5m2, True),
-        ("weight_e4m3", "fp32", "fp8e4nv", torch.float8_e4m3fn, False),
+    for name, of, to, dtype, partials, rows in (
+        ("e4m3", "bf16", "fp8e4nv", torch.float8_e4m3fn, False, 64 * 544),
+        ("e5m2", "bf16", "fp8e5", torch.float8_e5m2, False, 64 * 544),
+        ("e5m2_sums", "bf16", "fp8e5", torch.float8_e5m2, True, 64 * 544),
+        ("weight_e4m3", "fp32", "fp8e4nv", torch.float8_e4m3fn, False, 768),
     ):
         for columns in (768, 2048, 4096):
             pointers = {"x": f"*{of}", "largest": "*i32", "rows": f"*{to}", "columns": f"*{to}", "scale": "*fp32"}
@@ -172,9 +210,9 @@ def aot_specialisations() -> list[Specialisation]:
             found.append(
                 Specialisation(
                     f"fp8_quantize_{name}_{columns}", _quantize_kernel, pointers | {"R": "i32", "stride": "i32"},
-                    ({} if partials else {"partials": None}) | _blocks(columns, dtype, partials), CAST_WARPS,
+                    ({} if partials else {"partials": None}) | _blocks(rows, columns, dtype), CAST_WARPS,
                     aligned=("x", "rows", "columns", "partials", "stride"),
-                    max_registers=80, store_bytes=8, capabilities=(90, 100),
+                    max_registers=64 if partials else 40, capabilities=(90, 100),
                 )
             )  # fmt: skip
     return found

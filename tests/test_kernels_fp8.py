@@ -66,6 +66,25 @@ def test_sums_over_rows_are_those_of_the_numbers_that_are_given(backend, dtype, 
     assert (sums.double() - x.double().sum(0)).abs().sum() <= 1e-6 * x.double().abs().sum()
 
 
+@pytest.mark.parametrize(("shape", "steps"), [((1200, 70), 16), ((257, 70), 8), ((130, 96), 4)])
+def test_a_program_of_several_tiles_gives_the_same(monkeypatch, shape, steps):
+    """Also where its last tiles lie behind the matrix."""
+    x = normal(*shape, dtype=torch.bfloat16)
+    with on_backend("triton"):
+        *one, sums = fp8._quantize(x, torch.float8_e5m2, summed=True)
+        monkeypatch.setattr(fp8, "CAST_PROGRAMS", 1)
+        assert fp8.cast_steps(*shape) == steps
+        *several, again = fp8._quantize(x, torch.float8_e5m2, summed=True)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one[:2], several[:2], strict=True))
+    for found in (sums, again):
+        assert (found.double() - x.double().sum(0)).abs().sum() <= 1e-6 * x.double().abs().sum()
+
+
+def test_tiles_of_a_program_leave_a_thousand_programs():
+    assert [fp8.cast_steps(64 * 544, columns) for columns in (768, 1024, 2304, 4096)] == [4, 8, 16, 16]
+    assert fp8.cast_steps(2304, 768) == fp8.cast_steps(1, 1) == 1
+
+
 def test_a_gradient_is_read_twice_for_all_that_it_gives(monkeypatch):
     """Nothing sums a gradient that has the size of the result."""
     right, summed = torch.Tensor.sum, []
