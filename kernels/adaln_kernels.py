@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import cdiv, device_of, next_power_of_2
+from .dispatch import cdiv, device_of, next_power_of_2, program_share
 from .specialisation import Specialisation
 from .toolchain import tl, triton
 
@@ -62,14 +62,10 @@ def backward_launch(width: int, closing: bool) -> Launch:
 def backward_chunk(batch: int, tokens: int) -> int:
     """Tokens whose sums one backward program keeps in registers before it writes them, 8 to 64.
 
-    As many as leave 1024 programs, about two waves of an H100; 32 at 64 images of 544 tokens. The partial sums are then
-    at most 8 % of the bytes moved, and mostly stay in the L2 cache until they are added up. The choice depends on the
-    shape alone, so that every device adds in the same order.
+    32 at 64 images of 544 tokens. The partial sums are at most 8 % of the bytes moved, and mostly stay in the L2 cache
+    until they are added up.
     """
-    chunk = 64
-    while chunk > 8 and batch * tokens < 1024 * chunk:
-        chunk //= 2
-    return chunk
+    return program_share(batch * tokens, most=64, least=8)
 
 
 @triton.jit

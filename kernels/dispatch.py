@@ -25,6 +25,7 @@ PLAIN = NUMBERS | {Tensor, Parameter}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # CUDA C++ programming guide, technical specifications by compute capability; along x it is 2**31 - 1.
 MAX_PROGRAMS_Y = 65535
+PROGRAMS = 1024  # about two waves of an H100: 132 multiprocessors with 4 programs each
 
 _backend = "auto"
 
@@ -176,6 +177,17 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of 2 from n on, for n ≥ 1; for speed as `cdiv`."""
     return 1 << (n - 1).bit_length()
+
+
+def program_share(units: int, most: int, least: int) -> int:
+    """Units of work that a program adds up before it writes their sums: `most`, halved while under 1024 programs are
+    left, down to `least`.
+
+    The choice depends on the shape alone, so that every device adds in the same order.
+    """
+    while most > least and units < PROGRAMS * most:
+        most //= 2
+    return most
 
 
 def aligned(width: int) -> int:

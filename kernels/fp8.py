@@ -25,6 +25,7 @@ from .dispatch import (
     device_of,
     first_derivatives,
     operator,
+    program_share,
     use_triton,
 )
 from .specialisation import Specialisation
@@ -45,7 +46,6 @@ TILE, STEPS, WARPS = 1024, 16, 4
 # at 4.3 TB/s, with sums 0.52 and 0.39; one tile a program, of 128 rows and with sums 64, takes 0.50 in 3.6 and 0.57 in
 # 3.9, with sums 0.98 and 1.36. A float32 weight is too small for more than one tile a program: 0.47 (of 128 rows 0.37).
 ROWS, COLUMNS, CAST_WARPS = 64, 64, 8
-CAST_PROGRAMS = 1024
 
 
 class Quantized(NamedTuple):
@@ -171,14 +171,9 @@ def _empty(x: Tensor, wide: bool, summed: bool) -> tuple[Tensor, Tensor, Tensor,
 def cast_steps(rows: int, columns: int) -> int:
     """Tiles below one another that one program quantizes and sums before it writes their sums, 1 to 16.
 
-    As many as leave 1024 programs, about two waves of an H100: 4 for 64 images of 544 tokens at C = 768. The partial
-    sums are then 0.5 % of the bytes moved, with one tile a program 2 %. The choice depends on the shape alone, so that
-    every device adds in the same order.
+    4 for 64 images of 544 tokens at C = 768: the partial sums are then 0.5 % of the bytes moved, with one tile 2 %.
     """
-    tiles, steps = cdiv(rows, ROWS) * cdiv(columns, COLUMNS), 16
-    while steps > 1 and tiles < CAST_PROGRAMS * steps:
-        steps //= 2
-    return steps
+    return program_share(cdiv(rows, ROWS) * cdiv(columns, COLUMNS), most=16, least=1)
 
 
 def _blocks(rows: int, columns: int, dtype: torch.dtype) -> dict[str, object]:

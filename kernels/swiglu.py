@@ -18,6 +18,7 @@ from .dispatch import (
     device_of,
     next_power_of_2,
     operator,
+    program_share,
     use_triton,
 )
 from .specialisation import Specialisation
@@ -131,11 +132,8 @@ def _blocks(width: int, steps: int) -> dict[str, int]:
 
 
 def _backward_steps(x: Tensor) -> int:
-    """Tiles of a backward program with a bias: by the shape alone, so that every device adds in the same order."""
-    steps = BACKWARD_STEPS
-    while steps > 8 and x.numel() < 2 * TILE * 1024 * steps:
-        steps //= 2
-    return steps
+    """Tiles of a backward program with a bias."""
+    return program_share(x.numel() // (2 * TILE), BACKWARD_STEPS, least=8)
 
 
 @operator("swiglu")

@@ -8,7 +8,7 @@ from kernel_testing import DEVICE, DTYPES, normal, on_backend, outputs_and_gradi
 from torch.library import opcheck
 
 import unite_kernels as uk
-from unite_kernels import fp8
+from unite_kernels import dispatch, fp8
 from unite_kernels.fp8 import LARGEST, LEAST, _fp8_quantize
 
 FORMATS = list(LARGEST)
@@ -72,7 +72,7 @@ def test_a_program_of_several_tiles_gives_the_same(monkeypatch, shape, steps):
     x = normal(*shape, dtype=torch.bfloat16)
     with on_backend("triton"):
         *one, sums = fp8._quantize(x, torch.float8_e5m2, summed=True)
-        monkeypatch.setattr(fp8, "CAST_PROGRAMS", 1)
+        monkeypatch.setattr(dispatch, "PROGRAMS", 1)
         assert fp8.cast_steps(*shape) == steps
         *several, again = fp8._quantize(x, torch.float8_e5m2, summed=True)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one[:2], several[:2], strict=True))
