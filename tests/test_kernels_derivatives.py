@@ -19,8 +19,9 @@ WEIGHT, BIAS, CLOSING = (normal(WIDTH, seed=seed) for seed in range(3, 6))
 BRANCH, TIMES = normal(BATCH, TOKENS, WIDTH, seed=6), torch.linspace(0.1, 0.9, BATCH).to(BIAS.device)
 Q_WEIGHT, K_WEIGHT = normal(HEAD, seed=7), normal(HEAD, seed=8)
 COS, SIN = normal(TOKENS, HEAD // 2, seed=9), normal(TOKENS, HEAD // 2, seed=10)
-# The last are the words of PyTorch's own attention, which serves where `cpu.c` was not compiled.
-REFUSALS = "no derivative; set_backend", "no autograd formula", "_cpu_backward is not implemented"
+REFUSALS = ["no derivative; set_backend", "no autograd formula"]
+if cpu.LIBRARY is None:  # then PyTorch's own attention serves
+    REFUSALS.append("_cpu_backward is not implemented")
 
 
 def rms(x):
