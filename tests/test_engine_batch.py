@@ -12,7 +12,8 @@ from unite_fast.analysis.extent import Extent
 from unite_fast.config import Config, TrainConfig
 from unite_fast.engine import fitting
 from unite_fast.engine.batch import Batch, bounded_on_cpu, find_micro_batch, micro_batch_candidates, resolve_batch
-from unite_fast.engine.world import init_world, launch_environment
+from unite_fast.engine.launch import launch_environment
+from unite_fast.engine.world import init_world
 from unite_fast.errors import UserError
 
 

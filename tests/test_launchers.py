@@ -31,15 +31,17 @@ def test_a_bad_configuration_is_told_by_rank_0_first(tmp_path, capsys, monkeypat
     waited = []
     monkeypatch.setattr(script.time, "sleep", waited.append)
     path = config_file(tmp_path, train={"steps": 4})
-    for environment in ({}, {"RANK": "0"}, {"RANK": "1"}, {"SLURM_PROCID": "2"}):
+    launched = {"WORLD_SIZE": "3", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    slurm = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LAUNCH_NODE_IPADDR": "node0"}
+    for environment in ({}, {"RANK": "0"} | launched, {"RANK": "1"} | launched, slurm):
         with monkeypatch.context() as patch:
-            for name in ("RANK", "SLURM_PROCID"):
+            for name in (*launched, *slurm, "RANK"):
                 patch.delenv(name, raising=False)
             for name, value in environment.items():
                 patch.setenv(name, value)
             assert script.main(["--config", str(path), "--set", "train.nonsense=1"]) == 2
         assert "train.nonsense" in capsys.readouterr().err
-    assert waited == [script.TOLD, script.TOLD]
+    assert waited == [script.APART, script.APART]
 
 
 def test_ctrl_c_under_deepspeed_saves_before_the_next_record(tmp_path):

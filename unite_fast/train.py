@@ -15,9 +15,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from unite_fast.config import Config
+from unite_fast.engine.launch import launch_environment
 from unite_fast.errors import UserError
 
-TOLD = 3.0  # seconds: launchers look once a second whether a rank has ended, and then end the others
+APART = 3.0  # seconds: ranks start apart, and launchers look once a second whether one has ended, to end the others
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -68,8 +69,8 @@ def _load(options: argparse.Namespace) -> Config:
     try:
         return Config.load(options.config, options.set)
     except UserError:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            time.sleep(TOLD)  # there is no process group yet to ask the others
+        if launch_environment(dict(os.environ)).get("RANK", "0") != "0":
+            time.sleep(APART)  # there is no process group yet to ask the others
         raise
 
 
